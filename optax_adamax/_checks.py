@@ -1,0 +1,187 @@
+"""Bad input is refused here, at the earliest place where it can be known.
+
+Plain Python and NumPy numbers are checked when a transformation is built. JAX arrays
+are not: they may be tracers (`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`), and
+reading a concrete one would wait for the device.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_scalar(name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
+    """Refuses anything but a real scalar in [low, high), or in [low, high] if `closed`.
+
+    Raises:
+      TypeError: `value` is no real number, or an array of a dtype that cannot hold it.
+      ValueError: `value` is outside the interval, not a number, or not a scalar.
+    """
+    if isinstance(value, bool) or not isinstance(
+        value, (int, float, np.number, np.ndarray, jax.Array)
+    ):
+        raise TypeError(
+            f"{name} must be a real number, but {value!r} is of type {type(value).__name__}: "
+            f"give a float or a scalar array."
+        )
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be a scalar, but an array of shape {np.shape(value)} was given: "
+            f"use optax.partition for parameters that need different values of {name}."
+        )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and not (
+        jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+    ):
+        raise TypeError(f"{name} must be a real number, but its dtype is {dtype}.")
+    if isinstance(value, jax.Array):
+        return
+    number = float(value)
+    if not (low <= number < high or (closed and number == high)):
+        interval = f"[{low:g}, {high:g}" + ("]" if closed else ")")
+        raise ValueError(f"{name} must be in {interval}, but {number!r} was given.")
+
+
+def check_decay(name: str, value: Any, *, closed: bool) -> None:
+    """Refuses a decay rate outside [0, 1), or [0, 1] if `closed`, or in half precision."""
+    check_scalar(name, value, 0.0, 1.0, closed=closed)
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        raise TypeError(
+            f"{name} was given as a {dtype} array, in which 0.999 is "
+            f"{float(jnp.asarray(0.999, dtype)):.6g}: give it in float32. With "
+            f"optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32."
+        )
+
+
+def check_ratio_is_bounded(b1: Any, b2: Any) -> None:
+    """Refuses decay rates with which m / v has no bound, so that 8 bits could not hold it."""
+    if not isinstance(b1, jax.Array) and not isinstance(b2, jax.Array) and b1 >= b2:
+        raise ValueError(
+            f"m_dtype=int8 needs b1 < b2, but b1={b1} and b2={b2} were given: only then is m "
+            f"bounded by v, which is its scale. Use m_dtype='bfloat16'."
+        )
+
+
+def check_rate(name: str, value: Any) -> None:
+    """Refuses a learning rate or weight decay that is neither a schedule nor a number >= 0."""
+    if not callable(value):
+        check_scalar(name, value, 0.0, math.inf)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses anything but True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(
+            f"{name} must be True or False, but {value!r} is of type {type(value).__name__}. "
+            f"Under jax.jit and optax.inject_hyperparams it must be static."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuses anything but one of the strings `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices}, but {value!r} was given.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, but {value!r} was given.")
+
+
+def check_parameter(path: Any, parameter: Any) -> None:
+    """Refuses a parameter that real steps cannot move.
+
+    Raises:
+      TypeError: the parameter is no array, or of an integer or boolean dtype.
+    """
+    where = jax.tree_util.keystr(path) or "the parameter"
+    try:
+        dtype = jnp.result_type(parameter)
+    except TypeError:
+        raise TypeError(
+            f"{where} must be an array, but {parameter!r} is of type {type(parameter).__name__}: "
+            f"filter the tree first, for instance with equinox.filter."
+        ) from None
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{where} has dtype {dtype}, which Adamax cannot train: cast it to a float, give it to "
+            f"optax.set_to_zero with optax.partition, or filter by equinox.is_inexact_array."
+        )
+
+
+def as_float_array(name: str, value: Any) -> jax.Array:
+    """Takes numbers, nested lists or arrays of them as a float or complex array."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a number or an array, but it is {value!r}.") from error
+    return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(float)
+
+
+def check_shapes(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.Array) -> None:
+    """Refuses a gradient shaped unlike the parameter, and moments neither so nor scalar."""
+    if grad.shape != parameter.shape:
+        raise ValueError(f"grad has shape {grad.shape}, but parameter {parameter.shape}.")
+    for name, moment in (("m", m), ("v", v)):
+        if moment.shape not in ((), parameter.shape):
+            raise ValueError(
+                f"{name} has shape {moment.shape}, but parameter {parameter.shape}: give one of "
+                f"the same shape, or a scalar."
+            )
+
+
+def check_gradients(gradients: Any, moments: Any) -> None:
+    """Refuses gradients that do not belong to the parameters that the state was made for.
+
+    Args:
+      gradients: the tree given to `update`.
+      moments: the tree of m in the state.
+
+    Raises:
+      ValueError: another tree structure, or another shape.
+      TypeError: an integer gradient, or a complex one for a real parameter or the reverse.
+    """
+    if jax.tree.structure(gradients) != jax.tree.structure(moments):
+        raise ValueError(
+            f"The gradients are not of the tree that the state was initialized for: "
+            f"{_difference(gradients, moments)}. Give zeros for a parameter without a gradient, "
+            f"freeze it by optax.set_to_zero in optax.partition, or call init again with these "
+            f"parameters."
+        )
+    leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(moments), strict=True)
+    for index, (gradient, moment) in enumerate(leaves):
+        dtype = jnp.result_type(gradient)
+        if jnp.shape(gradient) != jnp.shape(moment):
+            raise ValueError(
+                f"{_leaf_name(gradients, index)} has shape {jnp.shape(gradient)}, but the state "
+                f"was initialized for shape {jnp.shape(moment)}."
+            )
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{_leaf_name(gradients, index)} has dtype {dtype}: cast it to a float."
+            )
+        if jnp.issubdtype(dtype, jnp.complexfloating) != jnp.iscomplexobj(moment):
+            raise TypeError(
+                f"{_leaf_name(gradients, index)} has dtype {dtype}, but its moment is "
+                f"{moment.dtype}: both must be real or both complex."
+            )
+
+
+def _paths(tree: Any) -> list[str]:
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _leaf_name(tree: Any, index: int) -> str:
+    return f"The gradient{_paths(tree)[index]}"
+
+
+def _difference(gradients: Any, moments: Any) -> str:
+    given, known = _paths(gradients), _paths(moments)
+    missing = [path for path in known if path not in given]
+    surplus = [path for path in given if path not in known]
+    if missing:
+        return f"there is no gradient for {missing}"
+    if surplus:
+        return f"there is no state for {surplus}"
+    return f"{jax.tree.structure(gradients)} instead of {jax.tree.structure(moments)}"
