@@ -1,0 +1,5 @@
+"""Which backend Keras runs on is read from the environment when it is imported."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")

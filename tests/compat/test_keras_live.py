@@ -1,0 +1,307 @@
+"""`compat.keras` against the installed Keras on its JAX backend, call by call."""
+
+import contextlib
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peer_grid
+import pytest
+from peer_grid import Step, assert_same
+
+keras = pytest.importorskip("keras")
+if keras.backend.backend() != "jax":
+    pytest.skip("These tests compile Keras on its JAX backend.", allow_module_level=True)
+
+from optax_adamax.compat import keras as compat_keras  # noqa: E402
+
+OPTIONS = [
+    {},
+    {"learning_rate": 0.1},
+    {"beta_1": 0.5, "beta_2": 0.9},
+    {"beta_1": 0.0},
+    {"beta_1": 0.99, "beta_2": 0.0},
+    {"beta_2": 1.0},
+    {"epsilon": 1e-3},
+    {"weight_decay": 0.1, "learning_rate": 0.1},
+    {"clipnorm": 0.1},
+    {"clipnorm": 0.0},
+    {"clipvalue": 0.1},
+    {"clipvalue": -1.0},
+    {"loss_scale_factor": 1024.0},
+    {"loss_scale_factor": 3.0},
+    {"gradient_accumulation_steps": 3, "learning_rate": 0.1},
+    {"gradient_accumulation_steps": 2, "clipvalue": 0.1, "weight_decay": 0.01},
+    {"use_ema": True, "ema_momentum": 0.9},
+    {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 3, "learning_rate": 0.1},
+    {
+        "use_ema": True,
+        "ema_overwrite_frequency": 2,
+        "gradient_accumulation_steps": 3,
+        "loss_scale_factor": 8.0,
+        "weight_decay": 0.1,
+        "clipnorm": 1.0,
+        "learning_rate": 0.05,
+    },
+]
+
+
+@contextlib.contextmanager
+def keras_mode(dtype):
+    """Keras computes in `dtype`, and mixes dtypes and ranks as strict JAX forbids."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(np.dtype(dtype).name)
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(dtype == np.float64),
+    ):
+        yield
+    keras.config.set_floatx(before)
+
+
+class KerasRun:
+    """Keras' run: `steps`, and after each call the `averages` and `accumulators`, if any."""
+
+    def __init__(self, params, grads, *, compiled=True, exclude=None, **options):
+        dtype = next(iter(params.values())).dtype
+        with keras_mode(dtype):
+            optimizer = keras.optimizers.Adamax(**options)
+            if exclude is not None:
+                optimizer.exclude_from_weight_decay(var_names=exclude)
+            values = [keras.Variable(p, name=k, dtype=dtype.name) for k, p in params.items()]
+            optimizer.build(values)
+            state = [v.value for v in optimizer.variables]
+            values = [v.value for v in values]
+            call = optimizer.stateless_apply
+            call = jax.jit(call) if compiled else call
+            self.steps, self.averages, self.accumulators = [], [], []
+            for g in grads:
+                values, state = call(state, [jnp.asarray(g[k]) for k in params], values)
+                kept = {
+                    id(v): np.asarray(x) for v, x in zip(optimizer.variables, state, strict=True)
+                }
+                p = dict(zip(params, map(np.asarray, values), strict=True))
+                m, u = (self.named(params, vs, kept) for vs in (optimizer._m, optimizer._u))
+                self.steps.append(Step(p, m, u))
+                if optimizer.use_ema:
+                    averages = optimizer._model_variables_moving_average
+                    self.averages.append(self.named(params, averages, kept))
+                if optimizer.gradient_accumulation_steps:
+                    sums = optimizer._accumulated_gradients
+                    self.accumulators.append(self.named(params, sums, kept))
+
+    def named(self, params, variables, values):
+        """Values of Keras variables, by the name of the parameter."""
+        return {k: values[id(v)] for k, v in zip(params, variables, strict=True)}
+
+
+def bias_fault(dtype, calls, beta_1=0.9, steps=1):
+    """The relative error of Keras' 1 - beta_1**t, which it computes in float32."""
+    t = np.arange(calls) // steps + 1
+    if dtype == np.float64 or beta_1 == 0:
+        return np.zeros(len(t))
+    power = np.asarray(jnp.power(np.float32(beta_1), t.astype(np.float32)), np.float64)
+    return np.abs((1 - power) / (1 - beta_1**t) - 1)
+
+
+def same(start, run, peer, dtype, steps=1, beta_1=0.9):
+    """`assert_same`, with the error of Keras' own bias correction allowed."""
+    fault = bias_fault(dtype, len(peer), beta_1, steps)
+    assert_same(start, run, peer, dtype, peer_fault=fault)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_call_is_that_of_keras(dtype, options):
+    # 2 ulps a step in float32 beside Keras' bias correction: measured, at most 1.6.
+    start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
+    peer = KerasRun(start, grads, **options)
+    with jax.enable_x64(dtype == np.float64):
+        run = peer_grid.our_run(compat_keras.adamax(**options), start, grads)
+    steps = options.get("gradient_accumulation_steps") or 1
+    same(start, run, peer.steps, dtype, steps, options.get("beta_1", 0.9))
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
+def test_every_call_is_that_of_eager_keras(options):
+    start, grads = peer_grid.parameters(np.float32), peer_grid.gradients(np.float32)[:14]
+    peer = KerasRun(start, grads, compiled=False, **options)
+    run = peer_grid.our_run(compat_keras.adamax(**options), start, grads)
+    same(start, run, peer.steps, np.float32, options.get("gradient_accumulation_steps") or 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_global_norm_is_clipped_as_in_keras(dtype):
+    # Squares of the huge gradients overflow, see the test of that below; the tiny ones underflow.
+    kinds = [k for k in peer_grid.KINDS if k not in ("huge", "tiny")]
+    start = peer_grid.parameters(dtype, kinds=kinds)
+    grads = peer_grid.gradients(dtype, kinds=kinds)
+    for limit in (0.1, 1e12):
+        peer = KerasRun(start, grads, global_clipnorm=limit)
+        with jax.enable_x64(dtype == np.float64):
+            tx = compat_keras.adamax(global_clipnorm=limit)
+            run = peer_grid.our_run(tx, start, grads)
+        same(start, run, peer.steps, dtype)
+
+
+@pytest.mark.parametrize("accumulation", [None, 3])
+@pytest.mark.parametrize("frequency", [None, 1, 4])
+def test_averages_and_sums_are_those_of_keras(accumulation, frequency):
+    options = {
+        "learning_rate": 0.1,
+        "use_ema": True,
+        "ema_momentum": 0.8,
+        "ema_overwrite_frequency": frequency,
+        "gradient_accumulation_steps": accumulation,
+    }
+    start, grads = peer_grid.parameters(np.float64), peer_grid.gradients(np.float64)
+    peer = KerasRun(start, grads, **options)
+    with jax.enable_x64(True):
+        tx = compat_keras.adamax(**options)
+        params = jax.tree.map(jnp.asarray, start)
+        state = tx.init(params)
+        for i, g in enumerate(grads):
+            params, state = peer_grid.our_call(tx)(params, state, g)
+            for k in start:
+                close = {"rtol": 1e-12, "atol": 1e-12 * np.abs(peer.averages[i][k]).max()}
+                np.testing.assert_allclose(params[k], peer.steps[i].p[k], **close)
+                np.testing.assert_allclose(state.average[k], peer.averages[i][k], **close)
+                if accumulation:
+                    sums = optax.tree.get(state, "gradient_accumulator")
+                    np.testing.assert_array_equal(sums[k], peer.accumulators[i][k])
+        final = compat_keras.finalize_variable_values(params, state)
+        np.testing.assert_array_equal(final["normal"], state.average["normal"])
+
+
+def test_without_an_average_nothing_is_finalized():
+    params = {"x": jnp.ones(2)}
+    tx = compat_keras.adamax()
+    assert compat_keras.finalize_variable_values(params, tx.init(params)) is params
+
+
+@pytest.mark.parametrize("accumulation", [None, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_schedules_count_calls(dtype, accumulation):
+    rates = {9: 0.1, 21: 0.01, 10**9: 0.001}
+
+    def schedule(count):
+        return jnp.select(
+            [count < k for k in rates], [jnp.asarray(r, dtype) for r in rates.values()]
+        )
+
+    class Schedule(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return schedule(step)
+
+    options = {"gradient_accumulation_steps": accumulation, "weight_decay": 0.01}
+    start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
+    peer = KerasRun(start, grads, learning_rate=Schedule(), **options)
+    with jax.enable_x64(dtype == np.float64):
+        tx = compat_keras.adamax(schedule, **options)
+        run = peer_grid.our_run(tx, start, grads)
+    same(start, run, peer.steps, dtype, accumulation or 1)
+
+
+def test_excluded_parameters_do_not_decay():
+    start, grads = peer_grid.parameters(np.float64), peer_grid.gradients(np.float64)
+    options = {"weight_decay": 0.1, "learning_rate": 0.1}
+    excluded = ["^no", "spi"]
+    mask = {k: k in ("normal", "spike") for k in start}
+    peer = KerasRun(start, grads, exclude=excluded, **options)
+    for exclude in (excluded, mask, lambda params: mask, lambda params: excluded):
+        with jax.enable_x64(True):
+            tx = compat_keras.adamax(**options, exclude_from_weight_decay=exclude)
+            run = peer_grid.our_run(tx, start, grads)
+        same(start, run, peer.steps, np.float64)
+
+
+def test_patterns_are_searched_in_the_name_without_the_layer():
+    tx = compat_keras.adamax(weight_decay=1.0, exclude_from_weight_decay="bias")
+    params = {"bias_layer": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert np.all(updates["bias_layer"]["bias"] == 0)
+    assert np.all(updates["bias_layer"]["kernel"] < 0)
+
+
+def test_a_step_in_bfloat16_differs_by_its_rounding():
+    # From Keras' own state, step by step. Keras rounds to bfloat16 after each of its operations,
+    # 1 - 0.9**t among them, which is off by 2**-6 at the first steps: 2 ulps beside that.
+    start, grads = peer_grid.parameters(jnp.bfloat16), peer_grid.gradients(jnp.bfloat16)[:20]
+    peer = KerasRun(start, grads, learning_rate=0.1).steps
+    tx = compat_keras.adamax(learning_rate=0.1)
+    for t in range(1, len(grads)):
+        power = jnp.power(jnp.bfloat16(0.9), jnp.bfloat16(t + 1))
+        fault = abs((1 - float(power)) / (1 - 0.9 ** (t + 1)) - 1)
+        before = {k: peer[t - 1].p[k] for k in start}
+        step = peer_grid.our_step(tx, before, grads[t], peer[t - 1], t + 1)
+        how = {"m": peer[t - 1].m, "peer_fault": fault}
+        assert_same(before, [step], [peer[t]], jnp.bfloat16, **how)
+
+
+def lone_element(dtype, grads, **options):
+    """Both runs of a single parameter, ours first."""
+    start, grads = {"x": np.ones(2, dtype)}, [{"x": np.full(2, g, dtype)} for g in grads]
+    run = peer_grid.our_run(compat_keras.adamax(**options), start, grads)
+    return run, KerasRun(start, grads, **options).steps
+
+
+def test_u_decays_in_bfloat16_but_not_in_keras():
+    run, peer = lone_element(jnp.bfloat16, [1.0] + [0.0] * 500)
+    assert np.all(peer[-1].v["x"] == 1.0)
+    np.testing.assert_allclose(run[-1].v["x"], 0.999**500, rtol=1e-4)
+
+
+def test_a_zero_gradient_in_float16_is_no_nan_but_in_keras():
+    run, peer = lone_element(np.float16, [0.0])
+    assert np.isnan(peer[-1].p["x"]).all()
+    assert np.all(run[-1].p["x"] == 1.0)
+
+
+def test_the_first_step_is_the_learning_rate_but_in_keras():
+    run, peer = lone_element(np.float32, [1.0], learning_rate=0.5, beta_1=0.99999)
+    assert abs(1 - peer[-1].p["x"][0] - 0.5) > 5e-4
+    assert abs(1 - run[-1].p["x"][0] - 0.5) < 1e-6
+
+
+def test_a_norm_that_overflows_is_no_nan_but_in_keras():
+    run, peer = lone_element(np.float32, [1e30, 1.0], global_clipnorm=1.0)
+    assert np.isnan(peer[-1].p["x"]).all()
+    assert np.all(run[0].p["x"] == 1.0)
+    assert np.isfinite(run[-1].p["x"]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learning_rate": 1},
+        {"clipnorm": 1.0, "clipvalue": 1.0},
+        {"clipvalue": 1.0, "global_clipnorm": 1.0},
+        {"gradient_accumulation_steps": 1},
+        {"gradient_accumulation_steps": -2},
+        {"use_ema": True, "ema_momentum": 1.1},
+        {"use_ema": True, "ema_momentum": -0.1},
+        {"use_ema": True, "ema_overwrite_frequency": -1},
+        {"use_ema": True, "ema_overwrite_frequency": 2.0},
+    ],
+    ids=str,
+)
+def test_what_keras_refuses_is_refused(options):
+    with pytest.raises(ValueError):
+        keras.optimizers.Adamax(**options)
+    with pytest.raises(ValueError):
+        compat_keras.adamax(**options)
+
+
+def test_the_signature_is_that_of_keras():
+    theirs = [
+        p
+        for p in inspect.signature(keras.optimizers.Adamax).parameters.values()
+        if p.kind == p.POSITIONAL_OR_KEYWORD
+    ]
+    mine = inspect.signature(compat_keras.adamax).parameters
+    assert list(mine)[: len(theirs)] == [p.name for p in theirs]
+    assert [mine[p.name].default for p in theirs] == [p.default for p in theirs]

@@ -1,0 +1,190 @@
+"""`compat.keras`'s variables with the installed Keras: out of it, into it, and on."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peer_grid
+import pytest
+
+keras = pytest.importorskip("keras")
+
+from optax_adamax.compat import keras as compat_keras  # noqa: E402
+
+# Calls before the hand-over: with three or four to an update, one is accumulated already.
+BEFORE = 25
+OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"gradient_accumulation_steps": 3},
+    {"use_ema": True, "ema_momentum": 0.8},
+    {
+        "use_ema": True,
+        "ema_momentum": 0.8,
+        "ema_overwrite_frequency": 3,
+        "gradient_accumulation_steps": 4,
+        "clipnorm": 1.0,
+    },
+]
+
+
+@pytest.fixture(autouse=True, params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    """Keras computes in this dtype, and mixes dtypes and ranks as strict JAX forbids."""
+    before = keras.config.floatx()
+    keras.config.set_floatx(np.dtype(request.param).name)
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(request.param == np.float64),
+    ):
+        yield request.param
+    keras.config.set_floatx(before)
+
+
+class Peer:
+    """A Keras model of two layers and its optimizer."""
+
+    def __init__(self, weights=None, learning_rate=0.01, **options):
+        dtype = keras.config.floatx()
+        first = keras.layers.Dense(4, name="first", dtype=dtype)
+        second = keras.layers.Dense(2, name="second", dtype=dtype)
+        self.model = keras.Sequential([keras.Input((3,)), first, second], name="model")
+        self.variables = self.model.trainable_variables
+        self.order = [v.path for v in self.variables]
+        if weights is not None:
+            for v in self.variables:
+                v.assign(weights[v.path])
+        self.optimizer = keras.optimizers.Adamax(learning_rate, **options)
+        self.optimizer.build(self.variables)
+
+    def train(self, grads):
+        call = jax.jit(self.optimizer.stateless_apply)  # eager Keras compiles at every call
+        values = [v.value for v in self.variables]
+        state = [v.value for v in self.optimizer.variables]
+        for g in grads:
+            values, state = call(state, [jnp.asarray(g[name]) for name in self.order], values)
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+        for variable, value in zip(self.optimizer.variables, state, strict=True):
+            variable.assign(value)
+        return self
+
+    def arrays(self):
+        return {v.path: np.asarray(v) for v in self.variables}
+
+    def state(self):
+        return {v.name + str(i): np.asarray(v) for i, v in enumerate(self.optimizer.variables)}
+
+
+def setup(dtype):
+    """Names, starting weights and gradients of the model."""
+    rng = np.random.default_rng(6)
+    shapes = {v.path: v.shape for v in Peer().variables}
+    draws = [
+        {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+        for _ in range(peer_grid.STEPS + 1)
+    ]
+    # Ours has other names, and the second kernel transposed.
+    names = {
+        "model/first/kernel": "a/kernel",
+        "model/first/bias": "a/bias",
+        "model/second/kernel": ("b/weight", (1, 0)),
+        "model/second/bias": "b/bias",
+    }
+    return names, draws[0], draws[1:]
+
+
+def nested(arrays):
+    """Keras' arrays as our tree."""
+    return {
+        "a": {"kernel": arrays["model/first/kernel"], "bias": arrays["model/first/bias"]},
+        "b": {"weight": arrays["model/second/kernel"].T, "bias": arrays["model/second/bias"]},
+    }
+
+
+@pytest.mark.parametrize("schedule", [False, True], ids=["rate", "schedule"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_continued_from_keras_and_in_keras(options, schedule, dtype):
+    names, weights, grads = setup(dtype)
+    theirs = ours = 0.01
+    if schedule:
+        theirs = keras.optimizers.schedules.PiecewiseConstantDecay([30], [0.01, 0.001])
+        ours = lambda count: jnp.where(count <= 30, 0.01, 0.001)  # noqa: E731
+    tx = compat_keras.adamax(ours, **options)
+    accumulation = options.get("gradient_accumulation_steps")
+    how = {"order": Peer().order, "gradient_accumulation_steps": accumulation}
+    rate = None if schedule else 0.01
+    whole = Peer(weights, theirs, **options).train(grads)
+
+    half = Peer(weights, theirs, **options).train(grads[:BEFORE])
+    params = compat_keras.load_params(half.arrays(), nested(weights), names)
+    state = compat_keras.load_state(half.optimizer.variables, params, tx, names, **how)
+    params, state = peer_grid.train(tx, params, state, map(nested, grads[BEFORE:]))
+    back = compat_keras.dump_params(params, names)
+    peer_grid.assert_equal_trees(back, whole.arrays(), dtype)
+    dumped = compat_keras.dump_state(state, params, names, learning_rate=rate, **how)
+    end = Peer(back, theirs, **options)
+    end.optimizer.set_weights(dumped)
+    peer_grid.assert_equal_trees(end.state(), whole.state(), dtype)
+
+    start = nested(weights)
+    params, state = peer_grid.train(tx, start, tx.init(start), map(nested, grads[:BEFORE]))
+    half = Peer(compat_keras.dump_params(params, names), theirs, **options)
+    dumped = compat_keras.dump_state(state, params, names, learning_rate=rate, **how)
+    half.optimizer.set_weights(dumped)
+    half.train(grads[BEFORE:])
+    peer_grid.assert_equal_trees(half.arrays(), whole.arrays(), dtype)
+    peer_grid.assert_equal_trees(half.state(), whole.state(), dtype)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
+def test_a_file_of_keras_is_read(options, dtype):
+    names, weights, grads = setup(dtype)
+    peer = Peer(weights, **options).train(grads[:7])
+    store = {}
+    with warnings.catch_warnings():
+        # Keras 3.15 with NumPy 2: its variables do not know the copy argument of __array__.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        peer.optimizer.save_own_variables(store)
+    tx = compat_keras.adamax(0.01, **options)
+    accumulation = options.get("gradient_accumulation_steps")
+    how = {"order": peer.order, "gradient_accumulation_steps": accumulation}
+    params = nested(weights)
+    from_file = compat_keras.load_state(store, params, tx, names, **how)
+    directly = compat_keras.load_state(peer.optimizer.variables, params, tx, names, **how)
+    jax.tree.map(np.testing.assert_array_equal, from_file, directly)
+
+
+def test_variables_of_another_optimizer_are_refused(dtype):
+    names, weights, _ = setup(dtype)
+    peer = Peer(weights)
+    optimizer = keras.optimizers.Nadam(0.01)
+    optimizer.build(peer.variables)
+    with pytest.raises(ValueError, match="variables"):
+        compat_keras.load_state(
+            optimizer.variables, nested(weights), compat_keras.adamax(), names, order=peer.order
+        )
+    optimizer = keras.optimizers.Adam(0.01)
+    optimizer.build(peer.variables)
+    with pytest.raises(ValueError, match="is called 'model_first_kernel_velocity'"):
+        compat_keras.load_state(
+            optimizer.variables, nested(weights), compat_keras.adamax(), names, order=peer.order
+        )
+
+
+def test_the_average_is_that_of_finalize_variable_values(dtype):
+    names, weights, grads = setup(dtype)
+    peer = Peer(weights, use_ema=True).train(grads)
+    params = compat_keras.load_params(peer.arrays(), nested(weights), names)
+    tx = compat_keras.adamax(0.01, use_ema=True)
+    variables = peer.optimizer.variables
+    state = compat_keras.load_state(variables, params, tx, names, order=peer.order)
+    peer.optimizer.finalize_variable_values(peer.variables)
+    final = compat_keras.finalize_variable_values(params, state)
+    ours = compat_keras.dump_params(final, names)
+    for name, x in peer.arrays().items():
+        np.testing.assert_array_equal(ours[name], x)
+    assert optax.tree.get(state, "iteration") == peer_grid.STEPS

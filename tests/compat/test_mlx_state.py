@@ -1,0 +1,126 @@
+"""`compat.mlx`'s states with the installed MLX: out of it, into it, and on."""
+
+import jax
+import numpy as np
+import optax
+import peer_grid
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+mlx_optimizers = pytest.importorskip("mlx.optimizers")
+mlx_utils = pytest.importorskip("mlx.utils")
+
+from optax_adamax.compat import mlx as compat_mlx  # noqa: E402
+
+# A number in a path is a place in a list: MLX leaves an empty dict at 1.
+MODULES = {"Dense_0": "layers.0", "Conv_0": "layers.2", "LayerNorm_0": "norm", "Embed_0": "embed"}
+HALF = peer_grid.STEPS // 2
+DTYPES = {np.float32: mx.float32, np.float64: mx.float64}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)  # float64 exists nowhere else
+    yield
+    mx.set_default_device(before)
+
+
+class Peer:
+    """MLX's optimizer over the arrays of a model, by name."""
+
+    def __init__(self, params, dtype):
+        self.dtype = DTYPES[dtype]
+        self.params = self.tree(params)
+        self.optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
+        self.optimizer.init(self.params)
+
+    def array(self, x):
+        return mx.array(x, self.dtype)
+
+    def tree(self, arrays):
+        return mlx_utils.tree_unflatten([(k, self.array(x)) for k, x in arrays.items()])
+
+    def train(self, grads):
+        for g in grads:
+            self.params = self.optimizer.apply_gradients(self.tree(g), self.params)
+        return self
+
+    def arrays(self):
+        return {k: np.array(x) for k, x in mlx_utils.tree_flatten(self.params)}
+
+    def moments(self):
+        flat = {k: np.array(x) for k, x in mlx_utils.tree_flatten(self.optimizer.state)}
+        return {k: x for k, x in flat.items() if k not in ("step", "learning_rate")}
+
+
+def setup(dtype):
+    """The model and its gradients, ours and MLX's, and what leads from one to the other."""
+    params, grads = peer_grid.model_run(dtype)
+    names = compat_mlx.flax_names(params, MODULES)
+    theirs = compat_mlx.dump_params(params, names)
+    return params, grads, names, theirs, [compat_mlx.dump_params(g, names) for g in grads]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_continued_from_mlx(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        params, grads, names, theirs, their_grads = setup(dtype)
+        peer = Peer(theirs, dtype).train(their_grads[:HALF])
+        tx = compat_mlx.adamax(learning_rate=0.01)
+        params = compat_mlx.load_params(peer.arrays(), params, names)
+        state = compat_mlx.load_state(peer.optimizer.state, params, tx, names)
+        params, state = peer_grid.train(tx, params, state, grads[HALF:])
+        peer.train(their_grads[HALF:])
+        ours = compat_mlx.dump_params(params, names)
+        peer_grid.assert_equal_trees(ours, peer.arrays(), dtype)
+        moments = optax.tree.get(state, "ScaleByAdamaxState")
+        assert moments.count == peer_grid.STEPS
+        both = {}
+        for field, tree in (("m", moments.m), ("v", moments.v)):
+            dumped = compat_mlx.dump_params(tree, names)
+            both |= {f"{name}.{field}": x for name, x in dumped.items()}
+        peer_grid.assert_equal_trees(both, peer.moments(), dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_continued_in_mlx(dtype):
+    with jax.enable_x64(dtype == np.float64):
+        params, grads, names, theirs, their_grads = setup(dtype)
+        tx = compat_mlx.adamax(learning_rate=0.01)
+        params, state = peer_grid.train(tx, params, tx.init(params), grads[:HALF])
+        peer = Peer(compat_mlx.dump_params(params, names), dtype)
+
+        def to_array(x):
+            return peer.array(x) if x.shape else mx.array(x)
+
+        peer.optimizer.state = compat_mlx.dump_state(
+            state, params, names, learning_rate=0.01, to_array=to_array
+        )
+        peer.train(their_grads[HALF:])
+        whole = Peer(theirs, dtype).train(their_grads)
+        peer_grid.assert_equal_trees(peer.arrays(), whole.arrays(), dtype)
+        peer_grid.assert_equal_trees(peer.moments(), whole.moments(), dtype)
+        assert peer.optimizer.step.item() == peer_grid.STEPS
+        assert peer.optimizer.step.dtype == mx.uint64
+
+
+def test_a_file_of_mlx_is_read(tmp_path):
+    params, _, names, theirs, their_grads = setup(np.float32)
+    peer = Peer(theirs, np.float32).train(their_grads[:3])
+    file = str(tmp_path / "optimizer.safetensors")
+    mx.save_safetensors(file, dict(mlx_utils.tree_flatten(peer.optimizer.state)))
+    tx = compat_mlx.adamax(0.01)
+    from_file = compat_mlx.load_state(mx.load(file), params, tx, names)
+    directly = compat_mlx.load_state(peer.optimizer.state, params, tx, names)
+    jax.tree.map(np.testing.assert_array_equal, from_file, directly)
+
+
+def test_bfloat16_is_read():
+    params = {"w": np.ones(3, np.float32)}
+    optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
+    gradient = {"w": mx.array([1.0, -2.0, 0.3], mx.bfloat16)}
+    optimizer.apply_gradients(gradient, {"w": mx.ones(3, mx.bfloat16)})
+    state = compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
+    v = optax.tree.get(state, "ScaleByAdamaxState").v["w"]
+    np.testing.assert_array_equal(v, optimizer.state["w"]["v"].astype(mx.float32))
