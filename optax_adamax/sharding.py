@@ -1,0 +1,254 @@
+"""Where the state lives: beside its parameters, split further (ZeRO-1), or in host memory.
+
+Nothing here knows Adamax. `optax.tree.map_params` tells which leaves of a state are like
+parameters, for any optax transformation or chain of them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_adamax import _placement
+
+
+class UnsplitLeaf(NamedTuple):
+    """A leaf of the state that is split less than was asked for."""
+
+    path: str  # as jax.tree_util.keystr writes it
+    bytes: int  # on each device
+    reason: str
+
+
+def state_shardings(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    zero_axis: str | None = None,
+    memory_kind: str | None = None,
+) -> optax.OptState:
+    """The shardings for the state of any optax transformation.
+
+    A leaf that is like a parameter gets the sharding of that parameter; every other leaf
+    (a step count, a hyperparameter) is replicated on the same mesh. A leaf in the place of a
+    parameter but of another shape, as in `optax.adafactor`, is replicated too;
+    :func:`unsplit_leaves` names it.
+
+    Args:
+      tx: any optax transformation, a chain as well.
+      params: a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings: each one a
+        `NamedSharding` on one mesh, concrete or abstract, or all of them on one single device.
+      zero_axis: name of a mesh axis over which leaves that are like parameters are split further
+        (ZeRO-1): along the largest dimension that the axis divides and that the sharding of the
+        parameter leaves free. A leaf without such a dimension stays as it is;
+        :func:`unsplit_leaves` names it.
+      memory_kind: kind of memory for the whole state, ``"pinned_host"`` for the host's. None:
+        that of the parameter.
+
+    Returns:
+      A tree like the state, with a `NamedSharding` for each leaf: for `out_shardings`, for
+      `jax.device_put`, or for the restoring of a checkpoint.
+
+    Raises:
+      TypeError: a parameter without a sharding, or with one that names no mesh; a transformation
+        whose state `optax.tree.map_params` cannot read.
+      ValueError: parameters on several meshes, or none at all; an axis that the mesh does not
+        have; a memory kind that the devices do not have.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from optax_adamax import scale_by_adamax, sharding
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P()))}
+      >>> places = sharding.state_shardings(scale_by_adamax(), params, zero_axis="data")
+      >>> print(tuple(places.count.spec), tuple(places.m["w"].spec))
+      () ('data', None)
+
+    Reference:
+      Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
+      <https://arxiv.org/abs/1910.02054>`_, 2020, stage 1.
+    """
+    return jax.tree.map(
+        lambda place: place.sharding, _placement.places(tx, params, zero_axis, memory_kind)
+    )
+
+
+def unsplit_leaves(
+    tx: optax.GradientTransformation, params: optax.Params, *, zero_axis: str | None = None
+) -> list[UnsplitLeaf]:
+    """The leaves that :func:`state_shardings` leaves less split than it was asked to.
+
+    They are: with `zero_axis`, the leaves that it cannot split; without it, leaves in the place of
+    a parameter that have another shape, and so cannot have its sharding; in both cases arrays that
+    belong to no parameter. Scalars that belong to no parameter are left out.
+
+    Args:
+      tx: as for :func:`state_shardings`.
+      params: likewise.
+      zero_axis: likewise.
+
+    Returns:
+      Path, bytes on each device, and reason of each such leaf, in the order of the state.
+
+    Raises:
+      TypeError, ValueError: as :func:`state_shardings`.
+    """
+    places = jax.tree_util.tree_leaves_with_path(_placement.places(tx, params, zero_axis, None))
+    return [
+        UnsplitLeaf(jax.tree_util.keystr(path), place.bytes, place.reason)
+        for path, place in places
+        if place.reason
+    ]
+
+
+def init_sharded(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    zero_axis: str | None = None,
+    memory_kind: str | None = None,
+) -> optax.OptState:
+    """The state of a new run, made where :func:`state_shardings` says.
+
+    It is made in place: no leaf is whole on one device, unless its sharding says so.
+
+    Args:
+      tx: as for :func:`state_shardings`.
+      params: the parameters, a tree of arrays.
+      zero_axis: as for :func:`state_shardings`.
+      memory_kind: likewise.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: `params` holds something else than arrays; else as :func:`state_shardings`.
+      ValueError: as :func:`state_shardings`.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{_placement.leaf_name(path)} is a ShapeDtypeStruct, from which no state can be "
+                f"made: give the parameters themselves. For the shardings alone, call "
+                f"state_shardings."
+            )
+    return _sharded_init(tx, params, zero_axis, memory_kind)(params)
+
+
+def keep_sharded(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    zero_axis: str | None = None,
+    memory_kind: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, whose update leaves the state where :func:`init_sharded` put it.
+
+    Call `update` under `jax.jit`. The gradients are split over `zero_axis` where the state is, and
+    the updates come out sharded like the parameters: gathering them is the one communication
+    that ZeRO adds. A state in host memory is moved to the devices and back; donate it to the
+    jitted step, or it is there twice. (On a mesh that has axes of both types, JAX 0.10.2 forgets
+    the memory kind of results: give the jitted step its `out_shardings` there.)
+
+    The arithmetic is that of one device. Bits may differ where XLA contracts a product and a sum
+    to a fused multiply-add in one program and not in another (JAX 0.10.2 on CPU does, at
+    ``p + learning_rate * u`` for example).
+
+    Without `zero_axis` and `memory_kind` nothing has to be kept: a jitted step of an elementwise
+    transformation such as Adamax leaves its state beside the parameters by itself.
+
+    Args:
+      tx: as for :func:`state_shardings`.
+      params: likewise; only their shapes and shardings are used.
+      zero_axis: likewise.
+      memory_kind: likewise.
+
+    Returns:
+      A transformation with the state of `tx`.
+
+    Raises:
+      TypeError, ValueError: as :func:`state_shardings`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from optax_adamax import adamax, sharding
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = jax.device_put(jnp.array([1.0, 2.0]), NamedSharding(mesh, P()))
+      >>> state = sharding.init_sharded(adamax(0.002), params, zero_axis="data")
+      >>> tx = sharding.keep_sharded(adamax(0.002), params, zero_axis="data")
+      >>> updates, state = jax.jit(tx.update)(params, state)
+      >>> print(optax.apply_updates(params, updates))
+      [0.998 1.998]
+    """
+    at_rest = state_shardings(tx, params, zero_axis=zero_axis, memory_kind=memory_kind)
+    at_work = jax.tree.map(_on_device, at_rest)
+    described = _placement.describe(params)
+    whole = jax.tree.map(lambda p: _on_device(p.sharding), described)
+    split = jax.tree.map(
+        lambda p: _on_device(_placement.place(p, p, zero_axis, None).sharding), described
+    )
+    inner = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if memory_kind is not None:
+            state = jax.device_put(state, at_work)
+        updates = _constrain(updates, split)
+        params = None if params is None else _constrain(params, split)
+        updates, state = inner.update(updates, state, params, **extra_args)
+        # Without the first constraint XLA may gather what the updates are made of, not them.
+        updates = _constrain(_constrain(updates, split), whole)
+        state = _constrain(state, at_work)
+        if memory_kind is not None:
+            state = jax.device_put(state, at_rest)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _sharded_init(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    zero_axis: str | None,
+    memory_kind: str | None,
+) -> Callable[[optax.Params], optax.OptState]:
+    shardings = state_shardings(tx, params, zero_axis=zero_axis, memory_kind=memory_kind)
+    return jax.jit(tx.init, out_shardings=shardings)
+
+
+def _constrain(tree: Any, shardings: Any) -> Any:
+    """Gives traced arrays their shardings, on axes of either type."""
+
+    def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        # JAX 0.10 has no one call for both: reshard takes explicit axes only, and
+        # with_sharding_constraint automatic ones only.
+        types = sharding.mesh.axis_types
+        if AxisType.Explicit in types:
+            x = jax.sharding.reshard(x, _only(sharding, AxisType.Explicit))
+        if AxisType.Auto in types:
+            x = jax.lax.with_sharding_constraint(x, _only(sharding, AxisType.Auto))
+        return x
+
+    return jax.tree.map(constrain, tree, shardings)
+
+
+def _only(sharding: NamedSharding, axis_type: AxisType) -> NamedSharding:
+    """`sharding` without the axes of another type."""
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    entries = [
+        tuple(axis for axis in _placement.axes(entry) if types[axis] == axis_type) or None
+        for entry in sharding.spec
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+def _on_device(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, sharding.spec)

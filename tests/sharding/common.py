@@ -1,0 +1,150 @@
+"""What the tests of sharding share: meshes, parameters, gradients, and how two runs compare."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_adamax
+from optax_adamax import sharding
+
+# Every storage format of the state, as arguments of scale_by_adamax.
+FORMATS = {
+    "float32": {},
+    "4 bytes": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
+    "3 bytes": {"m_dtype": "int8", "v_dtype": "bfloat16"},
+    "2 bytes": {"m_dtype": "int8", "v_dtype": "uint8"},
+}
+
+# XLA on CPU contracts a product and a sum to one fused multiply-add or does not, by the shape of
+# the shard (https://github.com/openxla/xla/issues/41579, open with JAX 0.10.2). Products with
+# powers of two are exact, so that it makes no difference here.
+EXACT_PRODUCTS = {"learning_rate": 2.0**-4, "b1": 0.5}
+
+
+def exact_adamaxw(name):
+    """An optimizer with exact products that keeps its state in the format `name`."""
+    return optax_adamax.adamaxw(**EXACT_PRODUCTS, weight_decay=2.0**-6, **FORMATS[name])
+
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+AXIS_TYPES = {
+    "auto": (AUTO, AUTO),
+    "explicit": (EXPLICIT, EXPLICIT),
+    "mixed": (AUTO, EXPLICIT),
+}
+
+# Where the state is kept, as arguments of init_sharded and keep_sharded.
+OPTIONS = {
+    "like parameters": {},
+    "zero": {"zero_axis": "data"},
+    "host": {"memory_kind": "pinned_host"},
+    "zero and host": {"zero_axis": "data", "memory_kind": "pinned_host"},
+}
+
+HOST_MEMORY = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10, 2),
+    reason="JAX before 0.10.2 compiles no moves between host and device memory for CPU",
+)
+
+# Format, axis types and options of tests that compile a step: every value, not every triple.
+CASES = [
+    ("float32", "auto", "like parameters"),
+    ("2 bytes", "explicit", "zero"),
+    *((name, "auto", "zero") for name in FORMATS),
+    pytest.param("float32", "explicit", "host", marks=HOST_MEMORY),
+    pytest.param("2 bytes", "auto", "zero and host", marks=HOST_MEMORY),
+]
+
+# Shape, dtype and PartitionSpec of each parameter, for a mesh of data x model = 4 x 2.
+PARAMETERS = {
+    "wide": ((24, 40), np.float32, P(None, "model")),
+    "fsdp": ((16, 5), np.float32, P("data")),
+    "bias": ((6,), np.float32, P()),
+    "half": ((16, 8), jnp.bfloat16, P(None, "model")),
+}
+
+# The same after ZeRO-1 over "data": the largest dimension that is free and divided by 4.
+ZERO = {
+    "wide": P("data", "model"),
+    "fsdp": P("data"),
+    "bias": P(),
+    "half": P("data", "model"),
+}
+NEWLY_SPLIT = ("wide", "half")
+
+
+def mesh_of(axis_types=AXIS_TYPES["auto"], shape=(4, 2), devices=None):
+    """A mesh of data x model over the first devices."""
+    devices = jax.devices() if devices is None else devices
+    count = int(np.prod(shape))
+    return Mesh(np.array(devices[:count]).reshape(shape), ("data", "model"), axis_types=axis_types)
+
+
+def structs(mesh):
+    """The parameters as shapes with shardings."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        for name, (shape, dtype, spec) in PARAMETERS.items()
+    }
+
+
+def struct(x, sharding):
+    """The shape and dtype of `x`, to be placed as `sharding` says."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def state_structs(tx, params, **options):
+    """The state of `tx` as shapes with shardings."""
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    places = sharding.state_shardings(tx, params, **options)
+    return jax.tree.map(struct, jax.eval_shape(tx.init, shapes), places)
+
+
+def random_like(tree, seed):
+    """Heavy-tailed arrays, a tenth of them zeros, of equal values wherever they are placed."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        parts = rng.standard_t(2, (2, *leaf.shape)) * (rng.random((2, *leaf.shape)) > 0.1)
+        values = parts[0] + 1j * parts[1] if np.iscomplexobj(leaf) else parts[0]
+        values = values.astype(leaf.dtype)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i: values[i])
+
+    return jax.tree.map(fill, tree)
+
+
+def assert_same_bits(got, wanted):
+    """Fails unless the trees are equal in structure, dtypes and every bit."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    leaves = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
+    for (path, a), b in leaves:
+        a, b = np.asarray(a), np.asarray(b)
+        where = jax.tree_util.keystr(path)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        assert a.tobytes() == b.tobytes(), f"{where} differs in {np.sum(a != b)} elements"
+
+
+def is_at(array, sharding):
+    """Whether an array lies as `sharding` says, in the memory it says."""
+    in_memory = array.sharding.memory_kind == sharding.memory_kind
+    return in_memory and array.sharding.is_equivalent_to(sharding, array.ndim)
+
+
+COLLECTIVE = re.compile(
+    r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\("
+)
+
+
+def collectives(compiled):
+    """Kind and result (dtype and shape as HLO writes them) of each collective, sorted."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = COLLECTIVE.search(line)
+        if match:
+            found += [(match[2], shape) for shape in re.findall(r"\w+\[[\d,]*\]", match[1])]
+    return sorted(found)

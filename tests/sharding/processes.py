@@ -1,0 +1,70 @@
+"""Real processes for the tests: started with free ports, watched, and never left behind."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# Without fused multiply-add in the instruction set nothing can be contracted (see EXACT_PRODUCTS).
+CAN_AVOID_CONTRACTION = platform.machine() in ("x86_64", "AMD64")
+
+
+def environment():
+    """The environment of a worker: the path of the tests, and no contraction."""
+    path = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    flags = [os.environ.get("XLA_FLAGS", "")]
+    if CAN_AVOID_CONTRACTION:
+        flags.append("--xla_cpu_max_isa=AVX")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "XLA_FLAGS": " ".join(flags)}
+
+
+def free_port():
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(script, *arguments, log):
+    """Starts a worker script, its output in the file `log`."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, str(HERE / script), *map(str, arguments)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+        )
+
+
+def run_alone(script, folder, timeout=240):
+    """Runs one worker on a folder, and returns what it prints in JSON as its last line."""
+    finished = subprocess.run(
+        [sys.executable, str(HERE / script), str(folder)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=timeout,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_together(script, config, folder, timeout):
+    """Runs `config["processes"]` workers that know of each other; fails unless all end well."""
+    config = {**config, "port": free_port()}
+    logs = [folder / f"process_{i}.log" for i in range(config["processes"])]
+    workers = []
+    try:
+        for i, log in enumerate(logs):
+            workers.append(start(script, json.dumps(config), i, log=log))
+        codes = [worker.wait(timeout) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert codes == [0] * len(workers), "\n".join(log.read_text() for log in logs)

@@ -1,0 +1,228 @@
+"""The step: the same bits on 8 devices as on 1, no communication but ZeRO's gather."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_adamax
+from optax_adamax import sharding
+from sharding.common import (
+    AXIS_TYPES,
+    CASES,
+    FORMATS,
+    HOST_MEMORY,
+    NEWLY_SPLIT,
+    OPTIONS,
+    assert_same_bits,
+    collectives,
+    exact_adamaxw,
+    is_at,
+    mesh_of,
+    random_like,
+    state_structs,
+    structs,
+)
+
+STEPS = 6
+
+
+def train(tx, params, state, **jit_options):
+    """Parameters and updates of every step, and the last state."""
+
+    @partial(jax.jit, donate_argnums=1, **jit_options)
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    history = []
+    for t in range(STEPS):
+        params, state, updates = step(params, state, random_like(params, t))
+        history.append((params, updates))
+    return history, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """The trajectory of each format on one device, without anything of `sharding`."""
+    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
+    return {
+        name: train(exact_adamaxw(name), params, exact_adamaxw(name).init(params))
+        for name in FORMATS
+    }
+
+
+@pytest.mark.parametrize(("name", "types", "options"), CASES)
+def test_trajectory(name, types, options, on_one_device):
+    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
+    tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
+    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    history, state = train(tx, params, state)
+    assert_same_bits((history, state), on_one_device[name])
+    assert all(is_at(u, params[k].sharding) for k, u in history[-1][1].items())
+    wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
+    assert jax.tree.all(jax.tree.map(is_at, state, wanted))
+
+
+@pytest.mark.parametrize("options", ["zero", pytest.param("host", marks=HOST_MEMORY)])
+def test_trajectory_on_axes_of_both_types(options, on_one_device):
+    """JAX 0.10.2 needs the out_shardings."""
+    params = random_like(structs(mesh_of(AXIS_TYPES["mixed"])), 99)
+    tx = sharding.keep_sharded(exact_adamaxw("float32"), params, **OPTIONS[options])
+    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
+    of_params = jax.tree.map(lambda p: p.sharding, params)
+    places = (of_params, wanted, of_params)
+    history, state = train(tx, params, state, out_shardings=places)
+    assert_same_bits((history, state), on_one_device["float32"])
+    assert jax.tree.all(jax.tree.map(is_at, state, wanted))
+
+
+@pytest.mark.parametrize("name", ["float32", "2 bytes"])
+def test_plain_jit_keeps_the_state_beside_the_parameters(name, on_one_device):
+    """No wrapper is needed without ZeRO and host memory."""
+    params = random_like(structs(mesh_of()), 99)
+    tx = exact_adamaxw(name)
+    history, state = train(tx, params, sharding.init_sharded(tx, params))
+    assert_same_bits((history, state), on_one_device[name])
+    wanted = sharding.state_shardings(tx, params)
+    assert jax.tree.all(jax.tree.map(is_at, state, wanted))
+    update = jax.jit(tx.update).lower(params, state, params).compile()
+    assert collectives(update) == []
+
+
+def gather_alone(updates):
+    """The collectives of nothing but bringing `updates` from ZeRO's shardings to their own."""
+    zero = sharding.state_shardings(optax.trace(0.9), updates, zero_axis="data").trace
+    split = {
+        name: jax.ShapeDtypeStruct(u.shape, u.dtype, sharding=zero[name])
+        for name, u in updates.items()
+    }
+    whole = {name: u.sharding for name, u in updates.items()}
+    return collectives(jax.jit(lambda u: u, out_shardings=whole).lower(split).compile())
+
+
+@pytest.mark.parametrize(("name", "types", "options"), CASES)
+def test_collectives(name, types, options):
+    params = structs(mesh_of(AXIS_TYPES[types]))
+    tx = optax_adamax.scale_by_adamax(**FORMATS[name])
+    kept = sharding.keep_sharded(tx, params, **OPTIONS[options])
+    state = state_structs(tx, params, **OPTIONS[options])
+    found = collectives(jax.jit(kept.update).lower(params, state, params).compile())
+    if "zero_axis" in OPTIONS[options]:
+        assert found == gather_alone(params)
+        assert [kind for kind, _ in found] == ["all-gather"] * len(NEWLY_SPLIT)
+    else:
+        assert found == []
+
+
+def network(mesh):
+    """A data-parallel step of a tensor-parallel network: parameters, batch and loss."""
+    params = {"in": P(None, "model"), "out": P("model", None), "bias": P()}
+    shapes = {"in": (16, 32), "out": (32, 8), "bias": (8,)}
+    params = {
+        name: jax.ShapeDtypeStruct(
+            shapes[name], np.float32, sharding=NamedSharding(mesh, params[name])
+        )
+        for name in params
+    }
+    batch = jax.ShapeDtypeStruct((64, 16), np.float32, sharding=NamedSharding(mesh, P("data")))
+
+    def loss(params, x):
+        hidden = jnp.tanh(x @ params["in"])
+        return jnp.mean((hidden @ params["out"] + jnp.expand_dims(params["bias"], 0)) ** 2)
+
+    return params, batch, loss
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("options", ["like parameters", "zero"])
+def test_collectives_of_a_train_step(name, options):
+    params, batch, loss = network(mesh_of())
+    tx = optax_adamax.adamax(1e-3, **FORMATS[name])
+    kept = sharding.keep_sharded(tx, params, **OPTIONS[options])
+    state = state_structs(tx, params, **OPTIONS[options])
+
+    def step(params, state, batch):
+        updates, state = kept.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    places = jax.tree.map(lambda p: p.sharding, params)
+    without = jax.jit(jax.grad(loss), out_shardings=places).lower(params, batch).compile()
+    found = collectives(jax.jit(step).lower(params, state, batch).compile())
+    wanted = collectives(without)
+    assert [kind for kind, _ in wanted].count("all-reduce") >= 3
+    if "zero_axis" in OPTIONS[options]:
+        wanted = sorted(wanted + gather_alone(params))
+    assert found == wanted
+
+
+@HOST_MEMORY
+@pytest.mark.parametrize("options", ["host", "zero and host"])
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_a_donated_state_in_host_memory_is_there_once(types, options):
+    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 0)
+    tx = sharding.keep_sharded(optax_adamax.adamax(0.1), params, **OPTIONS[options])
+    before = sharding.init_sharded(tx, params, **OPTIONS[options])
+    _, after = jax.jit(tx.update, donate_argnums=1)(params, before)
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert old.is_deleted()
+        assert new.sharding.memory_kind == "pinned_host"
+
+
+@pytest.mark.parametrize(("name", "types", "options"), CASES)
+def test_compiles_once(name, types, options, caplog):
+    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 0)
+    tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
+    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    update = jax.jit(tx.update)
+    gradients = [random_like(params, t) for t in range(3)]
+    with jax.log_compiles():
+        for g in gradients:
+            _, state = update(g, state, params)
+    assert [record.message.startswith("Compiling") for record in caplog.records].count(True) == 1
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_a_transformation_that_selects(types):
+    """Under explicit axes lax.select takes no two shardings, unlike the sums of Adamax."""
+
+    def update(updates, state, params=None):
+        trace = jax.tree.map(
+            lambda g, m, p: jnp.where(g > 0, m, jnp.where(m > p, g, p)),
+            updates,
+            state.trace,
+            params,
+        )
+        return trace, optax.TraceState(trace)
+
+    params = random_like({"wide": structs(mesh_of(AXIS_TYPES[types]))["wide"]}, 0)
+    tx = optax.GradientTransformation(optax.trace(0.9).init, update)
+    kept = sharding.keep_sharded(tx, params, zero_axis="data")
+    state = sharding.init_sharded(tx, params, zero_axis="data")
+    gradients = random_like(params, 1)
+    got = jax.jit(kept.update)(gradients, state, params)
+    g, p = np.asarray(gradients["wide"]), np.asarray(params["wide"])
+    wanted = {"wide": np.where(g > 0, 0, np.where(p < 0, g, p))}
+    assert_same_bits(got, (wanted, optax.TraceState(wanted)))
+
+
+def test_extra_arguments_reach_the_transformation():
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: g * value, updates), state
+
+    params = random_like({"wide": structs(mesh_of())["wide"]}, 0)
+    tx = optax.chain(
+        optax_adamax.scale_by_adamax(),
+        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update),
+    )
+    kept = sharding.keep_sharded(tx, params, zero_axis="data")
+    state = sharding.init_sharded(kept, params, zero_axis="data")
+    updates, _ = jax.jit(kept.update)(params, state, value=jnp.float32(3.0))
+    alone, _ = jax.jit(optax_adamax.scale_by_adamax().update)(params, state[0])
+    assert_same_bits(updates, jax.tree.map(lambda u: u * 3.0, alone))

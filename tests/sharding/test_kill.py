@@ -1,0 +1,90 @@
+"""A run killed at random moments, resumed each time, ends with the bits of an undisturbed one."""
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from sharding.processes import HERE, environment
+
+LIMIT = 120  # seconds for one life of the worker, which takes 3 to 10
+
+
+class Life:
+    """What one run of the worker said, and what was on disk when it ended."""
+
+    def __init__(self, folder, steps, delay=None):
+        """Runs it to the end, or kills it `delay` seconds after its first step."""
+        worker = subprocess.Popen(
+            [sys.executable, str(HERE / "worker_kill.py"), str(folder), str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        watchdog = threading.Timer(LIMIT, worker.kill)
+        watchdog.start()
+        errors = []
+        reader = threading.Thread(target=lambda: errors.append(worker.stderr.read()))
+        reader.start()
+        lines = []
+        killer = None
+        with worker.stdout:
+            for line in worker.stdout:
+                if not line.endswith("\n"):  # the kill came in the middle of the line
+                    break
+                lines.append(line.split())
+                if delay is not None and lines[-1][0] == "stepping":
+                    killer = threading.Timer(delay, worker.kill)
+                    killer.start()
+        code = worker.wait()
+        watchdog.cancel()
+        reader.join()
+        worker.stderr.close()
+        assert code == (0 if delay is None else -9), errors
+        assert killer is not None or delay is None, errors
+        self.torn = [words[1:] for words in lines if words[0] == "torn"]
+        ((self.start, self.resumed),) = [
+            (int(words[1]), words[2]) for words in lines if words[0] == "resumed"
+        ]
+        self.saving = {int(words[1]): words[2] for words in lines if words[0] == "saving"}
+        self.saved = [int(words[1]) for words in lines if words[0] == "saved"]
+        self.done = [words[2] for words in lines if words[0] == "done"]
+        self.on_disk = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        self.was_writing = any("tmp" in path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        3,
+        pytest.param(60, marks=pytest.mark.slow),  # 4 minutes on two busy cores
+    ],
+)
+def test_killed_at_random_moments(kills, tmp_path):
+    rng = np.random.default_rng(kills)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "undisturbed").mkdir()
+    lives = [Life(tmp_path / "killed", 1_000_000, delay) for delay in rng.uniform(0, 1.5, kills)]
+    steps = max([0, *(step for life in lives for step in life.saving)]) + 50
+    last = Life(tmp_path / "killed", steps)
+    undisturbed = Life(tmp_path / "undisturbed", steps)
+
+    assert last.done == undisturbed.done
+    known = {0: undisturbed.resumed, **undisturbed.saving}
+    for life in [*lives, last]:
+        # Whatever was written, read back, or found half-written and whole has the right bits.
+        assert life.saving.items() <= known.items()
+        assert known[life.start] == life.resumed
+        for name, outcome in life.torn:
+            assert outcome in ("refused", known[int(name.split(".")[0])])
+    for before, after in zip(lives, [*lives[1:], last], strict=True):
+        # Nothing is lost but the steps since the last finished checkpoint.
+        assert after.start == max([0, *before.on_disk])
+        assert after.start >= max([0, *before.saved])
+    if kills >= 50:
+        writing = sum(life.was_writing for life in lives)
+        refused = sum(outcome == "refused" for life in lives for _, outcome in life.torn)
+        assert min(writing, kills - writing, refused) >= kills // 10

@@ -1,0 +1,72 @@
+"""The table of state bytes is of the real code: on real devices it comes to the same."""
+
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+from optax_adamax import sharding
+from sharding.common import mesh_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import state_bytes
+
+    return state_bytes
+
+
+@pytest.mark.parametrize("name", ["float32", "4 bytes", "2 bytes"])
+@pytest.mark.parametrize("zero_axis", [None, "data"])
+def test_bytes_on_real_devices(name, zero_axis, table):
+    small = table.Transformer(64, 32, 2, 4, 2, 8, 48, tied=False)
+    tx = table.transformation(name)
+    told = table.state_bytes(
+        tx, small.parameters(AbstractMesh((4, 2), ("data", "model"))), zero_axis
+    )
+    params = jax.tree.map(
+        lambda p: jax.device_put(np.ones(p.shape, p.dtype), p.sharding),
+        small.parameters(mesh_of()),
+    )
+    state = sharding.init_sharded(tx, params, zero_axis=zero_axis)
+    for device in jax.devices():
+        shards = [
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        ]
+        assert sum(shards) == told
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [("1 B", 1_235_814_400), ("8 B", 8_030_261_248), ("70 B", 70_553_706_496)],
+)
+def test_the_models_have_as_many_parameters_as_published(model, count, table):
+    params = table.MODELS[model].parameters(mesh_of())
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(
+    "case", [("1 B", 512, "float32"), ("8 B", 8, "4 bytes"), ("70 B", 64, "2 bytes")]
+)
+def test_the_committed_table(case, table):
+    committed = json.loads((ROOT / "benchmarks" / "results" / "state_bytes.json").read_text())
+    wanted = table.row(*case)
+    assert wanted in committed["rows"]
+    assert len(committed["rows"]) == len(table.MODELS) * len(table.MESHES) * len(table.FORMATS)
+    scalars = 3 * 4  # two counts of steps, and the phase of v
+    assert abs(wanted["zero"] - wanted["unsplit"] - _eighth(wanted)) <= scalars
+
+
+def _eighth(row):
+    """What ZeRO leaves of the state, if all of it is split."""
+    return (row["like_parameters"] - row["unsplit"]) / row["mesh"]["data"]
