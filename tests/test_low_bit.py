@@ -1,0 +1,425 @@
+"""The invariants of low-bit state, against float64, and the mutants that must break them."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optax_adamax import FramedMaximum, _storage, decode_state, scale_by_adamax
+
+LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
+STEPS = 100_000 if LONG else 3_000
+
+M_DTYPES = ["float32", "bfloat16", "int8"]
+V_DTYPES = ["float32", "bfloat16", "uint8"]
+FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
+LOW_BIT = [x for x in FORMATS if x != ("float32", "float32")]
+
+# |log2(kept / exact)| of v within the range: a relative error of 2**-8, half a unit in the last
+# place of bfloat16 at worst, and half the distance of two uint8 codes at the bottom of an octave.
+V_OCTAVES = {"bfloat16": -np.log2(1 - 2**-8), "uint8": np.log2(1 + 1 / 12) + 1e-4}
+V_RANGE = {"bfloat16": (1e-36, 3e38), "uint8": (2**-29, 2**12.5)}
+
+
+def scan(gradients, state=None, b2_at=None, **rule):
+    """Runs scale_by_adamax(**rule), with b2_at[t] for b2 if given; the last state and all u, v."""
+    gradients = jnp.asarray(gradients, jnp.float32)
+    start, run = _compiled(tuple(sorted(rule.items())), b2_at is not None)
+    b2 = jnp.asarray(np.zeros(len(gradients)) if b2_at is None else b2_at, jnp.float32)
+    state, outputs = run(start(gradients[0]) if state is None else state, (gradients, b2))
+    return state, *(np.asarray(x, np.float64) for x in outputs)
+
+
+@functools.cache
+def _compiled(rule, traced_b2):
+    def body(state, x):
+        g, b2 = x
+        tx = scale_by_adamax(**dict(rule), **({"b2": b2} if traced_b2 else {}))
+        u, state = tx.update(g, state)
+        return state, (u, decode_state(state).v)
+
+    return scale_by_adamax(**dict(rule)).init, jax.jit(functools.partial(jax.lax.scan, body))
+
+
+def oracle_v(gradients, b2):
+    """v_t = max(b2_t v_{t-1}, |g_t|) in float64, all steps."""
+    v, steps = np.zeros(gradients.shape[1:]), []
+    for g, b in zip(
+        np.abs(np.float64(gradients)), np.broadcast_to(b2, len(gradients)), strict=True
+    ):
+        v = np.maximum(np.float64(b) * v, g)
+        steps.append(v)
+    return np.array(steps)
+
+
+def heavy_tails(steps, size=32, seed=0, decades=(-7, 1)):
+    """Student's t over decades, a third of it exact zeros; the second half of it is sparse."""
+    rng = np.random.default_rng(seed)
+    g = rng.standard_t(2, (steps, size)) * 10.0 ** rng.uniform(*decades, size)
+    g[rng.random(g.shape) < 1 / 3] = 0
+    g[steps // 2 :, : size // 4] = 0
+    return g.astype(np.float32)
+
+
+def assert_v_is_near(v, exact, v_dtype):
+    """Wherever the exact v is in the range of the format, and was never above it."""
+    low, high = V_RANGE[v_dtype]
+    within = (exact > low) & (np.maximum.accumulate(exact) < high)
+    octaves = np.abs(np.log2(v[within] / exact[within]))
+    assert np.all(octaves <= V_OCTAVES[v_dtype]), octaves.max()
+    return within.mean()
+
+
+# 1 and 2: v never drifts.
+
+
+def check_v_does_not_drift(v_dtype, b2=0.999, steps=STEPS):
+    gradients = heavy_tails(steps)
+    _, _, v = scan(gradients, b2=b2, eps=0.0, v_dtype=v_dtype)
+    assert assert_v_is_near(v, oracle_v(gradients, b2), v_dtype) > 0.5
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("b2", [0.5, 0.9, 0.999, 1 - 1e-6, 1.0])
+def test_v_does_not_drift(v_dtype, b2):
+    check_v_does_not_drift(v_dtype, b2)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", [x for x in LOW_BIT if x[1] != "float32"])
+def test_annealed_b2(m_dtype, v_dtype):
+    """b2 from 0.9 to 0.9999 in 20,000 steps, traced."""
+    steps = 20_000
+    gradients = heavy_tails(steps, size=16)
+    b2 = np.linspace(0.9, 0.9999, steps).astype(np.float32)
+
+    _, _, v = scan(gradients, b2_at=b2, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
+    assert assert_v_is_near(v, oracle_v(gradients, b2), v_dtype) > 0.5
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 1e3, width=32),
+            st.one_of(st.floats(0.25, 1, width=32), st.sampled_from([0.999, 0.0, 1.0, 2**-7])),
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_v_under_any_schedule_of_b2(v_dtype, steps):
+    gradients, b2 = (np.float32(x) for x in zip(*steps, strict=True))
+    padding = np.zeros(30 - len(gradients), np.float32)
+    gradients, b2 = np.append(gradients, padding)[:, None], np.append(b2, padding + 1)
+    _, _, v = scan(gradients, b2_at=b2, eps=0.0, v_dtype=v_dtype)
+    assert_v_is_near(v, oracle_v(gradients, b2), v_dtype)
+
+
+def test_bfloat16_codes_are_rounded_once():
+    """Each code is the bfloat16 of the exact v in the frame, whenever it was set."""
+    gradients = heavy_tails(STEPS)
+    state, _, _ = scan(gradients, eps=0.0, v_dtype="bfloat16")
+    w = oracle_v(gradients, 0.999)[-1] * 2.0 ** (float(state.v.phase) / 2**32 - 1)
+    ulp = 2.0 ** (np.floor(np.log2(np.maximum(w, 1e-30))) - 7)
+    kept = np.asarray(state.v.codes, np.float64)
+    assert np.all(np.abs(kept - w)[w > 1e-30] <= ulp[w > 1e-30])
+
+
+@pytest.mark.parametrize("phase", [0, 1, 2**31, 2**32 - 1])
+def test_all_codes_of_v_are_fixed_points(phase):
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    scale = _storage.scale_of(jnp.uint32(phase))
+    v = _storage.FramedUint8().decode_v(codes, 1 / scale)
+    assert np.all(np.diff(v) > 0)
+    np.testing.assert_array_equal(_storage.FramedUint8().encode_v(v * scale), codes)
+    mantissas = jnp.arange(0x3F80, 0x4080, dtype=jnp.uint16).view(jnp.bfloat16)
+    kept = _storage.FramedBfloat16()
+    np.testing.assert_array_equal(
+        kept.encode_v(kept.decode_v(mantissas, 1 / scale) * scale).astype(jnp.bfloat16), mantissas
+    )
+
+
+def test_all_codes_of_m_are_fixed_points():
+    codes = jnp.arange(-127, 128, dtype=jnp.int8)
+    ratio = _storage.RatioInt8()
+    m = ratio.decode_m(codes, jnp.float32(3.0))
+    assert np.all(np.diff(m) > 0) and m[127] == 0
+    for threshold in (0, 1 << 19):
+        kept = ratio.encode_m(m * 1.0001, jnp.float32(3.0), jnp.int32(threshold))
+        np.testing.assert_array_equal(kept, codes)
+    assert np.isnan(ratio.decode_m(jnp.int8(-128), jnp.float32(3.0)))
+
+
+# 3: the step bound.
+
+
+def step_bound(t, b1, b2):
+    return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))
+
+
+def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), eps=0.0, **rule):
+    b1, b2 = betas
+    gradients = np.asarray(gradients, np.float32).reshape(len(gradients), -1)
+    _, u, _ = scan(gradients, b1=b1, b2=b2, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, **rule)
+    t = np.arange(1, len(gradients) + 1)[:, None]
+    assert np.all(np.abs(u) <= step_bound(t, *betas) * (1 + 1e-6))
+
+
+SIZES = [0.0, 1e-45, 1e-38, 1e-20, 2**-30, 1e-8, 1e-3, 1.0, 5e3, 1e5, 1e30, 3.4e38]
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(SIZES), st.floats(-1, 1, width=32)), min_size=40, max_size=40
+    ),
+    st.sampled_from([(0.9, 0.999), (0.9, 0.99)]),
+    st.sampled_from(["max", "denominator"]),
+)
+def test_step_bound(m_dtype, v_dtype, gradients, betas, placement):
+    sequence = [size * x for size, x in gradients]
+    check_step_bound(sequence, m_dtype, v_dtype, betas, eps_placement=placement)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+def test_step_bound_where_it_is_tight(m_dtype, v_dtype):
+    t = np.arange(1, 400)[:, None]
+    scales = np.float64([1e-7, 1e-3, 1.0, 1e3, 1e6])
+    check_step_bound(0.999**t * scales, m_dtype, v_dtype)
+    check_step_bound(heavy_tails(2000, decades=(-12, 30)), m_dtype, v_dtype)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("sequence", [[3.4e38, 0.0, 3.4e38], [0.0, 0.0, 3.4e38, -3.4e38]])
+def test_step_bound_at_the_largest_numbers(m_dtype, v_dtype, sequence):
+    """1.25 v, and v itself when rounded up, are beyond float32 here (found by Hypothesis)."""
+    check_step_bound(sequence, m_dtype, v_dtype)
+    _, u, _ = scan(np.float32(sequence)[:, None], m_dtype=m_dtype, v_dtype=v_dtype)
+    assert np.all(u[np.array(sequence) != 0] != 0)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+def test_step_bound_at_the_smallest_numbers(m_dtype, v_dtype):
+    """v (1 - b1^t) is subnormal here, and flushed to zero (found by Hypothesis)."""
+    for zeros in (0, 5, 39):
+        check_step_bound([0.0] * zeros + [2.0**-126] * 3, m_dtype, v_dtype)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_gradients_are_loud_for_ever_and_alone(m_dtype, v_dtype, bad):
+    gradients = np.float32(np.random.default_rng(0).normal(size=(50, 4)))
+    gradients[10, 1] = bad
+    _, u, _ = scan(gradients, m_dtype=m_dtype, v_dtype=v_dtype)
+    assert np.all(np.isfinite(u[:10])) and np.all(np.isnan(u[10:, 1]))
+    assert np.all(np.isfinite(u[:, [0, 2, 3]]))
+
+
+# 4 and 5: silence.
+
+
+def check_momentum_dies(m_dtype, v_dtype):
+    """After the last gradient the update goes to zero, and the code of v to its floor."""
+    rng = np.random.default_rng(1)
+    gradients = np.zeros((30_000, 256), np.float32)
+    gradients[:100] = rng.normal(size=(100, 256)) * 10.0 ** rng.uniform(-5, 2, 256)
+    state, u, _ = scan(gradients, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
+    expected, _ = reference.run(gradients[:200], eps=0.0)
+    assert np.abs(u[199]).max() <= 1.5 * np.abs(expected[199]).max() + 2**-18
+    assert np.all(u[600:] == 0)
+    if v_dtype == "uint8":
+        assert np.all(np.asarray(state.v.codes) == 0)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", [x for x in LOW_BIT if x[0] == "int8"])
+def test_momentum_dies(m_dtype, v_dtype):
+    check_momentum_dies(m_dtype, v_dtype)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+def test_untouched_elements_stay_zero(m_dtype, v_dtype):
+    gradients = heavy_tails(1000)
+    gradients[:, :8] = 0
+    state, u, _ = scan(gradients, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
+    assert np.all(u[:, :8] == 0) and np.any(u[:, 8:] != 0)
+    codes = state.v.codes if isinstance(state.v, FramedMaximum) else state.v
+    assert np.all(np.asarray(codes, np.float64)[:8] == 0)
+    assert np.all(np.asarray(state.m, np.float64)[:8] == 0)
+
+
+def check_rounding_of_m_is_unbiased():
+    """The mean of what is kept is what was given, for any m between two codes."""
+    m = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, 500) ** 5, jnp.float32)
+    ratio, one = _storage.RatioInt8(), jnp.float32(1.0)
+
+    def error(t):
+        return ratio.decode_m(ratio.encode_m(m, one, _storage.threshold(t)), one) - m
+
+    steps = 20_000
+    bias = jax.jit(lambda: jax.lax.fori_loop(1, steps + 1, lambda t, x: x + error(t), 0 * m))()
+    spacing = np.maximum(np.abs(m) / 8, 1.25 * 2**-19)
+    assert np.all(np.abs(bias / steps) <= 1e-3 * spacing)
+
+
+def test_rounding_of_m_is_unbiased():
+    check_rounding_of_m_is_unbiased()
+
+
+# 6: the same codes everywhere.
+
+
+def check_resumed_run_is_the_run(m_dtype, v_dtype, resume):
+    """`resume` gets the state in the middle of a run, as a checkpoint would."""
+    gradients = heavy_tails(400)
+    rule = {"m_dtype": m_dtype, "v_dtype": v_dtype}
+    whole = scan(gradients, **rule)[0]
+    half = scan(gradients[:123], **rule)[0]
+    resumed = scan(gradients[123:], resume(half), **rule)[0]
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+def test_resumed_run_is_the_run(m_dtype, v_dtype):
+    check_resumed_run_is_the_run(
+        m_dtype, v_dtype, lambda s: jax.tree.map(lambda x: jnp.asarray(np.array(x)), s)
+    )
+
+
+def run_python(update, state, gradients):
+    for g in gradients:
+        _, state = update(g, state)
+    return state
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", [x for x in LOW_BIT if x[0] != "float32"])
+def test_same_codes_eager_jit_scan_vmap_and_sharded(m_dtype, v_dtype):
+    gradients = jnp.asarray(heavy_tails(60, size=64))
+    tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
+    start = tx.init(gradients[0])
+    eager = run_python(tx.update, start, gradients)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    others = {
+        "jit": run_python(jax.jit(tx.update), start, gradients),
+        "scan": scan(gradients, m_dtype=m_dtype, v_dtype=v_dtype)[0],
+        "sharded": run_python(
+            jax.jit(tx.update),
+            tx.init(jax.device_put(gradients[0], split)),
+            jax.device_put(gradients, jax.NamedSharding(mesh, jax.P(None, "x"))),
+        ),
+    }
+    for state in others.values():
+        jax.tree.map(np.testing.assert_array_equal, eager, state)
+    columns = gradients.reshape(60, 8, 8)
+    mapped = jax.vmap(tx.init)(columns[0])
+    mapped = run_python(jax.jit(jax.vmap(tx.update)), mapped, columns)
+    codes = jax.tree.map(lambda x: x.reshape(64) if x.ndim == 2 else x[0], mapped)
+    jax.tree.map(np.testing.assert_array_equal, eager, codes)
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+def test_a_change_of_b2_touches_only_later_steps(v_dtype):
+    gradients = heavy_tails(500)
+    state, _, _ = scan(gradients, v_dtype=v_dtype, eps=0.0)
+    before = decode_state(state).v
+    for b2 in (0.5, 0.99, 1.0):
+        other = scale_by_adamax(b2=b2, v_dtype=v_dtype, eps=0.0)
+        _, after = other.update(jnp.zeros(32), state)
+        large = np.asarray(before) > 1e-8
+        np.testing.assert_allclose(
+            decode_state(after).v[large], b2 * np.asarray(before)[large], rtol=2e-5
+        )
+
+
+# 7: bytes.
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+def test_state_bytes(m_dtype, v_dtype):
+    width = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+    params = {"a": jnp.zeros((300, 10)), "b": jnp.zeros(7)}
+    state = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init(params)
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    extra = 4 + 4 * (v_dtype in ("bfloat16", "uint8"))
+    assert size == 3007 * (width[m_dtype] + width[v_dtype]) + extra
+
+
+# The mutants. Each check above must see its own.
+
+
+@pytest.fixture
+def mutant(monkeypatch):
+    """Replaces something in the storage for one test, compiled programs included."""
+
+    def replace(name, value):
+        monkeypatch.setattr(_storage, name, value)
+        jax.clear_caches()
+
+    yield replace
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def altered_advance(alter):
+    original = _storage.advance
+    return lambda phase, b2: alter(phase, *original(phase, b2))
+
+
+def refolded(frame, k):
+    return frame._replace(folds=k, fold=jnp.exp2(-k.astype(jnp.float32)))
+
+
+MUTANTS = {
+    "the phase stands still": lambda old, new, frame: (old, frame),
+    "a fold too many": lambda old, new, frame: (new, refolded(frame, frame.folds * 2)),
+    "no fold": lambda old, new, frame: (new, refolded(frame, frame.folds * 0)),
+    "the phase of the step before": lambda old, new, frame: (
+        new,
+        frame._replace(scale=1 / frame.old_unit),
+    ),
+}
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_frames_are_seen(mutant, name, v_dtype):
+    mutant("advance", altered_advance(MUTANTS[name]))
+    b2 = 0.9 if name == "the phase of the step before" else 0.999
+    with pytest.raises(AssertionError):
+        check_v_does_not_drift(v_dtype, b2, steps=3000)
+
+
+def test_mutant_nearest_rounding_stalls(mutant):
+    mutant("threshold", lambda t: jnp.int32(1 << 19))
+    with pytest.raises(AssertionError):
+        check_momentum_dies("int8", "uint8")
+    with pytest.raises(AssertionError):
+        check_rounding_of_m_is_unbiased()
+
+
+def test_mutant_rounding_down_is_biased(mutant):
+    mutant("threshold", lambda t: jnp.int32(0))
+    with pytest.raises(AssertionError):
+        check_rounding_of_m_is_unbiased()
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+def test_mutant_resume_without_the_phase_is_seen(v_dtype):
+    def forget(state):
+        return state._replace(v=state.v._replace(phase=jnp.zeros((), jnp.uint32)))
+
+    with pytest.raises(AssertionError):
+        check_resumed_run_is_the_run("int8", v_dtype, forget)
+
+
+def test_mutant_without_the_limit_breaks_the_bound(monkeypatch):
+    monkeypatch.setattr("optax_adamax._rule.AdamaxRule.bound", lambda *_: jnp.float32(jnp.inf))
+    t = np.arange(1, 400)[:, None]
+    with pytest.raises(AssertionError):
+        check_step_bound(0.999**t * np.float64([1e-7, 1.0, 1e6]), "int8", "uint8")

@@ -1,0 +1,148 @@
+"""Low-bit state inside optax's wrappers: the same codes as without them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.tree
+import pytest
+
+from optax_adamax import adamax, decode_state, scale_by_adamax
+
+LOW_BIT = [("bfloat16", "bfloat16"), ("int8", "uint8"), ("int8", "bfloat16"), (None, "uint8")]
+FORMATS = pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+PARAMS = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
+
+
+def gradients(steps=12, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_t(2, p.shape), jnp.float32), PARAMS)
+        for _ in range(steps)
+    ]
+
+
+def run(tx, sequence, params=PARAMS):
+    """The last updates and state; optax's wrappers need the standard promotion of dtypes."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, state, update = None, tx.init(params), jax.jit(tx.update)
+        for g in sequence:
+            updates, state = update(g, state, params)
+    return updates, state
+
+
+def codes(state):
+    """The trees of m and of what is kept of v."""
+    v = optax.tree.get(state, "codes")
+    return optax.tree.get(state, "m"), v
+
+
+def assert_same_codes(state, other):
+    """Bit for bit, but for m in float32, of which XLA may contract the two operations."""
+
+    def same(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 if x.dtype == jnp.float32 else 0)
+
+    jax.tree.map(same, codes(state), codes(other))
+
+
+@FORMATS
+def test_multi_steps(m_dtype, v_dtype):
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    sequence = gradients()
+    halves = [g for pair in zip(sequence, sequence, strict=True) for g in pair]
+    _, state = run(optax.MultiSteps(tx, 2).gradient_transformation(), halves)
+    assert_same_codes(state, run(tx, sequence)[1])
+
+
+@FORMATS
+def test_masked_and_partition(m_dtype, v_dtype):
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    only_a = [{"a": g["a"]} for g in gradients()]
+    expected, plain = run(tx, only_a, {"a": PARAMS["a"]})
+    for wrapped in (
+        optax.masked(tx, {"a": True, "b": False}),
+        optax.partition({"x": tx, "y": optax.sgd(0.1)}, {"a": "x", "b": "y"}),
+    ):
+        updates, state = run(wrapped, gradients())
+        np.testing.assert_array_equal(updates["a"], expected["a"])
+        for tree, other in zip(codes(state), codes(plain), strict=True):
+            np.testing.assert_array_equal(tree["a"], other["a"])
+
+
+@FORMATS
+def test_flatten(m_dtype, v_dtype):
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    updates, state = run(optax.flatten(tx), gradients())
+    expected, plain = run(tx, gradients())
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    for flat, tree in zip(codes(state), codes(plain), strict=True):
+        leaves = [np.ravel(x) for x in jax.tree.leaves(tree)]
+        np.testing.assert_array_equal(flat, np.concatenate(leaves))
+
+
+@FORMATS
+def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    sequence = gradients()
+    bad = jax.tree.map(lambda g: g * jnp.nan, sequence[0])
+    updates, state = run(optax.apply_if_finite(tx, 3), [*sequence[:5], bad, *sequence[5:]])
+    expected, plain = run(tx, sequence)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    assert_same_codes(state, plain)
+
+
+@FORMATS
+def test_all_hyperparameters_injected(m_dtype, v_dtype):
+    """Traced, scheduled, and changed in mid-run; v follows the b2 of each step."""
+    make = optax.inject_hyperparams(adamax)
+    tx = make(0.1, b1=0.8, b2=lambda t: 0.9 + 0.005 * t, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
+    sequence = gradients(steps=12)
+    updates, state = run(tx, sequence)
+    v = np.zeros_like(PARAMS["b"])
+    for t, g in enumerate(sequence):
+        v = np.maximum(np.float32(0.9 + 0.005 * t) * v, np.abs(g["b"]))
+    kept = decode_state(state).inner_state[0].v["b"]
+    np.testing.assert_allclose(kept, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 12 + 1e-4}[v_dtype])
+    state.hyperparams["learning_rate"] = jnp.float32(0.0)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = jax.jit(tx.update)(sequence[0], state, PARAMS)
+    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+
+
+@FORMATS
+def test_vmap_over_b2(m_dtype, v_dtype):
+    """A batch of runs, each with its own b2, phase and fold, is these runs."""
+    sequence = jnp.stack([g["b"] for g in gradients(steps=30)])
+
+    def train(b2):
+        tx = scale_by_adamax(b2=b2, m_dtype=m_dtype, v_dtype=v_dtype)
+        return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(sequence[0]), sequence)[0]
+
+    b2 = jnp.array([0.95, 0.99, 0.999])
+    batch = jax.jit(jax.vmap(train))(b2)
+    for i, value in enumerate(b2):
+        single = jax.jit(train)(value)
+        row = jax.tree.map(lambda x: x[i], batch)  # noqa: B023
+        assert_same_codes(row, single)
+        assert row.v.phase == single.v.phase
+
+
+@FORMATS
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_every_parameter_dtype(m_dtype, v_dtype, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
+        sequence = [g["b"].astype(dtype) for g in gradients()]
+        state = tx.init(sequence[0])
+        kinds = jax.tree.map(jnp.result_type, state)
+        for g in sequence:
+            u, state = jax.jit(tx.update)(g, state)
+            assert u.dtype == dtype and jax.tree.map(jnp.result_type, state) == kinds
+        wide = scale_by_adamax()
+        exact = wide.init(sequence[0])
+        for g in sequence:
+            expected, exact = wide.update(g, exact)
+        np.testing.assert_allclose(np.float64(u), np.float64(expected), atol=0.2)
+        v = np.float64(decode_state(state).v)
+        np.testing.assert_allclose(v, np.float64(exact.v), rtol=1 / 12 + 1e-4)

@@ -1,0 +1,104 @@
+"""The compiled update lowers for every platform, as elementwise arithmetic in wide floats.
+
+No accelerator is needed for that: `jax.export` translates for platforms that are not there.
+"""
+
+import functools
+import re
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_adamax import scale_by_adamax
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# A storage format gets a row, with the dtypes of the parameters that it is for.
+REAL = ("float32", "bfloat16", "float16", "float64")
+COMPLEX = ("complex64", "complex128")
+OPTIONS = {
+    "default": ({}, REAL + COMPLEX),
+    "denominator": ({"eps_placement": "denominator"}, REAL + COMPLEX),
+    "no bias correction": ({"bias_correction": False}, REAL + COMPLEX),
+    "nesterov": ({"nesterov": True}, REAL + COMPLEX),
+    "float32": ({"m_dtype": "float32", "v_dtype": "float32"}, REAL + COMPLEX),
+    "float64": ({"m_dtype": "float64", "v_dtype": "float64"}, ("float64", "complex128")),
+    "bfloat16": ({"m_dtype": "bfloat16", "v_dtype": "bfloat16"}, REAL),
+    "8 bits": ({"m_dtype": "int8", "v_dtype": "uint8"}, REAL),
+    "8 bits, nesterov": ({"m_dtype": "int8", "v_dtype": "uint8", "nesterov": True}, REAL),
+    "8 bits of v": ({"v_dtype": "uint8"}, REAL),
+}
+
+# What each element needs of itself alone, and the scalars that are the same for all.
+ARITHMETIC = {"abs", "add", "divide", "maximum", "minimum", "multiply", "negate", "subtract"}
+ARITHMETIC |= {"exponential", "exponential_minus_one", "log_plus_one", "sqrt"}
+ELEMENTWISE = ARITHMETIC | {"bitcast_convert", "broadcast_in_dim", "compare", "complex", "constant"}
+ELEMENTWISE |= {"convert", "floor", "imag", "is_finite", "or", "real", "reduce_precision", "select"}
+ELEMENTWISE |= {"round_nearest_even", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
+ELEMENTWISE |= {"case", "return"}  # a choice of platform, at compile time
+
+every_case = pytest.mark.parametrize(
+    ("option", "dtype"),
+    [(option, dtype) for option, (_, dtypes) in OPTIONS.items() for dtype in dtypes],
+)
+
+
+def is_wide(dtype):
+    return dtype in ("float64", "complex128")
+
+
+@functools.cache
+def exported(option, dtype, x64=None):
+    """The update, lowered for all platforms at once, for parameters of this dtype."""
+    with jax.enable_x64(is_wide(dtype) if x64 is None else x64):
+        tx = scale_by_adamax(**OPTIONS[option][0])
+        gradient = jax.ShapeDtypeStruct((4, 3), dtype)
+        state = jax.eval_shape(tx.init, gradient)
+        return jax.export.export(jax.jit(tx.update), platforms=PLATFORMS)(gradient, state)
+
+
+def lines_of(lowered):
+    """The lines of the program that compute, without their places in the source."""
+    lines = re.sub(r" loc\(.*", "", lowered.mlir_module()).splitlines()
+    return [line for line in lines if re.search(r"\b(stablehlo|chlo)\.", line)]
+
+
+@every_case
+def test_lowers_for_every_platform(option, dtype):
+    lowered = exported(option, dtype)
+    assert lowered.platforms == PLATFORMS
+    assert lowered.out_avals == lowered.in_avals
+
+
+@every_case
+def test_every_operation_is_elementwise(option, dtype):
+    """No reduction, reshape, gather or call of a library: it shards, maps and fuses as it is."""
+    program = "\n".join(lines_of(exported(option, dtype)))
+    names = set(re.findall(r"\b(?:stablehlo|chlo)\.(\w+)", program))
+    assert {"divide", "maximum", "multiply"} <= names <= ELEMENTWISE
+
+
+@every_case
+def test_arithmetic_is_in_float32_but_for_wide_parameters(option, dtype):
+    program = lines_of(exported(option, dtype, x64=True))
+    arithmetic = [line for line in program if set(re.findall(r"\w+", line)) & ARITHMETIC]
+    floats = set(re.findall(r"[x<](b?f\d+)>", " ".join(arithmetic)))
+    assert floats <= {"f32", "f64"} if is_wide(dtype) else floats == {"f32"}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_exported_program_computes_what_jit_computes(option):
+    options, dtypes = OPTIONS[option]
+    with jax.enable_x64(is_wide(dtypes[0])):
+        tx, lowered = scale_by_adamax(**options), exported(option, dtypes[0])
+        gradient = jnp.linspace(-1, 1, 12).reshape(4, 3).astype(dtypes[0])
+        state = tx.init(gradient)
+        for _ in range(2):
+            updates, expected = jax.jit(tx.update)(gradient, state)
+            actual, state = lowered.call(gradient, state)
+            # C_t, a scalar function of t that limits the step, may be rounded otherwise.
+            np.testing.assert_allclose(actual, updates, rtol=2 * jnp.finfo(dtypes[0]).eps)
+            jax.tree.map(np.testing.assert_array_equal, state, expected)

@@ -1,0 +1,103 @@
+"""Each notebook is its script, executed: `notebooks/sync.py --check`."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def sync():
+    spec = importlib.util.spec_from_file_location("sync", NOTEBOOKS / "sync.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_notebooks_are_in_step(sync):
+    notebooks = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
+    assert "quickstart" in notebooks
+    assert {script.stem for script in sync.scripts(NOTEBOOKS)} == notebooks
+    assert sync.faults(NOTEBOOKS) == []
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), "utf-8")
+
+
+def edit_notebook(path: Path, change: Callable[[nbformat.NotebookNode], object]) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    change(notebook)
+    nbformat.write(notebook, path)
+
+
+def make_raw(notebook: nbformat.NotebookNode) -> None:
+    cell = notebook.cells[0]
+    notebook.cells[0] = nbformat.v4.new_raw_cell(cell.source, id=cell.id)
+
+
+DRIFT = {
+    "code edited": (
+        lambda folder: edit(folder / "quickstart.py", "import jax\n", "import jax  # !\n"),
+        "quickstart.ipynb: cell 1 is not that of quickstart.py",
+    ),
+    "text edited": (
+        lambda folder: edit(folder / "quickstart.py", "# # Quickstart", "# # Slow start"),
+        "quickstart.ipynb: cell 0 is not that of quickstart.py",
+    ),
+    "kind of cell changed": (
+        lambda folder: edit_notebook(folder / "quickstart.ipynb", make_raw),
+        "quickstart.ipynb: cell 0 is not that of quickstart.py",
+    ),
+    "last cell lost": (
+        lambda folder: edit_notebook(folder / "quickstart.ipynb", lambda n: n.cells.pop()),
+        "is not that of quickstart.py",
+    ),
+    "not executed": (
+        lambda folder: edit_notebook(
+            folder / "quickstart.ipynb", lambda n: n.cells[1].update(execution_count=None)
+        ),
+        "quickstart.ipynb was not executed once from top to bottom",
+    ),
+    "no notebook": (
+        lambda folder: (folder / "quickstart.ipynb").unlink(),
+        "quickstart.ipynb does not exist",
+    ),
+    "no script": (
+        lambda folder: (folder / "quickstart.py").unlink(),
+        "quickstart.py does not exist",
+    ),
+}
+
+
+@pytest.mark.parametrize(("drift", "fault"), DRIFT.values(), ids=DRIFT.keys())
+def test_drift_is_found(sync, tmp_path, drift, fault):
+    for name in ("quickstart.py", "quickstart.ipynb"):
+        shutil.copy(NOTEBOOKS / name, tmp_path)
+    assert sync.faults(tmp_path) == []
+    drift(tmp_path)
+    faults = sync.faults(tmp_path)
+    assert len(faults) == 1
+    assert fault in faults[0]
+
+
+def test_check_fails_as_a_command(tmp_path):
+    for name in ("sync.py", "quickstart.py", "quickstart.ipynb"):
+        shutil.copy(NOTEBOOKS / name, tmp_path)
+    command = [sys.executable, str(tmp_path / "sync.py"), "--check"]
+    in_step = subprocess.run(command, capture_output=True, text=True)
+    assert (in_step.returncode, in_step.stderr) == (0, "")
+    edit(tmp_path / "quickstart.py", "BATCH, EPOCHS = 50", "BATCH, EPOCHS = 51")
+    drifted = subprocess.run(command, capture_output=True, text=True)
+    assert drifted.returncode == 1
+    assert "quickstart.ipynb: cell 1" in drifted.stderr

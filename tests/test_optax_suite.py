@@ -1,0 +1,76 @@
+"""optax's own suite, run with our functions in place of its own: see optax_suite_plugin.py."""
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import optax
+from optax_suite_plugin import CASES, FEWEST_CASES_OF_ANOTHER_VERSION
+
+# A plugin that leaves of our functions nothing but their signatures.
+REFUSE = """
+import functools
+import optax
+import optax_adamax
+
+def refuse(params):
+    raise AssertionError("our init was called")
+
+def without_init(constructor):
+    @functools.wraps(constructor)
+    def construct(*args, **kwargs):
+        return optax.GradientTransformationExtraArgs(refuse, constructor(*args, **kwargs).update)
+    return construct
+
+for name in ("adamax", "adamaxw", "scale_by_adamax"):
+    setattr(optax_adamax, name, without_init(getattr(optax_adamax, name)))
+"""
+
+
+def run_suite(directory, *plugins):
+    """Outcomes of the swapped suite in a fresh process, counted: {"passed": 63}, and its output.
+
+    The process sees no configuration of ours: optax's own code fails our strict modes.
+    """
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-c", str(directory / "pytest.ini"), "--rootdir", str(directory)]
+    for plugin in (*plugins, "optax_suite_plugin"):
+        command += ["-p", plugin]
+    path = [str(Path(__file__).parent), str(directory), os.environ.get("PYTHONPATH")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
+    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.run(
+        [*command, str(Path(optax.__file__).parent)],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    summary = " ".join(process.stdout.splitlines()[-1:])
+    words = r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)"
+    outcomes = Counter({word: int(number) for number, word in re.findall(words, summary)})
+    return outcomes, process.stdout + process.stderr
+
+
+def is_every_case(number):
+    """Whether `number` cases are all that the installed optax has."""
+    known = CASES.get(optax.__version__)
+    return number == known if known else number >= FEWEST_CASES_OF_ANOTHER_VERSION
+
+
+def test_optax_suite_passes_with_our_functions(tmp_path):
+    outcomes, output = run_suite(tmp_path)
+    assert set(outcomes) == {"passed"} and is_every_case(outcomes["passed"]), output
+
+
+def test_every_case_calls_our_functions(tmp_path):
+    """The proof that the swap is effective: without our `init` no case passes."""
+    (tmp_path / "refuse.py").write_text(REFUSE)
+    outcomes, output = run_suite(tmp_path, "refuse")
+    assert set(outcomes) == {"failed"} and is_every_case(outcomes["failed"]), output
+    assert output.count("our init was called") >= outcomes["failed"]

@@ -1,0 +1,40 @@
+"""The README says what the committed results say, and its code runs."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_tables_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import readme
+
+    assert readme.filled(README) == README
+    changed = README.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
+    assert changed != README and readme.filled(changed) == README
+
+
+def test_every_result_says_where_it_comes_from():
+    results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        made = json.loads(path.read_text("utf-8"))["provenance"]
+        assert made["command"].startswith("python -m benchmarks."), path
+        assert made["machine"] and made["versions"]["jax"] and "seeds" in made
+
+
+@pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```", README, re.M | re.S))
+def test_code_in_the_readme_runs(code):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_paths_in_the_readme_exist():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,185 @@
+"""Conversion between storage formats, and states that the transformation must refuse."""
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adamax import (
+    FramedMaximum,
+    ScaleByAdamaxState,
+    adamax,
+    decode_state,
+    encode_state,
+    scale_by_adamax,
+)
+
+M_DTYPES = [None, "float32", "bfloat16", "int8"]
+V_DTYPES = [None, "float32", "bfloat16", "uint8"]
+FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
+PARAMS = {"a": jnp.ones((3, 5)), "b": {"c": jnp.ones(()), "n": None}}
+V_ERROR = {None: 1e-6, "float32": 1e-6, "bfloat16": 2**-8, "uint8": 1 / 12 + 1e-4}
+
+
+def trained(m_dtype=None, v_dtype=None, steps=20):
+    """A chain, its state after some steps, and the gradients of these steps."""
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    state = tx.init(PARAMS)
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        g = jax.tree.map(lambda p: jnp.asarray(rng.standard_t(2, p.shape), jnp.float32), PARAMS)
+        _, state = jax.jit(tx.update)(g, state)
+    return tx, state
+
+
+def moments(state):
+    floats = decode_state(state)[0]
+    return jax.tree.leaves(floats.m), jax.tree.leaves(floats.v)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+def test_decoded_states_are_floats_near_the_float32_run(m_dtype, v_dtype):
+    _, state = trained(m_dtype, v_dtype)
+    _, exact = trained()
+    floats = decode_state(state)
+    assert isinstance(floats, tuple) and isinstance(floats[0], ScaleByAdamaxState)
+    assert jax.tree.structure(floats) == jax.tree.structure(exact)
+    for m, v, exact_m, exact_v in zip(*moments(state), *moments(exact), strict=True):
+        assert m.dtype == v.dtype == jnp.float32
+        np.testing.assert_allclose(v, exact_v, rtol=V_ERROR[v_dtype])
+        m_error = {"bfloat16": 2**-7, "int8": 0.15}.get(m_dtype, 1e-6)
+        assert np.all(np.abs(m - exact_m) <= m_error * exact_v)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+@pytest.mark.parametrize("other", [(None, None), ("bfloat16", "bfloat16"), ("int8", "uint8")])
+def test_conversion_in_mid_run(m_dtype, v_dtype, other):
+    """A converted state holds the same moments but for one rounding, and the run goes on."""
+    _, state = trained(*other)
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    converted = encode_state(state, m_dtype, v_dtype)
+    assert jax.tree.structure(converted) == jax.tree.structure(tx.init(PARAMS))
+    assert int(converted[0].count) == 20
+    m_error = {"bfloat16": 2**-7, "int8": 0.15}.get(m_dtype, 1e-6)
+    for m, v, old_m, old_v in zip(*moments(converted), *moments(state), strict=True):
+        np.testing.assert_allclose(v, old_v, rtol=V_ERROR[v_dtype])
+        assert np.all(np.abs(m - old_m) <= m_error * old_v)
+    g = jax.tree.map(jnp.ones_like, PARAMS)
+    u, after = jax.jit(tx.update)(g, converted)
+    exact, _ = adamax(0.1).update(g, decode_state(state))
+    for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(x, y, atol=0.1 * 0.25)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, converted)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+def test_conversion_to_the_same_format_keeps_every_bit(m_dtype, v_dtype):
+    _, state = trained(m_dtype, v_dtype)
+    same = encode_state(state, m_dtype, v_dtype)
+    jax.tree.map(np.testing.assert_array_equal, state, same)
+    floats = decode_state(state)
+    jax.tree.map(np.testing.assert_array_equal, floats, decode_state(floats))
+
+
+def test_conversion_of_a_chain_with_wrappers():
+    def make(**formats):
+        inner = optax.masked(adamax(0.1, **formats), {"a": True, "b": False})
+        return optax.MultiSteps(optax.chain(optax.clip(1.0), inner), 2).gradient_transformation()
+
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    wide, low = make(), make(m_dtype="int8", v_dtype="uint8")
+    with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps needs it
+        _, state = wide.update(params, wide.init(params), params)
+    converted = encode_state(state, "int8", "uint8")
+    assert jax.tree.structure(converted) == jax.tree.structure(low.init(params))
+    with jax.numpy_dtype_promotion("standard"):
+        low.update(params, converted, params)
+    assert jax.tree.structure(decode_state(converted)) == jax.tree.structure(state)
+
+
+def test_lost_moments_stay_lost_in_every_format():
+    tx = scale_by_adamax()
+    _, state = tx.update(jnp.array([1.0, jnp.nan]), tx.init(jnp.ones(2)))
+    low = encode_state(state, "int8", "uint8")
+    assert np.asarray(low.m)[1] == -128 and np.isfinite(np.asarray(decode_state(low).m)[0])
+    assert np.isnan(decode_state(low).m[1])
+    u, _ = scale_by_adamax(m_dtype="int8", v_dtype="uint8").update(jnp.ones(2), low)
+    assert np.isfinite(u[0]) and np.isnan(u[1])
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", [(None, "uint8"), ("int8", "bfloat16")])
+def test_framed_state_in_optax_and_flax(m_dtype, v_dtype):
+    tx, state = trained(m_dtype, v_dtype)
+    assert isinstance(optax.tree.get(state, "v"), FramedMaximum)
+    phase = optax.tree.get(state, "phase")
+    assert phase.dtype == jnp.uint32 and phase > 0
+    moved = optax.tree.set(state, phase=jnp.uint32(7))
+    assert int(moved[0].v.phase) == 7
+    seen = []
+    mapped = optax.tree.map_params(tx, lambda x: seen.append(x.shape) or x, state)
+    assert sorted(seen) == [(), (), (3, 5), (3, 5)]
+    jax.tree.map(np.testing.assert_array_equal, mapped, state)
+    restored = flax.serialization.from_bytes(tx.init(PARAMS), flax.serialization.to_bytes(state))
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert jax.tree.map(jnp.result_type, restored) == jax.tree.map(jnp.result_type, state)
+
+
+@pytest.mark.parametrize("m_dtype, v_dtype", [(None, None), ("bfloat16", "uint8")])
+def test_empty_trees_and_arrays(m_dtype, v_dtype):
+    tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
+    for params in ({}, {"a": jnp.zeros((0, 3))}, [None]):
+        _, state = tx.update(params, tx.init(params))
+        same = encode_state(decode_state(state), m_dtype, v_dtype)
+        assert jax.tree.structure(same) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize(
+    "built, given, words",
+    [
+        (("int8", "uint8"), (None, None), "keeps m as float32, but the transformation was built"),
+        ((None, None), ("int8", None), "keeps m as int8"),
+        ((None, "uint8"), (None, "bfloat16"), "keeps v as bfloat16"),
+        ((None, None), (None, "uint8"), "keeps v as uint8"),
+        ((None, "bfloat16"), (None, None), "encode_state(state, m_dtype, v_dtype)"),
+        (("bfloat16", None), ("float32", None), "keeps m as float32"),
+        (("float32", None), ("bfloat16", None), "keeps m as bfloat16"),
+    ],
+)
+def test_state_of_another_format_is_refused(built, given, words):
+    with pytest.raises(TypeError) as raised:
+        scale_by_adamax(m_dtype=built[0], v_dtype=built[1]).update(
+            PARAMS, scale_by_adamax(m_dtype=given[0], v_dtype=given[1]).init(PARAMS)
+        )
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.9), (0.99, 0.9), (0.5, 0.0)])
+def test_int8_m_needs_its_bound(betas):
+    with pytest.raises(ValueError, match="m_dtype=int8 needs b1 < b2"):
+        scale_by_adamax(*betas, m_dtype="int8")
+    scale_by_adamax(*betas, m_dtype="bfloat16", v_dtype="uint8")
+
+
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype",
+    [("int8", None), ("bfloat16", None), (None, "bfloat16"), (None, "uint8"), ("int8", "uint8")],
+)
+def test_moments_of_complex_parameters_in_few_bits(m_dtype, v_dtype):
+    z = jnp.ones(3, jnp.complex64)
+    with pytest.raises(TypeError, match="split_real_and_imaginary"):
+        scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init(z)
+    with pytest.raises(TypeError, match="split_real_and_imaginary"):
+        encode_state(scale_by_adamax().init(z), m_dtype, v_dtype)
+    tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
+    tx = optax.contrib.split_real_and_imaginary(tx)
+    with jax.numpy_dtype_promotion("standard"):  # optax's wrapper needs it
+        u, _ = tx.update((3 + 4j) * z, tx.init(z))
+    np.testing.assert_allclose(u, (1 + 1j) * np.ones(3), rtol=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["m_dtype", "v_dtype"])
+def test_conversion_to_no_format(dtype):
+    with pytest.raises(ValueError, match=f"{dtype} must be None or one of"):
+        encode_state(scale_by_adamax().init(PARAMS), **{dtype: "float16"})

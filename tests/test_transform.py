@@ -1,0 +1,307 @@
+"""The update against the float64 oracle, against the installed optax, and against the paper."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import optax_adamax
+from optax_adamax import adamax, adamaxw, scale_by_adamax
+
+RULES = [
+    {},
+    {"eps": 0.0},
+    {"eps": 1e-3},
+    {"eps": 1e-3, "eps_placement": "denominator"},
+    {"bias_correction": False},
+    {"nesterov": True},
+    {"nesterov": True, "bias_correction": False, "eps_placement": "denominator"},
+    {"b1": 0.0},
+    {"b2": 0.0},
+    {"b2": 0.0, "eps": 0.0},
+    {"b2": 1.0},
+    {"b1": 0.99, "b2": 0.9},
+]
+
+
+def awkward_gradients(steps=50, size=64, seed=0):
+    """Heavy tails over twelve decades, with exact zeros, a dead element and a spike."""
+    rng = np.random.default_rng(seed)
+    g = rng.standard_t(2, (steps, size)) * 10.0 ** rng.uniform(-9, 3, size)
+    g[rng.random(g.shape) < 0.2] = 0.0
+    g[:, 0] = 0.0
+    g[7, 1] = 1e20
+    return g
+
+
+def run(tx, gradients, params=None):
+    """Directions and last state of a compiled run, as NumPy arrays."""
+    params = jnp.zeros_like(gradients[0]) if params is None else params
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    directions = []
+    for g in gradients:
+        u, state = update(jnp.asarray(g), state)
+        directions.append(np.asarray(u))
+    return np.array(directions), state
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_float64_is_the_oracle(rule):
+    gradients = awkward_gradients()
+    with jax.enable_x64(True):
+        u, state = run(scale_by_adamax(**rule), jnp.asarray(gradients))
+    expected, moments = reference.run(gradients, **rule)
+    np.testing.assert_allclose(u, expected, rtol=1e-11, atol=0)
+    np.testing.assert_allclose(state.m, moments.m, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(state.v, moments.v, rtol=1e-14, atol=0)
+    assert int(state.count) == moments.t
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_complex_moments_use_the_modulus(rule):
+    gradients = awkward_gradients() + 1j * awkward_gradients(seed=1)
+    with jax.enable_x64(True):
+        u, state = run(scale_by_adamax(**rule), jnp.asarray(gradients))
+    assert state.v.dtype == np.float64
+    expected, moments = reference.run(gradients, **rule)
+    np.testing.assert_allclose(u, expected, rtol=1e-11, atol=1e-300)
+    np.testing.assert_allclose(state.m, moments.m, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16], ids=lambda d: d.__name__)
+def test_float32_arithmetic_for_every_real_dtype(rule, dtype):
+    gradients = (awkward_gradients() % 6e4).astype(dtype)
+    u, state = run(scale_by_adamax(**rule), gradients)
+    assert u.dtype == dtype and state.m.dtype == state.v.dtype == np.float32
+    expected, moments = reference.run(gradients.astype(np.float64), **rule)
+    # m is a sum of terms of either sign: its error is measured in the largest of them.
+    scale = np.abs(gradients.astype(np.float64)).max(0)
+    assert np.all(np.abs(state.m - moments.m) <= 1e-6 * scale)
+    np.testing.assert_allclose(state.v, moments.v, rtol=1e-5)
+    limit = float(jnp.finfo(dtype).max)
+    ulp = float(jnp.finfo(dtype).eps)
+    m_hat_scale = np.maximum(np.abs(expected), 10 * scale / np.maximum(moments.v, 1e-30))
+    error = np.abs(u.astype(np.float64) - np.clip(expected, -limit, limit))
+    assert np.all(error <= ulp * np.abs(expected) + 1e-5 * m_hat_scale)
+
+
+def test_optax_trajectory_in_float32():
+    """m and v are optax's bit for bit; the steps differ by the bias correction alone."""
+    gradients = awkward_gradients().astype(np.float32)
+    ours, state = run(scale_by_adamax(), gradients)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs, optax_state = run(optax.scale_by_adamax(), gradients)
+    np.testing.assert_array_equal(state.m, optax_state.mu)
+    np.testing.assert_array_equal(state.v, optax_state.nu)
+    np.testing.assert_allclose(ours, theirs, rtol=8 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("b1", [0.9, 0.99, 0.999, 0.9999, 0.9999999])
+def test_bias_correction_is_nearer_to_the_oracle_than_optax(b1):
+    gradients = np.ones((200, 1), np.float32)
+    expected, _ = reference.run(gradients, b1=b1)
+    ours, state = run(scale_by_adamax(b1), gradients)
+    with jax.numpy_dtype_promotion("standard"):
+        theirs, optax_state = run(optax.scale_by_adamax(b1), gradients)
+    np.testing.assert_array_equal(state.m, optax_state.mu)
+    # In the first step m is exact, so that nothing but the correction is seen.
+    np.testing.assert_allclose(ours[0], expected[0], rtol=3 * 2**-23)
+    our_error, their_error = (np.abs(x - expected).max() for x in (ours, theirs))
+    assert our_error <= their_error
+    if b1 == 0.9999999:
+        assert theirs[0, 0] == pytest.approx(0.83886, rel=1e-4)
+
+
+def test_positional_arguments_are_those_of_optax():
+    gradients = awkward_gradients().astype(np.float32)
+    params = jnp.ones(64)
+    pairs = [
+        (adamax(0.1, 0.8, 0.95, 1e-3), optax.adamax(0.1, 0.8, 0.95, 1e-3)),
+        (adamaxw(0.1, 0.8, 0.95, 1e-3, 0.2), optax.adamaxw(0.1, 0.8, 0.95, 1e-3, 0.2)),
+        (
+            adamaxw(0.1, 0.8, 0.95, 1e-3, 0.2, lambda p: False),
+            optax.adamaxw(0.1, 0.8, 0.95, 1e-3, 0.2, lambda p: False),
+        ),
+    ]
+    for ours, theirs in pairs:
+        with jax.numpy_dtype_promotion("standard"):
+            p, q = params, params
+            s, r = ours.init(p), theirs.init(q)
+            for g in gradients:
+                u, s = jax.jit(ours.update)(g, s, p)
+                w, r = jax.jit(theirs.update)(g, r, q)
+                p, q = optax.apply_updates(p, u), optax.apply_updates(q, w)
+        np.testing.assert_allclose(p, q, rtol=3e-6, atol=1e-6)
+
+
+def heavy_tails():
+    sizes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1e-8, 1e-3, 1.0, 1e5, 1e30, 3.4e38])
+    signed = st.tuples(sizes, st.floats(-1, 1, width=32)).map(lambda x: x[0] * x[1])
+    return st.lists(signed, min_size=1, max_size=40)
+
+
+def step_bound(t, b1, b2):
+    """C_t of |update_t| <= lr C_t."""
+    if b2 == 0:
+        return np.inf
+    return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))
+
+
+@given(
+    heavy_tails(),
+    st.sampled_from([(0.9, 0.999), (0.95, 0.999), (0.0, 0.5), (0.9, 1.0), (0.9, 0.99)]),
+    st.sampled_from([0.0, 1e-8]),
+    st.sampled_from(["max", "denominator"]),
+)
+def test_step_bound(gradients, betas, eps, placement):
+    tx = scale_by_adamax(*betas, eps, eps_placement=placement)
+    u, _ = run(tx, np.float32(gradients))
+    t = np.arange(1, len(gradients) + 1)
+    assert np.all(np.abs(u) <= step_bound(t, *betas) * (1 + 1e-6))
+
+
+def test_step_bound_is_reached():
+    t = np.arange(1, 201)
+    u, _ = run(scale_by_adamax(eps=0.0), np.float32(0.999**t))
+    np.testing.assert_allclose(u, step_bound(t, 0.9, 0.999), rtol=3e-6)
+
+
+PARAM_DTYPES = ["float32", "float64", "bfloat16", "float16", "complex64"]
+
+
+@pytest.mark.parametrize("dtype", PARAM_DTYPES)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_v_decays_in_every_dtype(dtype, jit):
+    """One gradient of 1, then 2,000 of 1e-6: v must be 0.999**2000 = 0.135."""
+    with jax.enable_x64(dtype == "float64"):
+        tx = scale_by_adamax()
+        params = jnp.zeros(1, dtype)
+        steps = 2000 if jit else 20
+
+        def body(state, _):
+            return tx.update(jnp.full(1, 1e-6, dtype), state)[1], None
+
+        def simulate(state):
+            _, state = tx.update(jnp.ones(1, dtype), state)
+            return jax.lax.scan(body, state, length=steps)[0]
+
+        state = jax.jit(simulate)(tx.init(params)) if jit else tx.init(params)
+        if not jit:
+            _, state = tx.update(jnp.ones(1, dtype), state)
+            for _ in range(steps):
+                state, _ = body(state, None)
+    np.testing.assert_allclose(state.v, 0.999**steps, rtol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", PARAM_DTYPES)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-40])
+@pytest.mark.parametrize("placement", ["max", "denominator"])
+def test_unseen_element_does_not_move(dtype, jit, eps, placement):
+    with jax.enable_x64(dtype == "float64"):
+        tx = scale_by_adamax(eps=eps, eps_placement=placement)
+        state = tx.init(jnp.ones(2, dtype))
+        update = jax.jit(tx.update) if jit else tx.update
+        for _ in range(3):
+            u, state = update(jnp.asarray([0.0, 0.5], dtype), state)
+            u = np.asarray(u)
+            assert u[0] == 0
+            assert u[1] == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("size", [2.0**-126, 1e-38, 1e-39, 1e-45])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_subnormal_gradients_move_by_no_more_than_the_bound(size, jit):
+    """XLA flushes subnormals to zero on CPU, v (1 - b1^t) among them: optax answers NaN here."""
+    tx = scale_by_adamax(eps=0.0)
+    state = tx.init(jnp.ones(1))
+    update = jax.jit(tx.update) if jit else tx.update
+    u, state = update(jnp.full(1, size), state)
+    assert 0 <= u[0] <= 1
+    u, _ = update(jnp.ones(1), state)
+    np.testing.assert_allclose(u, 0.1 / 0.19, rtol=1e-6)
+
+
+def test_float16_steps_beyond_its_range_are_limited():
+    tx = scale_by_adamax(b2=0.0, eps=1e-8)
+    state = tx.init(jnp.zeros(1, jnp.float16))
+    _, state = tx.update(jnp.ones(1, jnp.float16), state)
+    u, _ = jax.jit(tx.update)(jnp.zeros(1, jnp.float16), state)
+    assert u.dtype == jnp.float16 and u[0] == jnp.finfo(jnp.float16).max
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bad_gradients_propagate_as_in_optax(bad, dtype):
+    tx, peer = scale_by_adamax(), optax.scale_by_adamax(eps=1e-4)
+    g = jnp.asarray([bad, 1.0], dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        u, state = tx.update(g, tx.init(g))
+        w, _ = peer.update(g, peer.init(g))
+    np.testing.assert_array_equal(np.isnan(u), np.isnan(w))
+    assert not np.isfinite(state.v[0]) and np.isfinite(state.v[1])
+
+
+def test_state_dtypes_are_fixed_by_init():
+    """optax's moments become float32 when float32 gradients meet bfloat16 parameters."""
+    tx = scale_by_adamax()
+    state = tx.init(jnp.zeros(3, jnp.bfloat16))
+
+    def body(state, g):
+        u, state = tx.update(g, state)
+        return state, u
+
+    state, u = jax.lax.scan(body, state, jnp.ones((4, 3), jnp.float32))
+    assert state.m.dtype == state.v.dtype == u.dtype == jnp.float32
+    state, u = jax.lax.scan(body, state, jnp.ones((4, 3), jnp.bfloat16))
+    assert state.m.dtype == state.v.dtype == jnp.float32 and u.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("m_dtype", [None, "float32", "float64"])
+@pytest.mark.parametrize("v_dtype", [None, "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "complex64", "complex128"])
+def test_moment_dtypes(m_dtype, v_dtype, dtype):
+    with jax.enable_x64(True):
+        wide = dtype in ("float64", "complex128")
+        tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
+        g = jnp.full(3, 0.5, dtype)
+        state = tx.init(g)
+        for _ in range(3):
+            u, state = jax.jit(tx.update)(g, state)
+            real = m_dtype or ("float64" if wide else "float32")
+            m = np.result_type(real, np.complex64) if "complex" in dtype else np.dtype(real)
+            assert state.m.dtype == m
+            assert state.v.dtype == (v_dtype or ("float64" if wide else "float32"))
+            assert u.dtype == dtype
+            np.testing.assert_allclose(np.asarray(u).real.astype(float), 1, rtol=2**-7)
+
+
+@pytest.mark.parametrize("count", [2**24, 2**31 - 2, 2**31 - 1])
+def test_count_stops_and_steps_go_on(count):
+    tx = scale_by_adamax()
+    state = tx.init(jnp.ones(1))._replace(count=jnp.asarray(count, jnp.int32))
+    for _ in range(3):
+        u, state = jax.jit(tx.update)(jnp.ones(1), state)
+    assert int(state.count) == min(count + 3, 2**31 - 1)
+    np.testing.assert_allclose(u, 1 - 0.9**3, rtol=1e-6)
+
+
+def test_float64_gradients_of_float32_parameters():
+    with jax.enable_x64(True):
+        tx = scale_by_adamax()
+        state = tx.init(jnp.zeros(1, jnp.float32))
+        u, state = jax.jit(tx.update)(jnp.full(1, 0.1, jnp.float64), state)
+        assert u.dtype == jnp.float64 and state.m.dtype == jnp.float32
+        np.testing.assert_allclose(u, 0.1 / (0.1 + 1e-8), rtol=1e-14)
+
+
+def test_public_names():
+    assert sorted(optax_adamax.__all__) == optax_adamax.__all__
+    for name in optax_adamax.__all__:
+        assert getattr(optax_adamax, name).__doc__
