@@ -1,0 +1,1 @@
+"""Commands that measure what the README claims: each prints its table and writes JSON."""

@@ -1,0 +1,56 @@
+"""What stands beside every measured number: the machine, the versions and how to repeat it."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent / "figures"
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "optax_adamax")
+
+
+def provenance(
+    module: str, *, dtype: str, seeds: Sequence[int], packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """How the numbers of `python -m module` came about; `packages` adds to `PACKAGES`."""
+    return {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": _commit(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in (*PACKAGES, *packages)},
+        "dtype": dtype,
+        "seeds": list(seeds),
+    }
+
+
+def write_json(path: Path, results: dict[str, Any]) -> None:
+    """Writes `results`, and makes the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+
+
+def _commit() -> str:
+    """The commit of this tree, marked where files under version control differ from it."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

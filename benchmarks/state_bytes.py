@@ -1,0 +1,167 @@
+"""Bytes of optimizer state on each device, for transformers of 1, 8 and 70 billion parameters.
+
+    python -m benchmarks.state_bytes
+
+The shapes are Llama's, the shardings are those of `sharding.state_shardings` on a
+`jax.sharding.AbstractMesh`, and nothing is allocated. Then the time that `state_shardings` takes
+on 2,000 leaves. Takes half a minute.
+"""
+
+import functools
+import math
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_adamax
+from benchmarks import reporting
+from optax_adamax import sharding
+
+LEAVES, REPEATS = 2000, 20
+FORMATS = {
+    "float32": {},
+    "4 bytes": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
+    "2 bytes": {"m_dtype": "int8", "v_dtype": "uint8"},
+}
+# Devices, and how they are meshed: data-parallel x tensor-parallel.
+MESHES = {8: (8, 1), 64: (8, 8), 512: (64, 8)}
+
+
+class Transformer(NamedTuple):
+    """The shapes of a decoder of Llama's kind."""
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    hidden: int
+    tied: bool  # whether the last layer is the embedding
+
+    def shapes(self) -> dict[str, Any]:
+        """Shape and PartitionSpec of each parameter, split over "model" as Megatron splits them."""
+        queries, keys = self.heads * self.head_width, self.key_value_heads * self.head_width
+        layer = {
+            "attention_norm": ((self.width,), P()),
+            "query": ((self.width, queries), P(None, "model")),
+            "key": ((self.width, keys), P(None, "model")),
+            "value": ((self.width, keys), P(None, "model")),
+            "output": ((queries, self.width), P("model", None)),
+            "feed_forward_norm": ((self.width,), P()),
+            "gate": ((self.width, self.hidden), P(None, "model")),
+            "up": ((self.width, self.hidden), P(None, "model")),
+            "down": ((self.hidden, self.width), P("model", None)),
+        }
+        ends = {
+            "embedding": ((self.vocabulary, self.width), P("model", None)),
+            "norm": ((self.width,), P()),
+        }
+        if not self.tied:
+            ends["unembedding"] = ((self.width, self.vocabulary), P(None, "model"))
+        return {"layers": [layer] * self.layers, **ends}
+
+    def parameters(self, mesh: Mesh | AbstractMesh) -> Any:
+        """The parameters in bfloat16, as shapes with shardings."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf[0], jnp.bfloat16, sharding=NamedSharding(mesh, leaf[1])
+            ),
+            self.shapes(),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+
+
+# https://github.com/meta-llama/llama-models: Llama 3.2 1B, Llama 3.1 8B and 70B.
+MODELS = {
+    "1 B": Transformer(128256, 2048, 16, 32, 8, 64, 8192, tied=True),
+    "8 B": Transformer(128256, 4096, 32, 32, 8, 128, 14336, tied=False),
+    "70 B": Transformer(128256, 8192, 80, 64, 8, 128, 28672, tied=False),
+}
+
+
+def transformation(name: str) -> optax.GradientTransformation:
+    """The usual optimizer, with the state in the format `name`."""
+    return optax_adamax.adamaxw(optax.cosine_decay_schedule(1e-3, 1000), **FORMATS[name])
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any, zero_axis: str | None) -> int:
+    """Bytes of the state of `tx` on each device."""
+    places = sharding.state_shardings(tx, params, zero_axis=zero_axis)
+    state = jax.eval_shape(tx.init, jax.tree.map(_without_sharding, params))
+
+    def on_a_device(leaf: Any, place: NamedSharding) -> int:
+        return math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(on_a_device, state, places)))
+
+
+def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def row(model: str, devices: int, name: str) -> dict[str, Any]:
+    """One row of the table."""
+    mesh = AbstractMesh(MESHES[devices], ("data", "model"))
+    params, tx = MODELS[model].parameters(mesh), transformation(name)
+    return {
+        "model": model,
+        "parameters": sum(math.prod(p.shape) for p in jax.tree.leaves(params)),
+        "devices": devices,
+        "mesh": dict(mesh.shape),
+        "format": name,
+        "like_parameters": state_bytes(tx, params, None),
+        "zero": state_bytes(tx, params, "data"),
+        "unsplit": sum(x.bytes for x in sharding.unsplit_leaves(tx, params, zero_axis="data")),
+    }
+
+
+def seconds() -> dict[str, float]:
+    """Median and quartiles of the time that `state_shardings` takes on `LEAVES` leaves."""
+    mesh = AbstractMesh(MESHES[512], ("data", "model"))
+    place = NamedSharding(mesh, P(None, "model"))
+    params = [
+        jax.ShapeDtypeStruct((512, 512 + i), np.float32, sharding=place)
+        for i in range(0, 8 * LEAVES, 8)
+    ]
+    call = functools.partial(
+        sharding.state_shardings, transformation("2 bytes"), params, zero_axis="data"
+    )
+    call()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+    return {"leaves": LEAVES, "median": median, "low": low, "high": high}
+
+
+def main() -> None:
+    """Computes every row, prints the table and writes the JSON."""
+    cases = [(m, d, f) for m in MODELS for d in MESHES for f in FORMATS]
+    rows = [row(*case) for case in cases]
+    taken = seconds()
+    provenance = reporting.provenance("benchmarks.state_bytes", dtype="bfloat16", seeds=())
+    results = {"provenance": provenance, "rows": rows, "state_shardings_seconds": taken}
+    reporting.write_json(reporting.RESULTS / "state_bytes.json", results)
+    print("GB of state on each device     like parameters       ZeRO-1")
+    for r in rows:
+        print(
+            f"{r['model']:5} {r['devices']:4} devices  {r['format']:8} "
+            f"{r['like_parameters'] / 1e9:12.3f} {r['zero'] / 1e9:12.3f}"
+        )
+    print(
+        f"state_shardings on {LEAVES} leaves: {taken['median']:.3f} s "
+        f"({taken['low']:.3f} to {taken['high']:.3f})"
+    )
+
+
+if __name__ == "__main__":
+    main()
