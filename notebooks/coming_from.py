@@ -1,0 +1,339 @@
+# %% [markdown]
+# # Coming from PyTorch, Keras, MLX, Lucid or optax
+#
+# You have a model that trains with another framework's Adamax, and you move to JAX. Three things
+# move with you: the line that built the optimizer, its numbers, and its checkpoint.
+#
+# | | you wrote | you write |
+# |---|---|---|
+# | PyTorch | `torch.optim.Adamax(params, lr=2e-3)` | `compat.torch.adamax(lr=2e-3)` |
+# | Keras | `keras.optimizers.Adamax(clipnorm=1.0)` | `compat.keras.adamax(clipnorm=1.0)` |
+# | MLX | `mlx.optimizers.Adamax(learning_rate=1e-3)` | `compat.mlx.adamax(learning_rate=1e-3)` |
+# | Lucid | `lucid.optim.Adamax(params, lr=2e-3)` | `compat.lucid.adamax(lr=2e-3)` |
+# | optax | `optax.adamaxw(1e-3)` | `optax_adamax.adamaxw(1e-3)` |
+#
+# with the arguments that each of them has, in its order and with its defaults; and then, with
+# `names` from the peer's parameters to yours:
+#
+# | | its state | your state |
+# |---|---|---|
+# | PyTorch | `optimizer.state_dict()` | `load_state(state_dict, params, tx, names, order=order)` |
+# | Keras | `optimizer.variables` | `load_state(variables, params, tx, names, order=order)` |
+# | MLX | `optimizer.state` | `load_state(state, params, tx, names)` |
+# | Lucid | `optimizer.state_dict()` | `load_state(state_dict, params, tx, names, order=order)` |
+# | optax | the optimizer state | `load_state(state, params, tx)` |
+#
+# Each has its inverse, `dump_state`. Below, a network is trained in PyTorch, saved in the middle
+# of the run, and trained on in JAX from the file. It takes one or two minutes on two CPU cores;
+# PyTorch must be installed (`pip install -e '.[notebooks,peers,test]'`).
+
+# %%
+import copy
+import io
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import torch
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+from optax_adamax.compat import torch as compat_torch
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_enable_x64", True)  # for the comparison in float64 below
+torch.manual_seed(0)
+
+FOLDER = Path(globals().get("__file__", "coming_from.ipynb")).resolve().parent
+STEPS, SEAM, BATCH = 600, 300, 50
+OPTIONS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 1e-4}
+
+digits = load_digits()
+images = np.float32(digits.images / 16)
+labels = np.int64(digits.target)
+batches = np.random.default_rng(0).integers(0, len(images), (STEPS, BATCH))
+
+# %% [markdown]
+# ## The run in PyTorch
+#
+# Two convolutions, a mean over the image, a norm and a linear layer, on the handwritten digits of
+# scikit-learn. At the seam, model and optimizer go to a file.
+
+
+# %%
+class TorchNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = torch.nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.norm = torch.nn.LayerNorm(32)
+        self.linear = torch.nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = torch.relu(self.conv1(x[:, None]))
+        x = torch.relu(self.conv2(x)).mean((2, 3))
+        return self.linear(self.norm(x))
+
+
+def train_torch(model, optimizer, start, stop):
+    """The losses of these steps."""
+    losses = []
+    dtype = next(model.parameters()).dtype
+    for batch in tqdm(batches[start:stop], "PyTorch"):
+        logits = model(torch.from_numpy(images[batch]).to(dtype))
+        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels[batch]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def restore_torch(checkpoint, dtype=torch.float32):
+    """Model and optimizer of a checkpoint."""
+    model = TorchNet().to(dtype)
+    model.load_state_dict(checkpoint["model"])
+    optimizer = torch.optim.Adamax(model.parameters(), **OPTIONS)
+    optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
+    return model, optimizer
+
+
+model = TorchNet()
+optimizer = torch.optim.Adamax(model.parameters(), **OPTIONS)
+before_the_seam = train_torch(model, optimizer, 0, SEAM)
+
+file = io.BytesIO()  # as good as one on disk
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+file.seek(0)
+checkpoint = torch.load(file)
+print(f"step {SEAM}: loss {before_the_seam[-20:].mean():.4f}")
+
+# %% [markdown]
+# ## The same network in JAX
+#
+# Here in Flax. What the two frameworks mean by a default is not always the same: PyTorch's padding
+# of a strided convolution is not `"SAME"`, and its layer norm has another epsilon.
+
+
+# %%
+class FlaxNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(16, (3, 3), padding=1, name="conv1")(x[..., None]))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=2, padding=1, name="conv2")(x)).mean((1, 2))
+        return nn.Dense(10, name="linear")(nn.LayerNorm(epsilon=1e-5, name="norm")(x))
+
+
+net = FlaxNet()
+
+
+def cross_entropy(params, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
+
+
+# %% [markdown]
+# ## Across the seam
+#
+# `flax_names` says where each of PyTorch's arrays goes, and how its axes are permuted on the way.
+# An optimizer's state dict in PyTorch has numbers for names, so `order` is the order in which the
+# optimizer got the parameters.
+
+# %%
+template = net.init(jax.random.key(0), images[:1])
+names = compat_torch.flax_names(template)
+for name, entry in names.items():
+    print(f"{name:13} -> {entry}")
+
+# %%
+tx = compat_torch.adamax(**OPTIONS)  # torch.optim.Adamax(model.parameters(), **OPTIONS)
+
+
+def restore_jax(checkpoint, template):
+    """Parameters and optimizer state of PyTorch's checkpoint."""
+    params = compat_torch.load_params(checkpoint["model"], template, names)
+    order = list(checkpoint["model"])
+    state = compat_torch.load_state(checkpoint["optimizer"], params, tx, names, order=order)
+    return params, state
+
+
+@jax.jit
+def train_step(params, state, x, y):
+    loss, grads = jax.value_and_grad(cross_entropy)(params, x, y)
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def train_jax(params, state, start, stop):
+    """Parameters and state after these steps, and the losses."""
+    losses = []
+    dtype = jax.tree.leaves(params)[0].dtype
+    for batch in tqdm(batches[start:stop], "JAX"):
+        x, y = jnp.asarray(images[batch], dtype), jnp.asarray(labels[batch])
+        params, state, loss = train_step(params, state, x, y)
+        losses.append(loss.item())
+    return params, state, np.array(losses)
+
+
+params, state = restore_jax(checkpoint, template)
+print(f"the step count is {int(optax.tree.get(state, 'count'))}")
+params, state, in_jax = train_jax(params, state, SEAM, STEPS)
+
+# %% [markdown]
+# What should have come out: PyTorch, going on from its own checkpoint. And how near two runs can
+# come at all: PyTorch again, from the checkpoint with each parameter moved by one unit in the last
+# place. Rounding errors grow in training, in any framework.
+
+# %%
+in_torch = train_torch(*restore_torch(checkpoint), SEAM, STEPS)
+
+nudged = copy.deepcopy(checkpoint)
+for name, array in nudged["model"].items():
+    nudged["model"][name] = torch.nextafter(array, torch.tensor(torch.inf))
+in_torch_nudged = train_torch(*restore_torch(nudged), SEAM, STEPS)
+
+# %% [markdown]
+# In float64 the rounding is out of the way, and what is left would be a difference between the
+# optimizers.
+
+# %%
+wide_template = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), template)
+_, _, in_jax_64 = train_jax(*restore_jax(checkpoint, wide_template), SEAM, STEPS)
+in_torch_64 = train_torch(*restore_torch(checkpoint, torch.float64), SEAM, STEPS)
+
+differences = {
+    "JAX, float32": np.abs(in_jax - in_torch),
+    "PyTorch, nudged, float32": np.abs(in_torch_nudged - in_torch),
+    "JAX, float64": np.abs(in_jax_64 - in_torch_64),
+}
+for name, difference in differences.items():
+    print(f"{name:25} at the seam {difference[0]:.1e}, at most {difference.max():.1e}")
+assert differences["JAX, float64"].max() < 1e-12
+assert differences["JAX, float32"].max() < 1e-5
+
+# %%
+STYLE = {
+    "PyTorch": {"color": "#D55E00", "linewidth": 2.5},
+    "JAX": {"color": "#0072B2", "linewidth": 2.5},
+    "PyTorch to the end": {"color": "#1C1F22", "linewidth": 1, "linestyle": (0, (1, 2))},
+    "PyTorch, nudged": {"color": "#8A949C", "linewidth": 1.5},
+}
+WINDOW = 10
+
+
+def smooth(losses):
+    """Means of WINDOW steps, each drawn at its last."""
+    means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid")
+    return np.arange(WINDOW, len(losses) + 1), means
+
+
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+fig, (top, bottom) = plt.subplots(
+    2, 1, figsize=(9, 6.4), height_ratios=(5, 2), sharex=True, layout="constrained", dpi=110
+)
+steps, across = smooth(np.concatenate([before_the_seam, in_jax]))
+_, without = smooth(np.concatenate([before_the_seam, in_torch]))
+top.plot(steps[steps <= SEAM], across[steps <= SEAM], label="PyTorch", **STYLE["PyTorch"])
+top.plot(
+    steps[steps >= SEAM], across[steps >= SEAM], label="JAX, from its checkpoint", **STYLE["JAX"]
+)
+top.plot(steps, without, label="PyTorch to the end", **STYLE["PyTorch to the end"])
+top.set(yscale="log", ylabel="training loss")
+top.set_title("One training run, begun in PyTorch and ended in JAX", loc="left")
+top.legend(frameon=False)
+
+after = np.arange(SEAM + 1, STEPS + 1)
+floor = np.finfo(np.float32).eps * 1e-3  # equal losses have no logarithm
+for name, key in (("PyTorch, nudged", "PyTorch, nudged, float32"), ("JAX", "JAX, float32")):
+    label = "JAX" if name == "JAX" else "PyTorch from parameters moved by one ulp"
+    drawn = np.maximum(differences[key], floor)
+    bottom.plot(after, drawn, label=label, **STYLE[name] | {"linewidth": 1.2})
+bottom.set(yscale="log", xlabel="step", xlim=(0, STEPS), ylabel="difference")
+bottom.set_title("Distance of the loss from that of PyTorch to the end", loc="left", size=11)
+bottom.legend(frameon=False, loc="upper left")
+for axes in (top, bottom):
+    axes.axvline(SEAM, color="#8A949C", linewidth=1, linestyle="--", zorder=0)
+    axes.grid(axis="y", alpha=0.25)
+top.annotate("the checkpoint", (SEAM, across.max()), (6, -4), textcoords="offset points", va="top")
+caption = (
+    f"float32, Adamax, batches of {BATCH}. Above: means of {WINDOW} steps. "
+    f"Below: each step; equal losses are drawn at {floor:.0e}."
+)
+fig.supxlabel(caption, x=0.01, ha="left", size=10, color="#5B6770")
+fig.savefig(FOLDER / "coming_from.png")
+
+# %% [markdown]
+# ## And back
+#
+# The same names lead the other way. PyTorch takes twenty steps more from the end of JAX's run, and
+# JAX takes them too.
+
+# %%
+arrays = compat_torch.dump_params(params, names, to_array=torch.from_numpy)
+back = compat_torch.dump_state(
+    state,
+    params,
+    checkpoint["optimizer"]["param_groups"],
+    names,
+    order=list(checkpoint["model"]),
+    to_array=torch.from_numpy,
+)
+end_in_torch = train_torch(*restore_torch({"model": arrays, "optimizer": back}), 0, 20)
+_, _, end_in_jax = train_jax(params, state, 0, 20)
+back_difference = np.abs(end_in_torch - end_in_jax).max()
+print(f"the losses of twenty more steps differ by {back_difference:.1e} at most")
+assert back_difference < 1e-5
+
+# %% [markdown]
+# ## What goes wrong, says so
+#
+# Nothing is loaded halfway: a missing entry, one too many, a wrong shape or a step that is no
+# number is refused by name.
+
+# %%
+spoilt = copy.deepcopy(checkpoint["optimizer"])
+spoilt["state"][2]["exp_inf"] = torch.ones(3)
+try:
+    compat_torch.load_state(spoilt, params, tx, names, order=list(checkpoint["model"]))
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# All numbers of this page, with the machine and the versions, are in `coming_from.json`.
+
+
+# %%
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    found = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return found[0] if found else platform.machine()
+
+
+PACKAGES = ("flax", "jax", "jaxlib", "numpy", "optax", "optax_adamax", "scikit-learn", "torch")
+results = {
+    "machine": f"{processor()}, {os.cpu_count()} cores",
+    "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+    "steps": STEPS,
+    "seam": SEAM,
+    "seed": 0,
+    "options": OPTIONS,
+    "loss_before_the_seam": round(float(before_the_seam[-20:].mean()), 6),
+    "loss_at_the_end": {
+        "JAX": round(float(in_jax[-20:].mean()), 6),
+        "PyTorch": round(float(in_torch[-20:].mean()), 6),
+    },
+    "largest_difference_of_the_loss": {
+        name: float(f"{difference.max():.1e}") for name, difference in differences.items()
+    },
+    "largest_difference_back_in_torch": float(f"{back_difference:.1e}"),
+}
+with open(FOLDER / "coming_from.json", "w") as file:
+    file.write(json.dumps(results, indent=2) + "\n")

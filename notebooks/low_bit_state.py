@@ -1,0 +1,344 @@
+# %% [markdown]
+# # Adamax with two bytes of state a parameter
+#
+# Adamax keeps a first moment m and a decaying maximum v for each parameter: 8 bytes in float32.
+# `adamax(..., m_dtype="int8", v_dtype="uint8")` keeps them in 2. You will see
+#
+# 1. why rounding v to bfloat16 after each step does not work: v never decays;
+# 2. what is stored instead: v in a moving frame, in which it does not have to decay;
+# 3. the codes: 256 values for v, 255 for m, how far off they are, and what keeps m from stalling;
+# 4. the bytes of a compiled train step, and the loss, side by side.
+#
+# It takes less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the same.
+
+# %%
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import optax_adamax
+from optax_adamax import FramedMaximum, ScaleByAdamaxState, decode_state, encode_state
+
+jax.config.update("jax_platforms", "cpu")
+FOLDER = Path(globals().get("__file__", "low_bit_state.ipynb")).resolve().parent
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#5B6770"
+plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+subplots = functools.partial(plt.subplots, layout="constrained", dpi=110)
+
+# %% [markdown]
+# ## Why naive bfloat16 is stuck
+#
+# In a step without a large gradient v decays by b2 = 0.999, so by 0.1 %. bfloat16 has 7 bits of
+# mantissa: neighbours are 0.4 to 0.8 % apart, and half of that is more than the decay. So 0.999 v
+# rounds back to v, whatever v is.
+
+# %%
+octave = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
+for b2 in (0.999, 0.998, 0.99):
+    decayed = jnp.asarray(b2 * octave).astype(jnp.bfloat16).astype(jnp.float32)
+    stuck = int((decayed == octave).sum())
+    print(f"{b2} v rounds back to v for {stuck:3} of {len(octave)} mantissas")
+
+# %% [markdown]
+# What that does: one outlier of size 1, then gradients of 0.001. The true v forgets the outlier and
+# Adamax steps again by its learning rate; with naive rounding v is 1 for ever, and every later
+# step is a thousandth of what it should be.
+
+
+# %%
+def naive_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Rounds the moments of an optax transformation to bfloat16 after each step."""
+
+    def store(state):
+        def rounded(x):
+            # Not a cast there and back, which XLA may leave out.
+            floats = jnp.issubdtype(x.dtype, jnp.floating)
+            return jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16) if floats else x
+
+        return jax.tree.map(rounded, state)
+
+    def load(state):
+        return jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = tx.update(updates, load(state), params)
+        return updates, store(state)
+
+    return optax.GradientTransformation(lambda params: store(tx.init(params)), update)
+
+
+def follow(tx: optax.GradientTransformation, gradients: np.ndarray):
+    """The updates of one parameter, and the state after each step."""
+
+    def step(state, g):
+        update, state = tx.update(g, state)
+        return state, (update, state)
+
+    return jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.zeros(())), gradients)[1])()
+
+
+outlier = np.full(9000, 0.001, np.float32)
+outlier[0] = 1
+steps = np.arange(1, len(outlier) + 1)
+exact_v = np.maximum(0.999 ** (steps - 1.0), 0.001)
+naive_updates, naive_state = follow(naive_bfloat16(optax.scale_by_adamax()), outlier)
+low_bit = optax_adamax.scale_by_adamax(m_dtype="int8", v_dtype="uint8")
+low_bit_updates, states = follow(low_bit, outlier)
+low_bit_v = jax.vmap(lambda state: decode_state(state).v)(states)
+exact_updates, _ = follow(optax.scale_by_adamax(), outlier)
+
+fig, (left, right) = subplots(1, 2, figsize=(11, 4.2))
+left.plot(steps, naive_state.nu, color=ORANGE, lw=2)
+left.plot(steps, low_bit_v, color=BLUE, lw=4, alpha=0.5)
+left.plot(steps, exact_v, "k--", lw=1.2)
+left.set(yscale="log", xlabel="step", ylabel="v")
+left.set_title("v after one outlier", loc="left")
+left.text(8900, 1.12, "naive bfloat16: 1 for ever", color=ORANGE, ha="right", va="bottom")
+left.text(3900, 0.03, "uint8 in the frame\n(dashed: exact)", color=BLUE)
+left.set_ylim(6e-4, 2)
+right.plot(steps, naive_updates, color=ORANGE, lw=2)
+right.plot(steps, low_bit_updates, color=BLUE, lw=4, alpha=0.5)
+right.plot(steps, exact_updates, "k--", lw=1.2)
+right.set(yscale="log", xlabel="step", ylabel="step / learning rate", ylim=(6e-4, 2))
+right.set_title("The steps that follow from it", loc="left")
+right.text(8900, 0.0012, "naive bfloat16: a thousandth", color=ORANGE, ha="right")
+fig.savefig(FOLDER / "low_bit_state_stuck.png")
+print(f"last step / learning rate: exact {exact_updates[-1]:.3f}", end=", ")
+print(f"2 bytes {low_bit_updates[-1]:.3f}, naive bfloat16 {naive_updates[-1]:.4f}")
+
+# %% [markdown]
+# ## What the frame does
+#
+# $v_t = \max(b_2 v_{t-1}, |g_t|)$ is the largest of $b_2^{t-k} |g_k|$, and a maximum commutes with
+# a common factor. So the decay is divided out. What is stored is $w = v s$, where the scale $s$
+# grows by $1/b_2$ a step, and is folded back by a half whenever it would leave [1/2, 1]:
+#
+# - a gradient that sets a new maximum is rounded once, when it enters;
+# - between the folds the stored number does not change at all, while v decays;
+# - at a fold it is halved, which is exact in bfloat16, and six codes less in uint8.
+#
+# The scale is the same for all parameters: one 32-bit phase in the state, which counts the
+# fraction of an octave and wraps around. Here with b2 = 0.99, so that it folds every 69 steps.
+
+# %%
+b2 = 0.99
+rng = np.random.default_rng(1)
+gradients = np.float32(0.02 * rng.standard_t(2, 330))
+gradients[[0, 95, 240]] = 1.0, 0.8, 1.3
+tx = optax_adamax.scale_by_adamax(b2=b2, m_dtype="int8", v_dtype="uint8")
+_, states = follow(tx, gradients)
+kept = jax.vmap(lambda state: decode_state(state).v)(states)
+exact = np.zeros(len(gradients))
+for t, g in enumerate(np.abs(gradients)):
+    exact[t] = max(b2 * exact[t - 1], g)
+t = np.arange(1, len(gradients) + 1)
+phase = states.v.phase / 2.0**32
+folds = t[1:][np.diff(phase) < 0]
+
+fig, axes = subplots(3, 1, figsize=(10, 7.6), sharex=True, height_ratios=(3, 2, 3))
+axes[0].vlines(t, 0.004, np.abs(gradients), color="#B9C0C6", lw=1.2)
+axes[0].plot(t, exact, "k--", lw=1.2)
+axes[0].plot(t, kept, color=BLUE, lw=4, alpha=0.5)
+axes[0].set(yscale="log", ylim=(0.01, 2.5), ylabel="v")
+axes[0].text(150, 0.7, "from the stored code\n(dashed: exact)", color=BLUE)
+axes[0].set_title("v decays; a large gradient sets it anew (bars: |g|)", loc="left")
+axes[1].plot(t, phase, color=GREEN, lw=2)
+axes[1].set_title("The phase of the frame, one number for all parameters", loc="left")
+axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="octaves")
+axes[2].step(t, states.v.codes.astype(int), where="mid", color=BLUE, lw=2)
+axes[2].set_title("What is stored: w = v s does not decay, it is halved at a fold", loc="left")
+axes[2].set_yticks((162, 168, 174, 180), ("162: 1/8", "168: 1/4", "174: 1/2", "180: 1"))
+axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(160, 181), ylabel="code: w")
+for panel in axes:
+    panel.vlines(folds, 0, 1, transform=panel.get_xaxis_transform(), color=GREY, lw=0.6, ls=":")
+fig.savefig(FOLDER / "low_bit_state_frame.png")
+worst = np.abs(np.log2(np.float64(kept) / exact)).max()
+print(f"{len(folds)} folds; v is off by at most {worst:.4f} octaves", end=", ")
+print(f"the bound is log2(1 + 1/12) = {np.log2(13 / 12):.4f}")
+
+# %% [markdown]
+# ## The code of v
+#
+# The code of w is cut from the bits of the float, after one multiplication of its mantissa: six
+# values in each octave, equally spaced in it. 256 codes reach over 42 octaves, and code 0 is the
+# floor, not zero. A float is rounded to the nearest code, so it is off by at most 1/12 of the
+# octave's lower end, and the error stays what it was when the maximum was set.
+
+
+# %%
+def state_of(m, v) -> ScaleByAdamaxState:
+    return ScaleByAdamaxState(jnp.zeros((), jnp.int32), m, v)
+
+
+v_codes = jnp.arange(256, dtype=jnp.uint8)
+v_values = decode_state(state_of(jnp.zeros(256), FramedMaximum(v_codes, jnp.uint32(0)))).v
+print(f"after a fold, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
+
+v = jnp.exp2(jnp.linspace(-1, 2, 4001))
+rounded = decode_state(encode_state(state_of(jnp.zeros_like(v), v), v_dtype="uint8")).v
+octaves_off = np.log2(np.float64(rounded) / np.float64(v))
+
+# %% [markdown]
+# ## The code of m
+#
+# v bounds m: |m| is at most 1.01 v at the usual decay rates. So m needs no scale of its own, and
+# its code is one of m / v: a sign, and eight values in each of sixteen octaves, which become
+# equally spaced near zero.
+#
+# When the gradients stop, m must die away: 0.9 m, 0.81 m, ... With rounding to the nearest code it
+# does not. Once 0.9 m rounds back to m it stays, and so does the step. `optax_adamax` rounds up
+# or down by a threshold that walks with the step count (multiples of the golden ratio, mod 1), so
+# that the mean over the steps is right. It takes no random numbers, so a resumed run repeats it.
+
+# %%
+ratio_codes = jnp.arange(1, 128, dtype=jnp.int8)
+ratios = decode_state(state_of(ratio_codes, jnp.ones(127))).m
+
+silence = np.zeros(200, np.float32)
+silence[0] = 1
+_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), silence)
+walking = jax.vmap(lambda state: decode_state(state).m)(states)
+nearest = [0.1]
+for _ in silence[1:]:
+    state = state_of(jnp.float32(0.9 * nearest[-1]), jnp.float32(1))
+    nearest.append(float(decode_state(encode_state(state, m_dtype="int8")).m))
+after = np.arange(len(silence))
+true_m = 0.1 * 0.9**after
+
+fig, ((values, errors), (ratio, stall)) = subplots(2, 2, figsize=(11, 8))
+values.plot(v_values, v_codes, ".", color=BLUE, markersize=4)
+values.set(xscale="log", xlabel="v", ylabel="code", yticks=(0, 64, 128, 192, 255))
+values.set_title("uint8 v: the codes", loc="left")
+bound = np.log2(13 / 12)
+errors.plot(v, octaves_off, color=BLUE, lw=1.2)
+errors.axhline(bound, color=GREY, ls=":")
+errors.axhline(-bound, color=GREY, ls=":")
+errors.text(0.5, bound + 0.004, "log2(1 + 1/12)", color=GREY)
+errors.set_xscale("log", base=2)
+errors.set_xticks((0.5, 1, 2, 4), ("1/2", "1", "2", "4"))
+errors.set(xlabel="v", ylabel="octaves off", ylim=(-0.15, 0.15))
+errors.set_title("uint8 v: what rounding does", loc="left")
+ratio.plot(ratio_codes, ratios, ".", color=BLUE, markersize=4)
+ratio.set(yscale="log", xlabel="code (negative codes mirror these)", ylabel="m / v")
+ratio.set(xticks=(1, 32, 64, 96, 127))
+ratio.set_title("int8 m: the codes", loc="left")
+stall.plot(after, nearest, color=ORANGE, lw=2)
+stall.plot(after, walking, color=BLUE, lw=2)
+stall.plot(after, true_m, "k--", lw=1.2)
+stall.set_yscale("symlog", linthresh=2**-19, linscale=0.3)
+stall.text(199, 3.4e-5, "rounded to nearest: stuck", color=ORANGE, ha="right")
+stall.text(199, 1.2e-6, "walking threshold\n(dashed: exact)", color=BLUE, ha="right")
+stall.set(xlabel="steps without a gradient", ylabel="m")
+stall.set_title("int8 m: when the gradients stop", loc="left")
+fig.savefig(FOLDER / "low_bit_state_codes.png")
+print(f"m after {after[-1]} steps: exact {true_m[-1]:.1e}", end=", ")
+print(f"walking threshold {walking[-1]:.1e}, nearest {nearest[-1]:.1e}")
+
+# %% [markdown]
+# ## Bytes and loss, side by side
+#
+# A perceptron on the 1,797 real digits that ship with scikit-learn, at the learning rate 0.002
+# that the paper proposes, with the same start and the same batches for each format. The bytes are
+# read off the compiled train step: what it overwrites in place, less the parameters.
+
+# %%
+digits = load_digits()
+images, labels = jnp.float32(digits.data / 16), jnp.int32(digits.target)
+STEPS, SEEDS, RATE = 1500, np.arange(3), 0.002
+FORMATS = {
+    "float32": optax_adamax.adamax(RATE),
+    "bfloat16, bfloat16": optax_adamax.adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16"),
+    "int8, uint8": optax_adamax.adamax(RATE, m_dtype="int8", v_dtype="uint8"),
+    "naive bfloat16": naive_bfloat16(optax.adamax(RATE)),
+}
+
+
+def init_params(key: jax.Array) -> dict[str, jax.Array]:
+    he_normal = jax.nn.initializers.he_normal()
+    first, second = jax.random.split(key)
+    weights = {"w1": he_normal(first, (64, 128)), "w2": he_normal(second, (128, 10))}
+    return weights | {"b1": jnp.zeros(128), "b2": jnp.zeros(10)}
+
+
+def cross_entropy(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> jax.Array:
+    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def train_step(tx, params, state, key):
+    batch = jax.random.randint(key, (50,), 0, len(images))
+    loss, grads = jax.value_and_grad(cross_entropy)(params, images[batch], labels[batch])
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def bytes_a_parameter(tx: optax.GradientTransformation) -> float:
+    """Bytes of state that one compiled train step overwrites in place, for each parameter."""
+    params = init_params(jax.random.key(0))
+    step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
+    memory = step.lower(params, tx.init(params), jax.random.key(0)).compile().memory_analysis()
+    n = sum(p.size for p in params.values())
+    return memory.alias_size_in_bytes / n - 4
+
+
+def train(tx: optax.GradientTransformation, seed: jax.Array):
+    """The loss of each step, and that of the trained parameters on all images."""
+    start, batches = jax.random.split(jax.random.key(seed))
+    params = init_params(start)
+
+    def step(carry, key):
+        params, state, loss = train_step(tx, *carry, key)
+        return (params, state), loss
+
+    keys = jax.random.split(batches, STEPS)
+    (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), keys)
+    return losses, cross_entropy(params, images, labels)
+
+
+state_bytes = {name: bytes_a_parameter(tx) for name, tx in FORMATS.items()}
+curves, final = {}, {}
+for name, tx in tqdm(FORMATS.items()):
+    curves[name], final[name] = jax.jit(jax.vmap(functools.partial(train, tx)))(SEEDS)
+
+deviation = np.std(final["float32"], ddof=1)
+print(f"{'state (m, v)':20} {'bytes a parameter':>17} {'final loss':>11}   gap to float32")
+for name in FORMATS:
+    gap = np.mean(final[name] - final["float32"])
+    print(f"{name:20} {state_bytes[name]:17.3f} {np.mean(final[name]):11.5f}   {gap:+.5f}")
+print(f"(means of {len(SEEDS)} seeds, between which the float32 loss deviates by {deviation:.5f})")
+
+# %%
+COLORS = dict(zip(FORMATS, ("k", GREEN, BLUE, ORANGE), strict=True))
+STYLES = dict(zip(FORMATS, ((0, (4, 3)), "-", "-", "-"), strict=True))
+WIDTHS = dict(zip(FORMATS, (1.2, 5, 2.5, 2), strict=True))
+
+fig, (left, right) = subplots(1, 2, figsize=(11, 4.2), width_ratios=(2, 3))
+for place, name in enumerate(FORMATS):
+    left.barh(-place, state_bytes[name], color=COLORS[name], height=0.6)
+    left.text(state_bytes[name] + 0.1, -place, f"{state_bytes[name]:.2f}", va="center")
+left.set_yticks(-np.arange(len(FORMATS)), FORMATS)
+left.tick_params(left=False)
+left.set(xlabel="bytes", xlim=(0, 9))
+left.set_title("State a parameter", loc="left")
+blocks = np.arange(1, STEPS // 50 + 1) * 50
+for name in ("bfloat16, bfloat16", "int8, uint8", "naive bfloat16", "float32"):
+    mean = np.mean(curves[name], 0).reshape(-1, 50).mean(1)
+    style = {"color": COLORS[name], "lw": WIDTHS[name], "ls": STYLES[name]}
+    right.plot(blocks, mean, alpha=0.4 if name == "bfloat16, bfloat16" else 1, label=name, **style)
+right.set(yscale="log", xlabel="step", ylabel="loss")
+right.legend(frameon=False)
+right.set_title("Training loss, mean of three seeds", loc="left")
+fig.savefig(FOLDER / "low_bit_state_loss.png")
+
+# %% [markdown]
+# The same question for four tasks, each at the learning rate that suits it, with more seeds and
+# with losses on held-out data, is answered by `python -m benchmarks.quality`.
