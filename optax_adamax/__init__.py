@@ -3,6 +3,12 @@
 from importlib.metadata import version
 
 from optax_adamax._alias import adamax, adamaxw
+from optax_adamax._compensation import (
+    CompensateRoundingState,
+    compensate_rounding,
+    master_params,
+    split_master_params,
+)
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
 from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
@@ -10,12 +16,16 @@ from optax_adamax._transform import adamax_step, scale_by_adamax
 __version__ = version("optax_adamax")
 
 __all__ = [
+    "CompensateRoundingState",
     "FramedMaximum",
     "ScaleByAdamaxState",
     "adamax",
     "adamax_step",
     "adamaxw",
+    "compensate_rounding",
     "decode_state",
     "encode_state",
+    "master_params",
     "scale_by_adamax",
+    "split_master_params",
 ]
