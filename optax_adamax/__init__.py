@@ -9,6 +9,7 @@ from optax_adamax._compensation import (
     master_params,
     split_master_params,
 )
+from optax_adamax._skip import SkipState
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
 from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
@@ -19,6 +20,7 @@ __all__ = [
     "CompensateRoundingState",
     "FramedMaximum",
     "ScaleByAdamaxState",
+    "SkipState",
     "adamax",
     "adamax_step",
     "adamaxw",

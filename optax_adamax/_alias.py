@@ -6,7 +6,8 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks
+from optax_adamax import _checks, _skip
+from optax_adamax._skip import Nonfinite
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
@@ -21,6 +22,7 @@ def adamax(
     nesterov: bool = False,
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
+    nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adamax, the variant of Adam with an infinity norm; takes the place of `optax.adamax`.
 
@@ -40,6 +42,8 @@ def adamax(
       nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
       m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
       v_dtype: dtype in which v is kept, likewise.
+      nonfinite: ``"propagate"``, ``"skip_element"`` or ``"skip_step"``, see
+        :func:`scale_by_adamax`. A step that is skipped does not count in the schedule either.
 
     Returns:
       The transformation; its updates have the shape and dtype of the gradients.
@@ -63,7 +67,9 @@ def adamax(
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
     _checks.check_rate("learning_rate", learning_rate)
-    return optax.chain(
+    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
+    return _skip.chain(
+        nonfinite,
         scale_by_adamax(
             b1,
             b2,
@@ -91,6 +97,7 @@ def adamaxw(
     nesterov: bool = False,
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
+    nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adamax with decoupled weight decay; takes the place of `optax.adamaxw`.
 
@@ -112,6 +119,7 @@ def adamaxw(
       nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
       m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
       v_dtype: dtype in which v is kept, likewise.
+      nonfinite: as in :func:`adamax`. What is skipped does not decay either.
 
     Returns:
       The transformation. Its ``update`` needs the parameters as its third argument.
@@ -136,7 +144,9 @@ def adamaxw(
     """
     _checks.check_rate("learning_rate", learning_rate)
     _checks.check_rate("weight_decay", weight_decay)
-    return optax.chain(
+    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
+    return _skip.chain(
+        nonfinite,
         scale_by_adamax(
             b1,
             b2,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from optax_adamax import _storage
 from optax_adamax._rule import AdamaxStep
+from optax_adamax._skip import is_taken
 
 Moments = tuple[jax.Array, jax.Array]
 
@@ -32,6 +33,7 @@ def low_bit_leaf(
     step: AdamaxStep,
     frame: _storage.Frame,
     bound: jax.Array,
+    taken: jax.Array | None = None,
     *,
     m_format: _storage.MFormat,
     v_format: _storage.VFormat,
@@ -46,11 +48,13 @@ def low_bit_leaf(
       step: the rule at step t, in float32.
       frame: the decay of v at step t.
       bound: largest |direction| of step t in exact arithmetic; the codes' errors are cut there.
+      taken: whether the step is taken, by the elements with a finite gradient; None: by all.
       m_format: how m is kept.
       v_format: how v is kept.
 
     Returns:
-      The direction in the dtype of g, and the new m and v as they are kept.
+      The direction in the dtype of g, and the new m and v as they are kept. An element that
+      takes no step keeps what is stored of m, and of v but for the fold of the frame.
     """
 
     def moments(g: jax.Array, m: jax.Array, v: jax.Array) -> Moments:
@@ -58,15 +62,20 @@ def low_bit_leaf(
         size = jnp.abs(g) + step.eps_in_max
         new_v = v_format.next_v(v, size, frame)
         old_m = m_format.decode_m(m, v_format.decode_v(v, frame.old_unit))
-        if not m_format.is_low_bit:
-            return step.next_m(g, old_m).astype(m.dtype), new_v.astype(v.dtype)
-        new_m = _storage.pinned(step.a1 * g, t) + _storage.pinned(step.b1 * old_m, t)
-        new_m = m_format.encode_m(
-            new_m, v_format.decode_v(new_v, frame.unit), _storage.threshold(t)
-        ).astype(m.dtype)
+        if m_format.is_low_bit:
+            new_m = _storage.pinned(step.a1 * g, t) + _storage.pinned(step.b1 * old_m, t)
+            scale = v_format.decode_v(new_v, frame.unit)
+            new_m = m_format.encode_m(new_m, scale, _storage.threshold(t))
+        else:
+            new_m = step.next_m(g, old_m)
+        new_m = new_m.astype(m.dtype)
+        if taken is not None:
+            stays = ~is_taken(g, taken)
+            new_m = jnp.where(stays, m, new_m)
+            size = jnp.where(stays, 0 if v_format.is_framed else v.astype(jnp.float32), size)
         if isinstance(m_format, _storage.RatioInt8):
-            lost = jnp.where(m_format.is_lost(new_m), jnp.nan, size)
-            new_v = v_format.next_v(v, lost, frame)
+            size = jnp.where(m_format.is_lost(new_m), jnp.nan, size)
+        new_v = v_format.next_v(v, size, frame)
         return new_m, new_v.astype(v.dtype)
 
     bfloat16 = jnp.bfloat16 in (m.dtype, v.dtype)

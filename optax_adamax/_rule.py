@@ -102,12 +102,17 @@ class AdamaxStep(NamedTuple):
         return by_parts(divide, g, m)
 
     def take(
-        self, g: jax.Array, m: jax.Array, v: jax.Array
+        self, g: jax.Array, m: jax.Array, v: jax.Array, taken: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The direction and the new moments, from arrays of any dtype."""
+        """The direction and the new moments, from arrays of any dtype.
+
+        Where `taken` is False the moments stay, and the direction means nothing.
+        """
         g, m, v = (_storage.widen(x, self.b1.dtype) for x in (g, m, v))
-        m, v = self.next_m(g, m), self.next_v(g, v)
-        return self.direction(g, m, v), m, v
+        new_m, new_v = self.next_m(g, m), self.next_v(g, v)
+        if taken is not None:
+            new_m, new_v = jnp.where(taken, new_m, m), jnp.where(taken, new_v, v)
+        return self.direction(g, new_m, new_v), new_m, new_v
 
 
 @jax.custom_jvp

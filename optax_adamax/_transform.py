@@ -1,6 +1,7 @@
 """The Adamax update of Kingma & Ba (2014), section 7.1, as an optax transformation."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks, _storage
+from optax_adamax import _checks, _skip, _storage
 from optax_adamax._low_bit import low_bit_leaf
 from optax_adamax._rule import AdamaxRule, EpsPlacement, by_parts
+from optax_adamax._skip import Nonfinite
 from optax_adamax._state import ScaleByAdamaxState, check_state
 
 
@@ -24,6 +26,7 @@ def scale_by_adamax(
     nesterov: bool = False,
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
+    nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformation:
     r"""Rescales gradients by the Adamax rule.
 
@@ -54,14 +57,21 @@ def scale_by_adamax(
       m_dtype: dtype in which m is kept. None: float32, or float64 for parameters of 64 bits.
         For complex parameters, the dtype of one part.
       v_dtype: dtype in which v is kept, likewise.
+      nonfinite: what becomes of a gradient that is NaN or infinite (or complex, with an infinite
+        modulus). ``"propagate"``: its element of m, v and every later update is not finite.
+        ``"skip_element"``: its element of the update is 0, and m and v of the element are kept
+        as they are stored; v in bfloat16 or uint8 is stored in a frame that all elements share,
+        so there it decays by b2 as with a gradient of 0, and m in int8, which is stored as a
+        ratio to v, decays with it. ``"skip_step"``: if any element of any gradient is not finite
+        all updates are 0 and no state changes, the count included.
 
     b1, b2 and eps may be traced arrays of float32 or float64
     (:func:`optax.inject_hyperparams`, :func:`jax.vmap`, :func:`jax.grad`).
 
     Returns:
-      A transformation with state :class:`ScaleByAdamaxState`. The updates have the shape and
-      dtype of the gradients, and point uphill: chain them with
-      :func:`optax.scale_by_learning_rate`.
+      A transformation with state :class:`ScaleByAdamaxState`, inside a :class:`SkipState` that
+      counts if elements or steps are skipped. The updates have the shape and dtype of the
+      gradients, and point uphill: chain them with :func:`optax.scale_by_learning_rate`.
 
     Raises:
       ValueError: a hyperparameter out of range; from ``update``, gradients whose tree or
@@ -84,6 +94,7 @@ def scale_by_adamax(
     """
     rule = AdamaxRule(b1, b2, eps, eps_placement, bias_correction, nesterov)
     rule.check()
+    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
     m_format, v_format = _storage.m_format(m_dtype), _storage.v_format(v_dtype)
     if isinstance(m_format, _storage.RatioInt8):
         _checks.check_ratio_is_bounded(b1, b2)
@@ -100,9 +111,14 @@ def scale_by_adamax(
         )
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        *,
+        taken: jax.Array | None = None,  # from _skip, for the policies other than "propagate"
+        **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamaxState]:
-        del params
+        del params, extra_args
         state = check_state(state, m_format, v_format)
         _checks.check_gradients(updates, state.m)
         t = jnp.asarray(optax.safe_increment(state.count))
@@ -110,15 +126,22 @@ def scale_by_adamax(
         codes, phase = state.v if v_format.is_framed else (state.v, jnp.zeros((), jnp.uint32))
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            u, new_m, new_v = at(_storage.compute_dtype(g, m, v)).take(g, m, v)
+            mask = None if taken is None else _skip.is_taken(g, taken)
+            u, new_m, new_v = at(_storage.compute_dtype(g, m, v)).take(g, m, v, mask)
             return _storage.narrow(u, g.dtype), new_m.astype(m.dtype), new_v.astype(v.dtype)
 
         if m_format.is_low_bit or v_format.is_low_bit:
             step = at(np.dtype(np.float32))
-            phase, frame = _storage.advance(phase, b2)
-            formats = {"m_format": m_format, "v_format": v_format}
+            phase, frame = _moved(phase, b2, taken)
             leaf = functools.partial(
-                low_bit_leaf, t=t, step=step, frame=frame, bound=rule.bound(t, step), **formats
+                low_bit_leaf,
+                t=t,
+                step=step,
+                frame=frame,
+                bound=rule.bound(t, step),
+                taken=taken,
+                m_format=m_format,
+                v_format=v_format,
             )
 
         gradients, treedef = jax.tree.flatten(updates)
@@ -127,9 +150,23 @@ def scale_by_adamax(
         u, m, v = (treedef.unflatten([x[i] for x in leaves]) for i in range(3))
         if v_format.is_framed:
             v = _storage.FramedMaximum(v, phase)
-        return u, ScaleByAdamaxState(t, m, v)
+        count = t if taken is None else jnp.where(taken, t, state.count)
+        return u, ScaleByAdamaxState(count, m, v)
 
-    return optax.GradientTransformation(init, update)
+    core = optax.GradientTransformation(init, update)
+    if nonfinite == "propagate":
+        return core
+    return _skip.skip(nonfinite, optax.GradientTransformationExtraArgs(*core))
+
+
+def _moved(
+    phase: jax.Array, b2: ArrayLike, taken: jax.Array | None
+) -> tuple[jax.Array, _storage.Frame]:
+    """The frame of v after the step, or where it was if the step is not taken."""
+    moved = _storage.advance(phase, b2)
+    if taken is None:
+        return moved
+    return jax.tree.map(functools.partial(jnp.where, taken), moved, _storage.advance(phase, 1.0))
 
 
 def adamax_step(

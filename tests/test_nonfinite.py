@@ -1,0 +1,443 @@
+"""Gradients that are not finite: what is skipped, what stays, and what is counted."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.tree
+import pytest
+import reference
+
+from optax_adamax import (
+    ScaleByAdamaxState,
+    SkipState,
+    adamax,
+    adamaxw,
+    decode_state,
+    encode_state,
+    scale_by_adamax,
+)
+from optax_adamax.compat import optax as compat_optax
+
+M_DTYPES, V_DTYPES = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")
+FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
+# One for each way in which m and v can be kept; the other combinations are marked slow.
+SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
+some_formats = pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)
+every_format = pytest.mark.parametrize(
+    "m_dtype, v_dtype",
+    [pytest.param(*x, marks=[] if x in SOME_FORMATS else pytest.mark.slow) for x in FORMATS],
+)
+every_policy = pytest.mark.parametrize("policy", ["skip_element", "skip_step"])
+
+STEPS, BAD_STEPS = 24, (0, 3, 4, 11, 23)
+PARAMS = {"a": jnp.linspace(-1, 1, 12).reshape(3, 4), "b": [jnp.ones(5), None], "c": jnp.ones(())}
+SCHEDULE = optax.exponential_decay(0.05, 5, 0.7)
+
+
+def clean_gradients(seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_t(3, p.shape), jnp.float32), PARAMS)
+        for _ in range(STEPS)
+    ]
+
+
+def spoiled(gradients):
+    """One element, each time another kind, in each of BAD_STEPS; and where."""
+    bad = [jax.tree.map(lambda g: np.zeros(g.shape, bool), g) for g in gradients]
+    for i, t in enumerate(BAD_STEPS):
+        bad[t]["a"][i % 3, 1] = True
+    bad[4]["c"] = np.array(True)
+    kinds = [np.float32(x) for x in (np.nan, np.inf, -np.inf)]
+    return [
+        jax.tree.map(lambda g, b, t=t: jnp.where(b, kinds[t % 3], g), g, b)
+        for t, (g, b) in enumerate(zip(gradients, bad, strict=True))
+    ], bad
+
+
+@functools.cache
+def compiled(tx):
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return updates, optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(tx, gradients, params=PARAMS, state=None):
+    """All parameters, updates and states of a compiled run."""
+    step = compiled(tx)
+    state, steps = tx.init(params) if state is None else state, []
+    for g in gradients:
+        updates, params, state = step(params, state, g)
+        steps.append((updates, params, state))
+    return steps
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@functools.cache
+def adamaxw_of(m_dtype, v_dtype, **options):
+    return adamaxw(SCHEDULE, weight_decay=0.1, m_dtype=m_dtype, v_dtype=v_dtype, **options)
+
+
+# Skipping a step.
+
+
+@every_format
+def test_a_skipped_step_is_no_step(m_dtype, v_dtype):
+    """The run is the run without these steps: parameters, moments, frame, count and schedule."""
+    gradients, _ = spoiled(clean_gradients())
+    tx = adamaxw_of(m_dtype, v_dtype, nonfinite="skip_step")
+    steps = run(tx, gradients)
+    good = [g for t, g in enumerate(gradients) if t not in BAD_STEPS]
+    for t in BAD_STEPS:
+        updates, params, state = steps[t]
+        assert not any(np.any(u) for u in jax.tree.leaves(updates))
+        before = steps[t - 1][1:] if t else (PARAMS, tx.init(PARAMS))
+        assert_same((params, state.inner_state), (before[0], before[1].inner_state))
+    _, params, state = steps[-1]
+    _, good_params, good_state = run(tx, good)[-1]
+    assert_same((params, state.inner_state), (good_params, good_state.inner_state))
+    assert int(optax.tree.get(state, "skipped")) == len(BAD_STEPS)
+    assert optax.tree.get(state, "skipped").dtype == jnp.int32
+    assert int(good_state.skipped) == 0
+
+
+@some_formats
+def test_a_skipped_step_is_that_of_apply_if_finite(m_dtype, v_dtype):
+    gradients, _ = spoiled(clean_gradients())
+    _, params, state = run(adamaxw_of(m_dtype, v_dtype, nonfinite="skip_step"), gradients)[-1]
+    wrapped = optax.apply_if_finite(adamaxw_of(m_dtype, v_dtype), 100)
+    _, expected, theirs = run(wrapped, gradients)[-1]
+    assert int(theirs.total_notfinite) == int(state.skipped)
+    # XLA contracts multiplications and additions otherwise in the branch.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, params, expected)
+    found, kept = (s.inner_state[0] for s in (state, theirs))
+    exact = np.testing.assert_array_equal
+    jax.tree.map(lambda x, y: (exact if x.dtype.itemsize < 4 else close)(x, y), found, kept)
+
+
+@every_policy
+@some_formats
+def test_without_bad_gradients_it_is_the_default(policy, m_dtype, v_dtype):
+    gradients = clean_gradients()
+    _, params, state = run(adamaxw_of(m_dtype, v_dtype, nonfinite=policy), gradients)[-1]
+    _, expected, plain = run(adamaxw_of(m_dtype, v_dtype), gradients)[-1]
+    assert int(state.skipped) == 0
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (params, state.inner_state), (expected, plain))
+
+
+# Skipping elements.
+
+
+def kept_leaf(v):
+    return v.codes if hasattr(v, "codes") else v
+
+
+@every_format
+def test_a_skipped_element_stays(m_dtype, v_dtype):
+    """Parameter and m keep their bits, and v too, or its code is folded as with a gradient of 0."""
+    gradients, bad = spoiled(clean_gradients())
+    tx = adamaxw_of(m_dtype, v_dtype, nonfinite="skip_element", b2=0.95)
+    zeros_tx = scale_by_adamax(b2=0.95, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
+    steps = run(tx, gradients)
+    for t in BAD_STEPS:
+        updates, params, state = steps[t]
+        old_params, old = steps[t - 1][1:] if t else (PARAMS, tx.init(PARAMS))
+        core, old_core = state.inner_state[0], old.inner_state[0]
+        v = kept_leaf(old_core.v)
+        if v_dtype != "float32":
+            _, after_zeros = zeros_tx.update(jax.tree.map(jnp.zeros_like, PARAMS), old_core)
+            assert int(after_zeros.v.phase) == int(core.v.phase) != int(old_core.v.phase)
+            v = after_zeros.v.codes
+        for tree, other in [
+            (params, old_params),
+            (core.m, old_core.m),
+            (kept_leaf(core.v), v),
+            (updates, jax.tree.map(jnp.zeros_like, PARAMS)),
+        ]:
+            jax.tree.map(
+                lambda b, x, y: assert_same(np.array(x)[b], np.array(y)[b]), bad[t], tree, other
+            )
+    assert int(optax.tree.get(steps[-1][2], "skipped")) == len(BAD_STEPS) + 1
+    assert int(optax.tree.get(steps[-1][2], "ScaleByAdamaxState").count) == STEPS
+
+
+@every_format
+def test_other_elements_see_nothing_of_a_skipped_one(m_dtype, v_dtype):
+    gradients, bad = spoiled(clean_gradients())
+    ever = jax.tree.map(lambda *b: np.any(b, axis=0), *bad)
+    tx = adamaxw_of(m_dtype, v_dtype, nonfinite="skip_element")
+    for (_, params, state), (_, expected, clean) in zip(
+        run(tx, gradients), run(tx, clean_gradients()), strict=True
+    ):
+        trees = [(p, s.inner_state[0].m, kept_leaf(s.inner_state[0].v)) for p, s in
+                 ((params, state), (expected, clean))]  # fmt: skip
+        for x, y in zip(*trees, strict=True):
+            assert_same(*(jax.tree.map(lambda x, b: np.array(x)[~b], y, ever) for y in (x, y)))
+
+
+def oracle_of_elements(gradients, b2=0.999, *, decays):
+    """Directions in float64; an element without a finite gradient keeps m, and v or b2 v."""
+    state, directions = reference.start(gradients.shape[1:]), []
+    for g in np.float64(gradients):
+        bad = ~np.isfinite(g)
+        u, new = reference.step(np.where(bad, 0, g), state, b2=b2)
+        m = np.where(bad, state.m, new.m)
+        v = np.where(bad, (b2 if decays else 1) * state.v, new.v)
+        state = reference.Moments(new.t, m, v)
+        directions.append(np.where(bad, 0, u))
+    return np.array(directions), state
+
+
+@pytest.mark.parametrize("v_dtype, rtol", [("float32", 1e-5), ("bfloat16", 2**-8), ("uint8", 0.09)])
+def test_skipped_elements_against_the_oracle(v_dtype, rtol):
+    rng = np.random.default_rng(3)
+    gradients = rng.standard_t(3, (200, 64)).astype(np.float32)
+    gradients[rng.random(gradients.shape) < 0.2] = np.nan
+    tx = scale_by_adamax(b2=0.99, v_dtype=v_dtype, nonfinite="skip_element")
+    steps = run(tx, gradients, jnp.zeros(64))
+    directions, expected = oracle_of_elements(gradients, 0.99, decays=v_dtype != "float32")
+    state = decode_state(steps[-1][2])
+    assert int(state.skipped) == np.isnan(gradients).sum()
+    np.testing.assert_allclose(state.inner_state.v, expected.v, rtol=rtol)
+    np.testing.assert_allclose(state.inner_state.m, expected.m, rtol=1e-5, atol=1e-6)
+    found = np.array([u for u, _, _ in steps])
+    np.testing.assert_allclose(found, directions, rtol=1.5 * rtol, atol=1e-5)
+
+
+@every_policy
+def test_complex_gradients(policy):
+    """Not finite is also what has an infinite modulus, for that is what v would hold."""
+    params = jnp.ones(3, jnp.complex64)
+    tx = scale_by_adamax(nonfinite=policy)
+    good = jnp.asarray([1 + 2j, -1j, 3], jnp.complex64)
+    (_, _, before), = run(tx, [good], params)  # fmt: skip
+    for bad in (complex(np.nan, 1), complex(1, -np.inf), complex(3e38, 3e38)):
+        updates, after = tx.update(good.at[1].set(bad), before)
+        assert updates[1] == 0 and int(after.skipped) == 1
+        assert np.all(np.isfinite(updates)) and np.all((updates[::2] != 0) == (policy[5] == "e"))
+        old, new = before.inner_state, after.inner_state
+        assert old.m[1] == new.m[1] and old.v[1] == new.v[1]
+
+
+@every_policy
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_no_bad_element_of_a_large_leaf_is_missed(policy, dtype):
+    """`jnp.max` would lose NaN here (jaxlib 0.10.2, on CPU)."""
+    size = 1 << 16
+    tx = scale_by_adamax(nonfinite=policy)
+    update, state = jax.jit(tx.update), tx.init(jnp.zeros(size, dtype))
+    for bad in (np.nan, np.inf, -np.inf):
+        for place in (0, 12345, size // 2, size - 1):
+            g = jnp.ones(size, dtype).at[place].set(bad)
+            updates, after = update(g, state)
+            assert int(after.skipped) == 1 and updates[place] == 0
+            assert int(after.inner_state.count) == (policy == "skip_element")
+    largest = jnp.full(size, jnp.finfo(dtype).max, dtype)
+    assert int(update(largest, state)[1].skipped) == 0
+
+
+# Everywhere the same.
+
+
+@every_policy
+@some_formats
+def test_scan_is_the_loop(policy, m_dtype, v_dtype):
+    gradients, _ = spoiled(clean_gradients())
+    tx = adamax(SCHEDULE, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=policy)
+    _, _, expected = run(tx, gradients)[-1]
+
+    @jax.jit
+    def scan(gradients):
+        def body(state, g):
+            return tx.update(g, state, PARAMS)[1], None
+
+        return jax.lax.scan(body, tx.init(PARAMS), gradients)[0]
+
+    state = scan(jax.tree.map(lambda *g: jnp.stack(g), *gradients))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, state, expected)
+    assert int(state.skipped) == int(expected.skipped) > 0
+
+
+@every_policy
+@some_formats
+def test_all_devices_agree(policy, m_dtype, v_dtype):
+    """The bad element is on one of eight devices; the decision and the count are on all."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("x"))
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(6, 64)).astype(np.float32)
+    gradients[2, 37], gradients[4, [0, 63]] = np.nan, np.inf
+    tx = adamaxw_of(m_dtype, v_dtype, nonfinite=policy)
+    place = functools.partial(jax.device_put, device=split)
+    _, params, state = run(tx, [place(g) for g in gradients], place(jnp.ones(64)))[-1]
+    _, expected, alone = run(tx, gradients, jnp.ones(64))[-1]
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, (params, state), (expected, alone))
+    counts = {int(shard.data) for shard in state.skipped.addressable_shards}
+    assert len(state.skipped.addressable_shards) == 8
+    assert counts == {2 if policy == "skip_step" else 3}
+
+
+@every_policy
+def test_vmap_decides_row_by_row(policy):
+    tx = scale_by_adamax(m_dtype="int8", v_dtype="uint8", nonfinite=policy)
+    g = np.random.default_rng(0).normal(size=(4, 3, 16)).astype(np.float32)
+    g[2, 1, 5] = np.nan
+    params = jnp.zeros((3, 16))
+    state = jax.vmap(tx.init)(params)
+    for x in g:
+        updates, state = jax.jit(jax.vmap(tx.update))(x, state)
+    np.testing.assert_array_equal(state.skipped, [0, 1, 0])
+    for row in range(3):
+        alone, _, expected = run(tx, g[:, row], params[row])[-1]
+        np.testing.assert_allclose(updates[row], alone, rtol=1e-5, atol=1e-6)
+        assert int(expected.inner_state.count) == int(state.inner_state.count[row])
+
+
+# Beside the rest.
+
+
+@every_policy
+def test_inside_inject_hyperparams_and_apply_if_finite(policy):
+    gradients, _ = spoiled(clean_gradients())
+    tx = optax.inject_hyperparams(adamaxw, static_args=("nonfinite", "mask"))(
+        learning_rate=SCHEDULE, mask=None, nonfinite=policy
+    )
+    with jax.numpy_dtype_promotion("standard"):
+        _, params, state = run(tx, gradients)[-1]
+    expected = 6 if policy == "skip_element" else len(BAD_STEPS)
+    assert int(optax.tree.get(state, "skipped")) == expected
+    assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
+    around = optax.apply_if_finite(adamax(0.1, nonfinite=policy), 2)
+    _, params, state = run(around, gradients)[-1]
+    assert int(state.total_notfinite) == len(BAD_STEPS)
+    assert int(optax.tree.get(state, "skipped")) == 0  # apply_if_finite lets none through
+    persistent = [jax.tree.map(lambda g: g * jnp.nan, gradients[1])] * 5
+    _, params, state = run(around, persistent)[-1]  # until it gives up
+    assert int(optax.tree.get(state, "skipped")) == 3 * (22 - 4 if policy == "skip_element" else 1)
+    assert_same(params, PARAMS)
+
+
+@every_policy
+def test_hyperparameters_may_be_traced(policy):
+    g = jnp.asarray([1.0, np.nan])
+
+    @jax.jit
+    def two_steps(b1, b2):
+        tx = scale_by_adamax(b1, b2, v_dtype="bfloat16", nonfinite=policy)
+        return tx.update(g, tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[1])
+
+    updates, state = two_steps(0.9, 0.5)
+    expected = 0.5 if policy == "skip_element" else 1.0
+    np.testing.assert_allclose(decode_state(state).inner_state.v[1], expected, rtol=1e-6)
+    assert updates[1] == 0
+
+
+@every_policy
+def test_none_masks_and_nothing(policy):
+    tx = adamax(0.1, nonfinite=policy)
+    updates, state = tx.update((), tx.init(()))
+    assert updates == () and int(state.skipped) == 0
+    masked = optax.masked(tx, {"a": True, "b": False})
+    gradients = {"a": jnp.asarray([jnp.nan]), "b": jnp.asarray([jnp.nan])}
+    updates, state = masked.update(gradients, masked.init(gradients))
+    assert updates["a"] == 0 and np.isnan(updates["b"])
+    assert int(optax.tree.get(state, "skipped")) == 1
+    empty = jnp.zeros((0, 3))
+    assert int(tx.update(empty, tx.init(empty))[1].skipped) == 0
+
+
+@every_policy
+def test_the_counter_stops_at_its_largest(policy):
+    tx = scale_by_adamax(nonfinite=policy)
+    state = tx.init(jnp.ones(5))._replace(skipped=jnp.int32(2**31 - 3))
+    for _ in range(4):
+        _, state = tx.update(jnp.full(5, jnp.nan), state)
+    assert int(state.skipped) == 2**31 - 1
+
+
+@every_policy
+def test_states_are_converted_and_continued(policy):
+    """From a run without a policy, to another format, and to optax and back."""
+    gradients, _ = spoiled(clean_gradients())
+    _, params, plain = run(adamax(0.1), clean_gradients())[-1]
+    tx = adamax(0.1, m_dtype="int8", v_dtype="uint8", nonfinite=policy)
+    empty = tx.init(params)
+    state = empty._replace(inner_state=encode_state(plain, "int8", "uint8"))
+    assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, empty)
+    _, _, state = run(tx, gradients, params, state)[-1]
+    assert int(state.skipped) > 0
+    decoded = decode_state(state)
+    assert isinstance(decoded, SkipState) and decoded.skipped == state.skipped
+    assert decoded.inner_state[0].m["a"].dtype == jnp.float32
+    again = encode_state(state, "int8", "uint8")
+    assert_same(again, state)
+
+
+@every_policy
+def test_to_optax_and_back(policy):
+    _, params, state = run(adamax(0.1, nonfinite=policy), clean_gradients())[-1]
+    theirs = compat_optax.dump_state(state, params, optax.adamax(0.1))
+    assert_same(optax.tree.get(theirs, "mu"), state.inner_state[0].m)
+    back = compat_optax.load_state(theirs, params, adamax(0.1, nonfinite=policy))
+    assert_same(back.inner_state, state.inner_state)
+    assert isinstance(back, SkipState) and int(back.skipped) == 0
+
+
+@pytest.mark.parametrize("make", [scale_by_adamax, functools.partial(adamax, 0.1)])
+def test_the_default_has_the_state_that_it_always_had(make):
+    state = make().init(PARAMS)
+    found = state if isinstance(state, ScaleByAdamaxState) else state[0]
+    assert isinstance(found, ScaleByAdamaxState)
+    assert jax.tree.structure(make(nonfinite="propagate").init(PARAMS)) == jax.tree.structure(state)
+
+
+# What it costs.
+
+
+def compiled_step(size, **options):
+    tx = adamaxw(1e-3, **options)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, g):
+        u, state = tx.update(g, state, params)
+        return optax.apply_updates(params, u), state
+
+    params = jax.ShapeDtypeStruct((size,), jnp.float32)
+    return step.lower(params, jax.eval_shape(tx.init, params), params).compile()
+
+
+def passes_and_copies(compiled, size):
+    """Of whole arrays, in the program itself and outside its branches."""
+    entry = compiled.as_text().split("\nENTRY")[1]
+    passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
+    copies = re.findall(rf"= \w+\[{size}\]\S* copy\(", compiled.as_text())
+    return len(passes), len(copies)
+
+
+@every_policy
+@every_format
+def test_no_pass_over_memory_but_the_reduction(policy, m_dtype, v_dtype):
+    size = 1 << 16
+    formats = {"m_dtype": m_dtype, "v_dtype": v_dtype}
+    plain, policed = (compiled_step(size, **formats, nonfinite=x) for x in ("propagate", policy))
+    assert passes_and_copies(policed, size) == passes_and_copies(plain, size)
+    assert passes_and_copies(policed, size)[1] == 0
+    account = policed.memory_analysis()
+    assert account.alias_size_in_bytes >= plain.memory_analysis().alias_size_in_bytes
+    # Elements are counted in a branch of its own, which is entered only if there are some.
+    allowed = 5 * size if policy == "skip_element" else size // 16
+    assert account.temp_size_in_bytes <= allowed
