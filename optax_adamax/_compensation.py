@@ -1,11 +1,10 @@
 """What a parameter of 16 bits cannot hold, kept beside it.
 
-Within each sign, floats lie in the order of their bits. The `ordinal` of a number is its place in
-that order, an integer, with `extra` more bits than the parameter's dtype has: the numbers of that
-dtype are the multiples of 2**extra. A step rounds the ordinal of the true parameter to such a
-multiple, and what is left over is the residual. Powers of two, zero and subnormals need no word.
+A step rounds the ordinal of the true parameter (see `_ordinals`) to one that the parameter's dtype
+has, and what is left over is the residual.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,9 +14,9 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-T = TypeVar("T")
+from optax_adamax import _ordinals
 
-EXTRA = {np.dtype(jnp.bfloat16): 16, np.dtype(np.float16): 13}  # bits that float32 has more
+T = TypeVar("T")
 
 
 class CompensateRoundingState(NamedTuple):
@@ -32,7 +31,7 @@ class CompensateRoundingState(NamedTuple):
 
 def compensate_rounding(
     residual_dtype: DTypeLike = jnp.int8,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     r"""Lets parameters of 16 bits add up updates that are smaller than they can show.
 
     The true parameter is :math:`\theta = p + r`: the stored p, of bfloat16 or float16, is
@@ -73,14 +72,15 @@ def compensate_rounding(
       ValueError: from ``update``, no parameters.
 
     Example:
-      >>> import jax.numpy as jnp, optax
+      >>> import jax, jax.numpy as jnp, optax
       >>> from optax_adamax import adamax, compensate_rounding
       >>> tx = optax.chain(adamax(0.001), compensate_rounding())
       >>> params = jnp.array(1.0, jnp.bfloat16)
       >>> state = tx.init(params)
-      >>> for _ in range(8):
-      ...     updates, state = tx.update(jnp.array(1.0), state, params)
-      ...     params = optax.apply_updates(params, updates)
+      >>> with jax.numpy_dtype_promotion("standard"):  # as it is by default
+      ...     for _ in range(8):
+      ...         updates, state = tx.update(jnp.array(1.0), state, params)
+      ...         params = optax.apply_updates(params, updates)
       >>> print(params)  # 1 - 8 * 0.001; without the residual it would still be 1
       0.992188
 
@@ -89,23 +89,25 @@ def compensate_rounding(
       weights likewise.
     """
     dtype = np.dtype(residual_dtype)
-    if dtype not in (np.int8, np.int16):
+    if dtype.name not in ("int8", "int16"):
         raise TypeError(f"residual_dtype must be int8 or int16, but {residual_dtype} was given.")
 
     def init(params: optax.Params) -> CompensateRoundingState:
-        residual = jax.tree_util.tree_map_with_path(lambda *x: _zeros(*x, dtype), params)
+        zeros = functools.partial(_zeros, dtype=dtype)
+        residual = jax.tree_util.tree_map_with_path(zeros, params)
         return CompensateRoundingState(jnp.zeros((), jnp.int32), residual)
 
     def update(
-        updates: optax.Updates,
-        state: CompensateRoundingState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, CompensateRoundingState]:
-        del extra_args
         if params is None:
             raise ValueError(
                 "compensate_rounding needs the parameters: call update(updates, state, params)."
+            )
+        if not isinstance(state, CompensateRoundingState):
+            raise TypeError(
+                f"The state must be a CompensateRoundingState, but a {type(state).__name__} was "
+                f"given. The state of a chain goes to the update of that chain."
             )
         count = jnp.asarray(optax.safe_increment(state.count))
         gradients, treedef = jax.tree.flatten(updates)
@@ -114,12 +116,12 @@ def compensate_rounding(
         u, residual = (treedef.unflatten([x[i] for x in leaves]) for i in range(2))
         return u, CompensateRoundingState(count, residual)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _zeros(path: Any, p: Any, dtype: np.dtype) -> Any:
     kind = jnp.result_type(p)
-    if kind in EXTRA:
+    if kind in _ordinals.EXTRA:
         return jnp.zeros_like(p, dtype=dtype)
     if jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 2:
         raise TypeError(
@@ -135,78 +137,26 @@ def _leaf(u: jax.Array, p: Any, residual: Any, count: jax.Array) -> tuple[jax.Ar
     if _is_masked(residual):
         return u, residual
     p, u = jnp.asarray(p), u.astype(jnp.float32)
-    theta = _join(p, residual)
-    moved = theta + u
-    fine, top = _round(moved, p.dtype, residual.dtype, _threshold(count))
-    width = _width(p.dtype, residual.dtype)
-    rounded = _from_ordinal(top << EXTRA[p.dtype], p.dtype)
-    stored = p.astype(jnp.float32)
-    new_u = jnp.where(jnp.isfinite(moved) & jnp.isfinite(rounded), rounded - stored, u)
-    # Of a parameter that shrinks to 2**-16 at once, float32 cannot hold the difference.
-    reached = _place((stored + new_u).astype(p.dtype)) == top
-    return new_u, jnp.where(reached, fine - (top << width), 0).astype(residual.dtype)
+    stored, moved = p.astype(jnp.float32), _ordinals.join(p, residual) + u
+    fine, top = _ordinals.round_twice(moved, p.dtype, residual.dtype, _threshold(count))
+    extra, width = _ordinals.EXTRA[p.dtype], _ordinals.width_of(p.dtype, residual.dtype)
+    # The way from p to a number below 2**-16 |p| may be none of float32: p ends beside it.
+    ends = stored + (_ordinals.from_ordinal(top << extra, p.dtype) - stored)
+    reached = jnp.abs(_ordinals.to_ordinal(ends, p.dtype) - (top << extra)) < 1 << (extra - 1)
+    left = (fine - (top << width)).astype(residual.dtype)
+    new_residual = left & -reached.astype(residual.dtype)
+    # `top << extra`, by way of the new residual: XLA on CPU then makes the residual first, and
+    # copies the old one, of 1 byte, rather than the parameter, before it is overwritten.
+    rounded = _ordinals.from_ordinal(
+        (fine - new_residual.astype(jnp.int32)) << (extra - width), p.dtype
+    )
+    finite = jnp.isfinite(moved) & jnp.isfinite(rounded)
+    return jnp.where(finite, rounded - stored, u), new_residual
 
 
 def _threshold(count: jax.Array) -> jax.Array:
     """Multiples of the golden ratio, mod 1, in units of 2**-31: where in step t to round up."""
     return ((count.astype(jnp.uint32) * np.uint32(2654435769)) >> 1).astype(jnp.int32)
-
-
-def _width(dtype: np.dtype, residual_dtype: np.dtype) -> int:
-    """How many bits the residual has, of those that `dtype` lacks."""
-    return min(EXTRA[dtype], jnp.iinfo(residual_dtype).bits)
-
-
-def _round(
-    x: jax.Array, dtype: np.dtype, residual_dtype: np.dtype, threshold: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The ordinal of x to the residual's precision, and to that of `dtype`."""
-    width = _width(dtype, residual_dtype)
-    lost = EXTRA[dtype] - width
-    fine = (_to_ordinal(x, dtype) + (threshold >> (31 - lost))) >> lost
-    return fine, (fine + (1 << (width - 1))) >> width
-
-
-def _join(p: jax.Array, residual: jax.Array) -> jax.Array:
-    """The true parameter, in float32."""
-    _check(p, residual)
-    lost = EXTRA[p.dtype] - _width(p.dtype, residual.dtype)
-    ordinal = (_place(p) << EXTRA[p.dtype]) + (residual.astype(jnp.int32) << lost)
-    return jnp.where(jnp.isfinite(p), _from_ordinal(ordinal, p.dtype), p.astype(jnp.float32))
-
-
-_HALF = np.int32(1 << 30)  # the threshold that rounds to nearest
-
-
-def _place(p: jax.Array) -> jax.Array:
-    """The place of p among the numbers of its dtype; 0 for both zeros."""
-    # By the bits: XLA may leave out a cast to 16 bits and back, but never this.
-    bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.int32)
-    size = bits & 0x7FFF
-    return jnp.where(bits > 0x7FFF, -size, size)
-
-
-# float16 has its smallest normal number, 2**-14, where float32 has a biased exponent of 113.
-_REBIAS = 112 << 23
-
-
-def _to_ordinal(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    size = jax.lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
-    if dtype == np.float16:
-        subnormal = jnp.round(jnp.minimum(jnp.abs(x), 1.0) * 2.0**37).astype(jnp.int32)
-        size = jnp.where(size < (113 << 23), subnormal, size - _REBIAS)
-    return jnp.where(x < 0, -size, size)
-
-
-def _from_ordinal(ordinal: jax.Array, dtype: np.dtype) -> jax.Array:
-    size = jnp.abs(ordinal)
-    if dtype == np.float16:
-        normal = jax.lax.bitcast_convert_type(size + _REBIAS, jnp.float32)
-        x = jnp.where(size < (1 << 23), size.astype(jnp.float32) * 2.0**-37, normal)
-        x = jnp.where(size < (0x7C00 << 13), x, jnp.inf)
-    else:
-        x = jax.lax.bitcast_convert_type(size, jnp.float32)
-    return jnp.where(ordinal < 0, -x, x)
 
 
 def master_params(state: Any, params: T) -> T:
@@ -234,7 +184,7 @@ def master_params(state: Any, params: T) -> T:
     """
 
     for found in _states(state):
-        params = _map(lambda r, p: p if _is_masked(r) else _join(p, r), found.residual, params)
+        params = _map(_true, found.residual, params)
     return params
 
 
@@ -273,14 +223,22 @@ def split_master_params(state: Any, params: T, masters: T) -> tuple[Any, T]:
     return jax.tree.map(renew, state, is_leaf=_is_state), stored
 
 
+def _true(residual: Any, p: Any) -> Any:
+    """p and what it cannot hold."""
+    if _is_masked(residual):
+        return p
+    _check(p, residual)
+    return _ordinals.join(jnp.asarray(p), residual)
+
+
 def _store(residual: Any, p: Any, master: Any) -> Any:
     """`master` as p keeps it."""
     if _is_masked(residual):
         return master
     _check(p, residual)
     master = jnp.asarray(master, jnp.float32)
-    _, top = _round(master, p.dtype, residual.dtype, _HALF)
-    rounded = _from_ordinal(top << EXTRA[p.dtype], p.dtype)
+    _, top = _ordinals.round_twice(master, p.dtype, residual.dtype, _ordinals.HALF)
+    rounded = _ordinals.from_ordinal(top << _ordinals.EXTRA[p.dtype], p.dtype)
     return jnp.where(jnp.isfinite(master), rounded, master).astype(p.dtype)
 
 
@@ -289,9 +247,9 @@ def _leave(residual: Any, p: Any, master: Any) -> Any:
     if _is_masked(residual):
         return residual
     master = jnp.asarray(master, jnp.float32)
-    fine, top = _round(master, p.dtype, residual.dtype, _HALF)
+    fine, top = _ordinals.round_twice(master, p.dtype, residual.dtype, _ordinals.HALF)
     finite = jnp.isfinite(_store(residual, p, master))
-    left = fine - (top << _width(p.dtype, residual.dtype))
+    left = fine - (top << _ordinals.width_of(p.dtype, residual.dtype))
     return jnp.where(finite, left, 0).astype(residual.dtype)
 
 
@@ -325,10 +283,15 @@ def _map(function: Callable[..., Any], residual: Any, *trees: Any) -> Any:
 
 
 def _check(p: Any, residual: Any) -> None:
-    """Refuses a parameter of another dtype than the one that the residual was made for."""
-    if (jnp.result_type(p) in EXTRA) == _is_masked(residual):
+    """Refuses a parameter that the residual was not made for."""
+    if (jnp.result_type(p) in _ordinals.EXTRA) == _is_masked(residual):
         kept = "none" if _is_masked(residual) else residual.dtype
         raise TypeError(
             f"A parameter is of dtype {jnp.result_type(p)}, but its residual is {kept}: the state "
             f"was made for parameters of another dtype. Call init again with these parameters."
+        )
+    if not _is_masked(residual) and jnp.shape(p) != residual.shape:
+        raise ValueError(
+            f"A parameter has shape {jnp.shape(p)}, but its residual {residual.shape}: the state "
+            f"was made for other parameters. Call init again with these."
         )

@@ -260,3 +260,31 @@ def test_what_is_not_finite_is_added_as_it_is():
     plain = [np.inf, -np.inf, np.nan, np.nan, -np.inf, np.inf]
     np.testing.assert_array_equal(np.asarray(new).astype(np.float32), plain)
     np.testing.assert_array_equal(master_params(state, new), plain)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "call"),
+    [
+        (TypeError, "int8 or int16", lambda: compensate_rounding("float32")),
+        (TypeError, "float8_e4m3fn", lambda: init(jnp.ones(2, jnp.float8_e4m3fn))),
+        (ValueError, "needs the parameters", lambda: TX.update(LOW, init(LOW))),
+        (TypeError, "must be a CompensateRoundingState", lambda: TX.update(LOW, (init(LOW),), LOW)),
+        (TypeError, "residual is int8", lambda: TX.update(LOW, init(LOW), WIDE)),
+        (TypeError, "residual is none", lambda: TX.update(WIDE, init(WIDE), LOW)),
+        (ValueError, r"shape \(3,\)", lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
+        (ValueError, "no CompensateRoundingState", lambda: master_params((), LOW)),
+        (ValueError, "not of the tree", lambda: master_params(init({"a": LOW}), {"b": LOW})),
+        (TypeError, "residual is int8", lambda: split_master_params(init(LOW), WIDE, WIDE)),
+    ],
+)
+def test_bad_input(error, words, call):
+    with pytest.raises(error, match=words):
+        call()
+
+
+TX = compensate_rounding()
+LOW, WIDE = jnp.ones(2, jnp.bfloat16), jnp.ones(2)
+
+
+def init(params):
+    return TX.init(params)
