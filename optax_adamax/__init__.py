@@ -10,6 +10,7 @@ from optax_adamax._compensation import (
     split_master_params,
 )
 from optax_adamax._skip import SkipState
+from optax_adamax._spikes import SpikeState, limit_spikes
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
 from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
@@ -21,12 +22,14 @@ __all__ = [
     "FramedMaximum",
     "ScaleByAdamaxState",
     "SkipState",
+    "SpikeState",
     "adamax",
     "adamax_step",
     "adamaxw",
     "compensate_rounding",
     "decode_state",
     "encode_state",
+    "limit_spikes",
     "master_params",
     "scale_by_adamax",
     "split_master_params",

@@ -101,7 +101,8 @@ def test_table_has_every_transformation():
         if inspect.isfunction(function)
         and "GradientTransformation" in str(inspect.signature(function).return_annotation)
     }
-    assert transformations == {constructor for constructor, _ in TRANSFORMATIONS.values()}
+    links_and_wrappers = {"compensate_rounding", "limit_spikes"}  # with contracts of their own
+    assert transformations - links_and_wrappers == {name for name, _ in TRANSFORMATIONS.values()}
 
 
 @every_transformation

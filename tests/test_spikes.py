@@ -1,0 +1,236 @@
+"""`limit_spikes`: what is a spike, what becomes of it, and how a lasting change gets through."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.tree
+import pytest
+
+from optax_adamax import SpikeState, adamax, limit_spikes, scale_by_adamax
+
+every_action = pytest.mark.parametrize("action", ["skip", "clip"])
+PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2)), None]}
+
+
+def gradient(norm, seed=0):
+    """Of a given global norm, in float32."""
+    rng = np.random.default_rng(seed)
+    g = jax.tree.map(lambda p: rng.normal(size=p.shape), PARAMS)
+    size = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(g)))
+    return jax.tree.map(lambda x: jnp.asarray(x * norm / size, jnp.float32), g)
+
+
+def oracle(norms, multiple, decay):
+    """The rule of the docstring in float64: which norms are spikes, and the limits."""
+    s = seen = 0
+    spikes, limits = [], []
+    for n in norms:
+        limit = multiple * s / (1 - decay**seen) if seen else np.inf
+        spikes.append(seen >= 10 and n > limit)
+        limits.append(limit)
+        if n > 0 and np.isfinite(min(n, limit)):  # which NaN is not
+            s, seen = decay * s + (1 - decay) * min(n, limit), seen + 1
+    return np.array(spikes), np.array(limits)
+
+
+IDENTITY = optax.identity()
+
+
+@functools.cache
+def compiled(inner=IDENTITY, multiple=5.0, **options):
+    tx = limit_spikes(inner, multiple, **options)
+    return tx.init, jax.jit(tx.update)
+
+
+def run(norms, multiple=5.0, *, inner=IDENTITY, **options):
+    """Spike or not for each norm, from the counter, and the last state."""
+    init, update = compiled(inner, multiple, **options)
+    state, spikes = init(PARAMS), []
+    for t, norm in enumerate(norms):
+        before = int(state.spikes)
+        updates, state = update(gradient(norm, t), state, PARAMS)
+        spikes.append(int(state.spikes) - before == 1)
+        if spikes[-1] and options.get("action") != "clip":
+            assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    return np.array(spikes), state
+
+
+@every_action
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
+def test_spikes_are_those_of_the_oracle(action, decay):
+    rng = np.random.default_rng(1)
+    norms = np.exp(rng.normal(size=150))
+    norms[rng.random(150) < 0.1] *= 30
+    norms[[20, 21]] = 0
+    spikes, limits = oracle(norms, 3.0, decay)
+    near = np.abs(norms / np.maximum(limits, 1e-9) - 1) < 1e-4
+    found, state = run(norms, 3.0, decay=decay, action=action)
+    assert spikes.sum() > 10 and not near.any()
+    np.testing.assert_array_equal(found, spikes)
+    assert int(optax.tree.get(state, "spikes")) == spikes.sum()
+    assert int(optax.tree.get(state, "seen")) == 148
+
+
+def test_a_skipped_spike_is_no_step():
+    norms = [1.0] * 12 + [40.0] + [1.0] * 5
+    inner = adamax(optax.exponential_decay(0.1, 3, 0.5), m_dtype="int8", v_dtype="uint8")
+    _, state = run(norms, inner=inner)
+    update, expected = jax.jit(inner.update), inner.init(PARAMS)
+    for t, norm in enumerate(norms):
+        if norm == 1.0:
+            _, expected = update(gradient(norm, t), expected, PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, state.inner_state, expected)
+
+
+def test_a_clipped_spike_has_the_norm_of_the_limit():
+    tx = limit_spikes(optax.identity(), 5.0, action="clip")
+    state = tx.init(PARAMS)
+    for t in range(12):
+        updates, state = tx.update(gradient(2.0, t), state)
+        jax.tree.map(np.testing.assert_array_equal, updates, gradient(2.0, t))
+    updates, state = tx.update(gradient(1e6), state)
+    np.testing.assert_allclose(optax.tree.norm(updates), 10.0, rtol=1e-5)
+    ratio = jax.tree.map(lambda u, g: u / g, updates, gradient(1e6))
+    for r in jax.tree.leaves(ratio):
+        np.testing.assert_allclose(r, 1e-5, rtol=1e-5)
+
+
+@every_action
+def test_one_spike_does_not_poison_the_average(action):
+    """Whatever its size, it raises the average by a factor of 1 + (1 - d)(c - 1) at most."""
+    for size in (1e2, 1e10, 1e30, np.inf):
+        steady = run([1.0] * 50, action=action)[1]
+        struck = run([1.0] * 50 + [size], action=action)[1]
+        assert int(struck.spikes) == 1
+
+        def mean(state):
+            return float(state.mean_norm) / (1 - 0.99 ** int(state.seen))
+
+        assert 1 < mean(struck) / mean(steady) < 1 + 2.6 * 0.01 * 4  # young averages move faster
+    later = run([1.0] * 500 + [1e30], action=action)[1]
+    assert mean(later) < 1 + 1.02 * 0.01 * 4
+
+
+@every_action
+@pytest.mark.parametrize("factor", [6.0, 100.0, 1e4])
+def test_a_lasting_change_is_accepted_after_the_stated_steps(action, factor):
+    c, d = 5.0, 0.99
+    stated = np.log(factor / c) / np.log(1 + (1 - d) * (c - 1))
+    spikes, _ = run([1.0] * 400 + [factor] * (int(stated) + 10), c, decay=d, action=action)
+    assert not spikes[:400].any() and spikes[400]
+    waited = spikes.sum()
+    assert not spikes[400 + waited :].any()
+    assert abs(waited - stated) <= 2 + 0.02 * stated
+
+
+@every_action
+def test_smaller_gradients_are_no_spikes_and_silence_is_no_measure(action):
+    """After a million steps without a gradient the first one is none either."""
+    spikes, state = run([1.0] * 20 + [1e-3] * 20 + [0.0] * 20, action=action)
+    silent = state._replace(seen=jnp.int32(2**31 - 1))
+    assert not spikes.any()
+    tx = limit_spikes(optax.identity(), 5.0, action=action)
+    _, after = tx.update(gradient(0.0), silent)
+    assert after.mean_norm == silent.mean_norm and after.seen == 2**31 - 1
+    _, after = tx.update(gradient(1e-2), after)
+    assert int(after.spikes) == 0 and after.seen == 2**31 - 1
+
+
+@every_action
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_policy_inside(action, bad):
+    """NaN always, and infinity when it is clipped; the average keeps out of it."""
+    inner = scale_by_adamax(nonfinite="skip_step")
+    _, state = run([1.0] * 12, inner=inner, action=action)
+    g = {**gradient(1.0), "a": jnp.full(3, bad)}
+    updates, after = compiled(inner, 5.0, action=action)[1](g, state, PARAMS)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+    inside = np.isnan(bad) or action == "clip"
+    assert int(optax.tree.get(after, "skipped")) == inside
+    assert int(after.spikes) == np.isinf(bad)
+    assert np.isfinite(after.mean_norm)
+    jax.tree.map(np.testing.assert_array_equal, after.inner_state.inner_state,
+                 state.inner_state.inner_state)  # fmt: skip
+
+
+def test_clipping_keeps_the_dtype_and_the_direction_of_every_leaf():
+    params = {d: jnp.ones(4, d) for d in ("float16", "bfloat16", "float32", "complex64")}
+    tx = limit_spikes(optax.identity(), 2.0, action="clip")
+    state = tx.init(params)
+    for _ in range(11):
+        _, state = tx.update(params, state)
+    updates, state = tx.update(jax.tree.map(lambda p: p * 100, params), state)
+    assert int(state.spikes) == 1
+    for dtype, u in updates.items():
+        assert u.dtype == dtype
+        np.testing.assert_allclose(np.asarray(u, np.complex64), 2, rtol=2**-8)
+
+
+@every_action
+def test_scan_vmap_and_sharded_agree(action):
+    norms = [1.0] * 12 + [50.0, 1.0]
+    gradients = jnp.stack([gradient(n, t)["a"] for t, n in enumerate(norms)])
+    gradients = jnp.tile(gradients, (1, 8))
+    tx = limit_spikes(adamax(0.1, v_dtype="uint8"), 5.0, action=action)
+
+    def run_on(gradients, init=tx.init, update=tx.update):
+        state = init(gradients[0])
+        for g in gradients:
+            updates, state = update(g, state)
+        return updates, state
+
+    expected = run_on(gradients, update=jax.jit(tx.update))
+    assert int(expected[1].spikes) == 1
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+
+    def body(state, g):
+        updates, state = tx.update(g, state)
+        return state, updates
+
+    state, updates = jax.lax.scan(body, tx.init(gradients[0]), gradients)
+    jax.tree.map(close, (updates[-1], state), expected)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.device_put(gradients, jax.NamedSharding(mesh, jax.P(None, "x")))
+    jax.tree.map(close, run_on(split, update=jax.jit(tx.update)), expected)
+    both = jnp.stack([gradients, jnp.ones_like(gradients)], axis=1)
+    _, state = run_on(both, jax.vmap(tx.init), jax.jit(jax.vmap(tx.update)))
+    np.testing.assert_array_equal(state.spikes, [1, 0])
+
+
+def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
+    schedule = optax.linear_schedule(10.0, 2.0, 20)
+    with jax.numpy_dtype_promotion("standard"):
+        tx = optax.inject_hyperparams(limit_spikes, static_args=("inner", "action"))(
+            optax.identity(), schedule
+        )
+        state = tx.init(PARAMS)
+        for t in range(25):
+            _, state = tx.update(gradient(1.0, t), state)
+        _, state = tx.update(gradient(3.0), state)
+    assert int(optax.tree.get(state, "spikes")) == 1
+    plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
+    tx = limit_spikes(plateau, 5.0)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.float32(1.0))
+    jax.tree.map(np.testing.assert_array_equal, updates, PARAMS)
+
+
+def test_the_counts_stop_at_their_largest():
+    tx = limit_spikes(optax.identity(), 5.0)
+    state = SpikeState((optax.EmptyState()), *(jnp.int32(2**31 - 1), jnp.float32(1.0)),
+                       jnp.int32(2**31 - 1))  # fmt: skip
+    _, state = tx.update(gradient(100.0), state)
+    assert int(state.spikes) == int(state.seen) == 2**31 - 1
+
+
+def test_a_run_is_continued_under_a_limit():
+    plain = adamax(0.1)
+    state = plain.update(PARAMS, plain.init(PARAMS))[1]
+    tx = limit_spikes(plain, 5.0)
+    with pytest.raises(TypeError, match=r"init\(params\)\._replace\(inner_state=state\)"):
+        tx.update(PARAMS, state)
+    _, state = tx.update(PARAMS, tx.init(PARAMS)._replace(inner_state=state))
+    assert int(optax.tree.get(state, "count")) == 2
