@@ -9,6 +9,7 @@ from optax_adamax._compensation import (
     master_params,
     split_master_params,
 )
+from optax_adamax._packing import PackedState, PackedTree, pack_small_leaves
 from optax_adamax._skip import SkipState
 from optax_adamax._spikes import SpikeState, limit_spikes
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
@@ -20,6 +21,8 @@ __version__ = version("optax_adamax")
 __all__ = [
     "CompensateRoundingState",
     "FramedMaximum",
+    "PackedState",
+    "PackedTree",
     "ScaleByAdamaxState",
     "SkipState",
     "SpikeState",
@@ -31,6 +34,7 @@ __all__ = [
     "encode_state",
     "limit_spikes",
     "master_params",
+    "pack_small_leaves",
     "scale_by_adamax",
     "split_master_params",
 ]
