@@ -101,7 +101,8 @@ def test_table_has_every_transformation():
         if inspect.isfunction(function)
         and "GradientTransformation" in str(inspect.signature(function).return_annotation)
     }
-    links_and_wrappers = {"compensate_rounding", "limit_spikes", "pack_small_leaves"}  # with contracts of their own
+    # With contracts of their own.
+    links_and_wrappers = {"compensate_rounding", "limit_spikes", "pack_small_leaves"}
     assert transformations - links_and_wrappers == {name for name, _ in TRANSFORMATIONS.values()}
 
 
