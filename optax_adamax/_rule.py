@@ -89,15 +89,15 @@ class AdamaxStep(NamedTuple):
 
     def direction(self, g: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
         """m_t / ((1 - b1^t) v_t), and 0 where v_t is 0: no gradient has been seen there."""
-        v = v + self.eps_in_denominator
-        unseen = v * self.bias == 0  # by this product XLA divides, and it flushes subnormals
-        v = jnp.where(unseen, 1, v)
+        # Not m / bias / v, of which XLA makes this in some programs, and in others not.
+        scale = self.bias * (v + self.eps_in_denominator)
+        unseen = scale == 0
+        scale = jnp.where(unseen, 1, scale)
 
         def divide(g: jax.Array, m: jax.Array) -> jax.Array:
-            m_hat = m / self.bias
             if self.next_bias is not None:
-                m_hat = self.b1 * (m / self.next_bias) + self.a1 * (g / self.bias)
-            return jnp.where(unseen, 0, m_hat / v)
+                m = self.b1 * (self.bias / self.next_bias) * m + self.a1 * g
+            return jnp.where(unseen, 0, m / scale)
 
         return by_parts(divide, g, m)
 

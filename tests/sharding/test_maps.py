@@ -76,16 +76,7 @@ def integers(params, devices=8):
     }
 
 
-REORDERED = pytest.mark.xfail(
-    strict=False,  # older versions of XLA do neither
-    reason="m / bias / v: XLA writes m / (bias * v) or m * (1 / bias) / v as it sees the bias "
-    "broadcast to one shape or two; multiply by the reciprocal of the bias in the rule instead",
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param("float32", marks=REORDERED), "4 bytes", "3 bytes", "2 bytes"]
-)
+@pytest.mark.parametrize("name", FORMATS)
 def test_zero_by_hand_under_shard_map(name):
     """What keep_sharded leaves to XLA, written out: scatter the gradients, gather the updates."""
     mesh = mesh_of(shape=(8, 1))
