@@ -1,0 +1,60 @@
+"""Runs the benchmarks: all but the long ones, or those that are named.
+
+    python -m benchmarks [NAME ...] [--quick]
+
+Each prints its table, writes benchmarks/results/NAME.json and draws its figure into
+benchmarks/figures. `--quick` runs the code on small sizes in a minute or two, and writes nothing;
+the two that know no small size, dtypes and state_bytes, are left out.
+With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
+long ones run only when named: quality, compensation, reliability. Then
+`python -m benchmarks.readme` puts the results into README.md.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+SHORT = (
+    "dtypes",
+    "peers",
+    "scaling",
+    "packing",
+    "low_bit",
+    "overhead",
+    "state_bytes",
+    "gpu",
+)
+NO_QUICK = ("dtypes", "state_bytes")
+LONG = ("quality", "compensation", "reliability")
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> int:
+    """Runs each benchmark in a process of its own; the exit status says whether all went well."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", choices=[*SHORT, *LONG, []], metavar="NAME")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    names = arguments.names or SHORT
+    if arguments.quick:
+        names = [name for name in names if name not in NO_QUICK]
+    failed = []
+    for name in tqdm(names, desc="benchmarks"):
+        tqdm.write(f"\n== {name}")
+        command = [sys.executable, "-m", f"benchmarks.{name}", *["--quick"] * arguments.quick]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(name)
+    if failed:
+        print(f"\nFailed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Every storage format on a GPU: time of a step, and the fraction of the bandwidth of a copy.
+
+    python -m benchmarks.gpu [--quick]
+
+One large leaf, donated, gradients given; `STEPS` steps a round, so that what the host does is
+hidden. The bytes of a step are those of one pass: parameters, m and v in and out, the gradient in.
+The copy is `x + 1` of an array of the same size, donated. Takes under five minutes; without a GPU,
+it says so and stops, unless `--quick` asks for a run of its code on what there is.
+"""
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks import reporting, timing
+from benchmarks.low_bit import FORMATS, WIDTH
+from optax_adamax import adamax
+
+SIZE, ROUNDS, STEPS = 1 << 28, 20, 10
+REFERENCE, COPY = "optax.adamax", "copy"
+
+
+class Copy:
+    """Reads and writes one array."""
+
+    def __init__(self, size: int):
+        self.step = jax.jit(lambda x: x + 1, donate_argnums=0)
+        self.x = jnp.zeros(size)
+
+    def __call__(self) -> None:
+        for _ in range(STEPS):
+            self.x = self.step(self.x)
+        jax.block_until_ready(self.x)
+
+
+class Steps(timing.Step):
+    """Several steps with one wait at the end."""
+
+    def __call__(self) -> None:
+        for _ in range(STEPS):
+            self.carry = self.step(*self.carry, self.batch)
+        jax.block_until_ready(self.carry)
+
+
+def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str, Any]:
+    """Seconds, ratio to optax.adamax and fraction of the bandwidth of the copy, of each format.
+
+    The formats are measured a pair at a time, each beside the reference, for the memory's sake.
+    """
+    rows: dict[str, Any] = {}
+    gradient = jnp.full(size, 0.01)
+    for m, v in tqdm(formats, desc="formats", leave=False):
+        name = f"{m}, {v}"
+        step = Steps(adamax(1e-3, m_dtype=m, v_dtype=v), jnp.ones(size), timing.given, gradient)
+        optax_step = Steps(optax.adamax(1e-3), jnp.ones(size), timing.given, gradient)
+        runners = {REFERENCE: optax_step, name: step, COPY: Copy(size)}
+        seconds = timing.alternate(runners, rounds)
+        ratios = timing.ratios(seconds, REFERENCE)
+        for found, state_bytes in ((REFERENCE, 8), (name, WIDTH[m] + WIDTH[v])):
+            bytes_ratio = (12 + 2 * state_bytes) / 8
+            fraction = bytes_ratio * seconds[COPY] / seconds[found]
+            rows[found] = {
+                "ratio": ratios[found],
+                "bytes_a_parameter": 12 + 2 * state_bytes,
+                "fraction_of_copy": timing.spread(fraction),
+                "seconds": float(np.median(seconds[found])) / STEPS,
+            }
+        rows[COPY] = {"bytes_per_second": float(8 * size * STEPS / np.median(seconds[COPY]))}
+        del step, optax_step, runners
+    return rows
+
+
+def main() -> None:
+    """Measures, prints and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small, on any device; no JSON")
+    quick = parser.parse_args().quick
+    if jax.default_backend() != "gpu" and not quick:
+        print("not measured: there is no GPU")
+        return
+    size, rounds = (1 << 16, 2) if quick else (SIZE, ROUNDS)
+    rows = measure(size, rounds, FORMATS[:1] + FORMATS[-1:] if quick else FORMATS)
+    copied = rows.pop(COPY)["bytes_per_second"]
+    print(f"copy: {copied / 1e9:.0f} GB/s")
+    for name, row in rows.items():
+        fraction = timing.text(row["fraction_of_copy"])
+        print(f"{name:20} ratio {timing.text(row['ratio'])}  fraction of copy {fraction}")
+    if not quick:
+        provenance = reporting.provenance("benchmarks.gpu", dtype="float32", seeds=[])
+        results = {"provenance": provenance, "parameters": size, "rounds": rounds}
+        results |= {"copy_bytes_per_second": copied, "rows": rows}
+        reporting.write_json(reporting.RESULTS / "gpu.json", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""One step of every peer on one large float32 leaf, beside the limit of the machine.
+
+    python -m benchmarks.peers [--quick]
+
+A step that is only the optimizer, with gradients given: donated or in place, all cores, as fast as
+each framework's documentation tells to run it. The limit is a single pass in C over the same bytes
+(benchmarks/limit.py). Everything is measured in alternation in one process; then once more what
+JAX runs, in a process with XLA's multi-output fusion. Takes two minutes.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import reporting, timing
+from benchmarks.limit import STREAMS, Limit
+from optax_adamax import adamax
+
+SIZE, ROUNDS, SEED, RATE = 1 << 24, 20, 0, 1e-3
+SWITCH = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
+LIMIT, COPY, REFERENCE = "one pass in C", "copy in C", "optax.adamax"
+Runner = Callable[[], object]
+
+
+def in_jax(tx: optax.GradientTransformation, gradient: np.ndarray) -> Runner:
+    """A jitted, donated step."""
+    return timing.Step(tx, jnp.ones(gradient.size), timing.given, jnp.asarray(gradient))
+
+
+def in_torch(gradient: np.ndarray, *, compiled: bool = False, **options: Any) -> Runner:
+    """`torch.optim.Adamax`."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    parameter = torch.ones(gradient.size, requires_grad=True)
+    parameter.grad = torch.from_numpy(gradient.copy())
+    optimizer = torch.optim.Adamax([parameter], lr=RATE, **options)
+    return torch.compile(optimizer.step) if compiled else optimizer.step
+
+
+def in_keras(gradient: np.ndarray) -> Runner:
+    """`keras.optimizers.Adamax` on JAX: its stateless form, jitted, with donated variables."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    variable = keras.Variable(np.ones(gradient.size, np.float32))
+    optimizer = keras.optimizers.Adamax(RATE)
+    optimizer.build([variable])
+    given = jnp.asarray(gradient)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(weights: Any, state: Any, gradient: jax.Array) -> Any:
+        return optimizer.stateless_apply(state, [gradient], weights)
+
+    carry = [jnp.array(variable.value)], [jnp.array(x.value) for x in optimizer.variables]
+
+    def run() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(step(*carry, given))
+
+    return run
+
+
+def in_mlx(gradient: np.ndarray) -> Runner:
+    """`mlx.optimizers.Adamax` on CPU, compiled."""
+    import mlx.core as mx
+    import mlx.optimizers
+
+    mx.set_default_device(mx.cpu)
+    optimizer = mlx.optimizers.Adamax(RATE)
+    params, given = {"w": mx.ones(gradient.size)}, {"w": mx.array(gradient)}
+    optimizer.init(params)
+    state = [params, optimizer.state]
+
+    @functools.partial(mx.compile, inputs=state, outputs=state)
+    def step() -> None:
+        params.update(optimizer.apply_gradients(given, params))
+
+    def run() -> None:
+        step()
+        mx.eval(state)
+
+    return run
+
+
+def in_flashoptim(gradient: np.ndarray) -> Runner:
+    """flashoptim-jax's AdamW: 8-bit state, and bfloat16 parameters, for it refuses float32."""
+    from flashoptim_jax import flash_adamw
+
+    tx = flash_adamw(learning_rate=RATE)
+    given = jnp.asarray(gradient, jnp.bfloat16)
+    params = jnp.ones_like(given)
+    carry = params, tx.init(params)
+
+    def run() -> None:
+        nonlocal carry
+        carry = jax.block_until_ready(tx.step(*carry, given))
+
+    return run
+
+
+JAX: dict[str, Callable[[np.ndarray], Runner]] = {
+    REFERENCE: lambda g: in_jax(optax.adamax(RATE), g),
+    "optax_adamax": lambda g: in_jax(adamax(RATE), g),
+    "optax.adam": lambda g: in_jax(optax.adam(RATE), g),
+    "Keras on JAX": in_keras,
+}
+OTHERS: dict[str, Callable[[np.ndarray], Runner]] = {
+    "PyTorch, single": lambda g: in_torch(g, foreach=False),
+    "PyTorch, foreach": lambda g: in_torch(g, foreach=True),
+    "PyTorch, torch.compile": lambda g: in_torch(g, compiled=True),
+    "MLX on CPU": in_mlx,
+    "flashoptim-jax, AdamW": in_flashoptim,
+}
+
+
+def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of everything that runs here to optax.adamax and to the limit; and what does not."""
+    gradient = np.random.default_rng(SEED).standard_normal(size, np.float32) * np.float32(0.01)
+    runners: dict[str, Runner] = {}
+    missing: dict[str, str] = {}
+    for name, make in candidates.items():
+        try:
+            runner = make(gradient)
+            runner()  # compiles
+        except Exception as error:  # a peer that does not run here is a row, not a failure
+            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            runners[name] = runner
+    try:
+        limit = Limit(size)
+        runners |= {LIMIT: limit.adamax, COPY: limit.copy}
+    except (OSError, RuntimeError) as error:
+        missing[LIMIT] = str(error)
+    seconds = timing.alternate(runners, rounds)
+    found = {"to_optax": timing.ratios(seconds, REFERENCE), "missing": missing}
+    if LIMIT in runners:
+        found["to_limit"] = timing.ratios(seconds, LIMIT)
+        found["copy_bytes_per_second"] = float(8 * size / np.median(seconds[COPY]))
+        found["limit_bytes_per_second"] = float(4 * STREAMS * size / np.median(seconds[LIMIT]))
+    return found
+
+
+def with_switch(quick: bool) -> dict[str, Any]:
+    """What JAX runs, measured in a process with the multi-output fusion."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {SWITCH}".strip()
+    command = [sys.executable, "-m", "benchmarks.peers", "--jax-only", *["--quick"] * quick]
+    made = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, stdout=subprocess.PIPE, text=True
+    )
+    if made.returncode:
+        return {"missing": {"all": "this XLA does not know the switch"}, "to_optax": {}}
+    return json.loads(made.stdout)
+
+
+def main() -> None:
+    """Measures, prints the ratios and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the size, few rounds")
+    parser.add_argument("--jax-only", action="store_true", help="print JSON of what JAX runs")
+    arguments = parser.parse_args()
+    size, rounds = (SIZE // 16, 5) if arguments.quick else (SIZE, ROUNDS)
+    if arguments.jax_only:
+        print(json.dumps(measure(size, rounds, JAX)))
+        return
+    switched = with_switch(arguments.quick) if jax.default_backend() == "cpu" else None
+    results = {
+        "parameters": size,
+        "rounds": rounds,
+        "default": measure(size, rounds, JAX | OTHERS),
+        "multi_output_fusion": switched,
+    }
+    for title in ("default", "multi_output_fusion"):
+        found = results[title] or {"to_optax": {}, "missing": {}}
+        for name, ratio in found["to_optax"].items():
+            limit = found.get("to_limit", {}).get(name)
+            beside = f", to the limit {timing.text(limit)}" if limit else ""
+            print(f"{title}: {name:24} to optax.adamax {timing.text(ratio)}{beside}")
+        for name, reason in found["missing"].items():
+            print(f"{title}: {name:24} not measured: {reason}")
+    if not arguments.quick:
+        packages = [name for name in ("torch", "keras", "mlx", "flashoptim-jax") if installed(name)]
+        provenance = reporting.provenance(
+            "benchmarks.peers", dtype="float32", seeds=[SEED], packages=packages
+        )
+        reporting.write_json(reporting.RESULTS / "peers.json", {"provenance": provenance} | results)
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there."""
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

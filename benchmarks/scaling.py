@@ -1,0 +1,134 @@
+"""How a step grows: with the parameters of one leaf, and with the number of small leaves.
+
+    python -m benchmarks.scaling [--quick]
+
+Float32, donated, with gradients given (one leaf) or computed inside (many leaves, as in
+`benchmarks.packing`). Slopes are of log time against log size by least squares, over the upper
+half of the sizes: 1 is proportional. Takes three minutes and 4 GB of memory.
+"""
+
+import argparse
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from benchmarks import packing, reporting, timing
+from benchmarks.packing import PACKED, REFERENCE
+from optax_adamax import adamax
+
+PARAMETERS = tuple(10**k for k in range(3, 9))
+LEAVES = (1, 3, 10, 30, 100, 300, 1000, 3000)
+ROUNDS = 20
+ONE_LEAF = {REFERENCE: lambda: optax.adamax(1e-3), "adamax": lambda: adamax(1e-3)}
+
+
+def one_leaf(size: int, rounds: int) -> dict[str, Any]:
+    """Seconds and ratio of a step on one leaf, and what it holds at its peak."""
+    gradient = jnp.full(size, 0.01)
+    steps = {
+        name: timing.Step(make(), jnp.ones(size), timing.given, gradient)
+        for name, make in ONE_LEAF.items()
+    }
+    found = {}
+    for name, step in steps.items():
+        memory = step.compiled.memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        found[name] = {"peak_bytes": peak}
+    return _with_times(found, timing.alternate(steps, rounds))
+
+
+def many_leaves(count: int, rounds: int) -> dict[str, Any]:
+    """Seconds and ratio of a step on small leaves, and of its compilation."""
+    names = (REFERENCE, "adamax", PACKED)
+    steps = {name: packing.build(name, count, packing.SIZE) for name in names}
+    found = {name: {"compile_seconds": step.compile_seconds} for name, step in steps.items()}
+    return _with_times(found, timing.alternate(steps, rounds))
+
+
+def _with_times(found: dict[str, Any], seconds: dict[str, np.ndarray]) -> dict[str, Any]:
+    ratios = timing.ratios(seconds, REFERENCE)
+    return {
+        name: {"seconds": timing.spread(seconds[name]), "ratio": ratios[name]} | row
+        for name, row in found.items()
+    }
+
+
+def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
+    """The slope of each candidate over the upper half of the sizes."""
+    sizes = list(curve)[len(curve) // 2 :]
+    x = np.log([int(size) for size in sizes])
+
+    def value(row: dict[str, Any]) -> float:
+        return row[quantity]["median"] if quantity == "seconds" else row[quantity]
+
+    return {
+        name: float(np.polyfit(x, np.log([value(curve[size][name]) for size in sizes]), 1)[0])
+        for name in curve[sizes[0]]
+    }
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Time and memory against parameters, time and compilation against leaves."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("parameters", "seconds", "parameters in one leaf", "seconds a step"),
+        ("parameters", "peak_bytes", "parameters in one leaf", "peak memory, bytes"),
+        ("leaves", "seconds", "leaves of 64 elements", "seconds a step"),
+        ("leaves", "compile_seconds", "leaves of 64 elements", "seconds of compilation"),
+    ]
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    for axes, (curve, quantity, label, title) in zip(grid.flat, panels, strict=True):
+        rows = results[curve]
+        for name, style in zip(next(iter(rows.values())), ("o-", "s--", "^-"), strict=False):
+            found = [row[name][quantity] for row in rows.values()]
+            y = [value["median"] if isinstance(value, dict) else value for value in found]
+            axes.loglog([int(size) for size in rows], y, style, label=name, markersize=4)
+        axes.set(xlabel=label, ylabel=title)
+        axes.legend(fontsize="small")
+    figure.savefig(reporting.FIGURES / "scaling.png", dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measures, prints and writes JSON and figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
+    quick = parser.parse_args().quick
+    parameters, leaves = (PARAMETERS[:3], LEAVES[:4]) if quick else (PARAMETERS, LEAVES)
+    rounds = 5 if quick else ROUNDS
+    results: dict[str, Any] = {"rounds": rounds}
+    packing.build(REFERENCE, 2, packing.SIZE)  # what JAX sets up once
+    for name, sizes, run in (
+        ("parameters", parameters, one_leaf),
+        ("leaves", leaves, many_leaves),
+    ):
+        results[name] = {str(n): run(n, rounds) for n in tqdm(sizes, desc=name, leave=False)}
+    results["slopes"] = {
+        "step, parameters": slopes(results["parameters"], "seconds"),
+        "peak memory, parameters": slopes(results["parameters"], "peak_bytes"),
+        "step, leaves": slopes(results["leaves"], "seconds"),
+        "compilation, leaves": slopes(results["leaves"], "compile_seconds"),
+    }
+    for curve in ("parameters", "leaves"):
+        for size, rows in results[curve].items():
+            cells = [f"{name} {timing.text(row['ratio'])}" for name, row in rows.items()]
+            print(f"{size:>10} {curve:10} ", "  ".join(cells))
+    for name, row in results["slopes"].items():
+        print(f"slope of {name}:", "  ".join(f"{k} {x:.2f}" for k, x in row.items()))
+    if not quick:
+        provenance = reporting.provenance("benchmarks.scaling", dtype="float32", seeds=[])
+        results = {"provenance": provenance} | results
+        reporting.write_json(reporting.RESULTS / "scaling.json", results)
+        reporting.FIGURES.mkdir(exist_ok=True)
+        draw(results)
+
+
+if __name__ == "__main__":
+    main()
