@@ -22,7 +22,7 @@ def load_state(
       theirs: the state of optax's transformation, by itself or within others. It looks as that of
         `optax.adam` does, whose ``nu`` is another thing.
       params: the parameters of both.
-      tx: our transformation, an :func:`adamax` by itself or within others.
+      tx: our transformation, an :func:`optax_adamax.adamax` by itself or within others.
 
     Returns:
       The state. Counters of schedules stand at the step of their parameters.
@@ -55,7 +55,8 @@ def dump_state(
     """The state of optax's transformation, continued from ours; the inverse of `load_state`.
 
     Args:
-      state: of an :func:`adamax` or :func:`adamaxw`, by itself or within others.
+      state: of an :func:`optax_adamax.adamax` or :func:`optax_adamax.adamaxw`, by itself or within
+        others.
       params: the parameters of both.
       tx: optax's transformation, an `optax.adamax` by itself or within others.
 

@@ -1,0 +1,113 @@
+"""Sphinx: `sphinx-build -W --keep-going docs docs/_build/html`."""
+
+import ast
+import inspect
+import re
+import shutil
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+project = "optax_adamax"
+author = "The optax_adamax authors"
+release = version = version_of(project)
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "mathml",
+]
+exclude_patterns = ["_build"]
+default_role = "code"
+nitpicky = True
+# Names that are not ours: to look them up would need the network.
+nitpick_ignore_regex = [
+    (r"py:\w+", r"(jax|optax)\..*"),
+    (r"py:class", r"(np|Any|ArrayLike|ArrayTree|DTypeLike|T)(\..*)?"),
+    (r"py:class", r"(Entry|EpsPlacement|Exclusion|Groups|Key|Names|Nonfinite)"),
+]
+
+# The notebooks are shown as they were executed when they were committed.
+nb_execution_mode = "off"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # `sign` writes them
+maximum_signature_line_length = 80
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Reference", "References")]
+
+html_theme = "furo"
+html_title = f"optax_adamax {release}"
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
+html_show_sphinx = False
+html_show_copyright = False
+html_copy_source = False
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+
+def copy_notebooks(app: Sphinx) -> None:
+    """Sphinx reads only what is in its own folder."""
+    del app
+    folder = HERE / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for notebook in (HERE.parent / "notebooks").glob("*.ipynb"):
+        shutil.copy(notebook, folder)
+
+
+def sign(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """Signatures with the types and defaults of the source, which Python shows written out."""
+    del app, name, options, signature, returns
+    if what == "class":
+        return "", ""
+    if what != "function":
+        return None
+    function = ast.parse(inspect.getsource(obj)).body[0]
+    assert isinstance(function, ast.FunctionDef) and function.returns is not None
+    private = re.compile(r"\b_\w+\.")  # modules
+    arguments, result = (ast.unparse(node) for node in (function.args, function.returns))
+    return f"({private.sub('', arguments)})", private.sub("", result)
+
+
+def keep_results_whole(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Gives results an empty type, for napoleon takes what stands before a colon for the type."""
+    del app, what, name, obj, options
+    for i, line in enumerate(lines):
+        if line == "Returns:":
+            lines[i + 1] = f"  : {lines[i + 1].strip()}"
+
+
+def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """The fields of a state are described by the comments beside them, or above."""
+    del app, obj, options
+    if what != "attribute" or not lines[0].startswith("Alias for field number"):
+        return
+    module, of, field = name.rsplit(".", 2)
+    source = inspect.getsource(getattr(sys.modules[module], of))
+    found = re.search(rf"((?:    # .*\n)*)    {field}: .*?(?:  # (?!pyright)(.*))?\n", source)
+    assert found, name
+    above = " ".join(line.strip(" #") for line in found[1].splitlines())
+    lines[:] = [found[2] or above]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", copy_notebooks)
+    app.connect("autodoc-process-signature", sign)
+    app.connect("autodoc-process-docstring", keep_results_whole, priority=400)  # napoleon: 500
+    app.connect("autodoc-process-docstring", describe)

@@ -1,0 +1,98 @@
+"""Every public name has a place in the documentation, whose code runs and prints what it says."""
+
+import contextlib
+import importlib
+import inspect
+import io
+import re
+import textwrap
+import tomllib
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+MODULES = [
+    "optax_adamax",
+    "optax_adamax.sharding",
+    *(f"optax_adamax.compat.{name}" for name in ("keras", "lucid", "mlx", "optax", "torch")),
+]
+
+
+def public(module: types.ModuleType) -> dict[str, object]:
+    """Names for users: those that the module lists, or else those that it defines."""
+    names = getattr(module, "__all__", None)
+    if names is None:
+        made_here = (
+            n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
+        )
+        names = [n for n in made_here if not n.startswith("_")]
+    return {name: getattr(module, name) for name in names}
+
+
+def documented() -> list[object]:
+    """What the reference describes."""
+    found, module = [], None
+    for page in sorted((DOCS / "reference").glob("*.md")):
+        for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", page.read_text("utf-8"), re.M):
+            if directive in ("module", "currentmodule"):
+                module = importlib.import_module(name)
+            else:
+                assert directive in ("autofunction", "autoclass"), (page, directive)
+                found.append(getattr(module, name))
+    return found
+
+
+def test_every_public_name_is_described_once():
+    wanted = {
+        id(x): f"{m}.{n}" for m in MODULES for n, x in public(importlib.import_module(m)).items()
+    }
+    described = [id(x) for x in documented()]
+    assert {name for key, name in wanted.items() if key not in described} == set()
+    assert len(described) == len(set(described)) and set(described) <= set(wanted)
+
+
+def test_every_module_is_in_the_list():
+    package = Path(importlib.import_module("optax_adamax").__file__).parent
+    files = [p.relative_to(package.parent).with_suffix("") for p in package.rglob("[a-z]*.py")]
+    assert {".".join(path.parts) for path in files} | {"optax_adamax"} == set(MODULES)
+
+
+def test_every_public_function_says_what_goes_in_and_out():
+    for function in filter(inspect.isfunction, documented()):
+        parts = r"^ +Args:$.*^ +Returns:$|^ +As :func:"
+        assert re.search(parts, function.__doc__ or "", re.M | re.S), function
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_code_of_a_page_runs_and_prints_what_it_says(page):
+    """The blocks of a page are one program."""
+    blocks = re.findall(r"^ *```python\n.*?^ *```", page.read_text("utf-8"), re.M | re.S)
+    code = "\n".join(textwrap.dedent(block).split("\n", 1)[1].rstrip("`") for block in blocks)
+    said = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
+    printed = io.StringIO()
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        contextlib.redirect_stdout(printed),
+    ):
+        exec(compile(code, page.name, "exec"), {})
+    assert printed.getvalue().splitlines() == said
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            is_copied = path.startswith("../notebooks/") and path.endswith(".ipynb")
+            assert (ROOT / path[3:] if is_copied else page.parent / path).exists(), (page, path)
+
+
+def test_the_oldest_versions_are_those_of_the_table():
+    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    oldest = dict(bound.split(">=") for bound in bounds)
+    table = (DOCS / "guide" / "compatibility.md").read_text("utf-8")
+    assert re.search(rf"^\| 3\.11 \| {oldest['jax']} \| {oldest['optax']} \|", table, re.M)
