@@ -9,6 +9,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+settings.register_profile("quick", max_examples=5, deadline=None, derandomize=True)
 settings.register_profile("normal", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=5000, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("OPTAX_ADAMAX_TEST_PROFILE", "normal"))
