@@ -42,8 +42,69 @@ def low_bit(results: dict[str, Any]) -> str:
     for name, row in results["rows"].items():
         low, high = row["ratio_quartiles"]
         time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append([name, row["state_bytes"], time, row["passes"]])
-    return table(["m, v", "bytes a parameter", "step time", "passes over memory"], rows)
+        predicted = f"{row['predicted']['ratio']:.2f}"
+        rows.append([name, f"{row['state_bytes']:g}", time, predicted, row["passes"]])
+    header = ["m, v", "bytes a parameter", "step time", "time of one pass", "passes over memory"]
+    return table(header, rows)
+
+
+def peers(results: dict[str, Any]) -> str:
+    """Every peer beside optax.adamax and the limit, without and with the fusion of outputs."""
+    plain, switched = results["default"], results["multi_output_fusion"] or {}
+    names = dict.fromkeys([*plain["to_optax"], *plain["missing"]])
+    rows = []
+    for name in names:
+        if name in plain["missing"]:
+            rows.append([name, f"not measured: {plain['missing'][name]}", "", ""])
+            continue
+        found = [
+            plain["to_optax"],
+            plain.get("to_limit", {}),
+            switched.get("to_limit", {}),
+        ]
+        rows.append([name, *(ratio_text(x[name]) if name in x else "" for x in found)])
+    return table(["", "to `optax.adamax`", "to the limit", "to the limit, switched"], rows)
+
+
+def scaling(results: dict[str, Any]) -> str:
+    """Slopes."""
+    names = list(results["slopes"]["step, leaves"])
+    rows = [
+        [what, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
+        for what, found in results["slopes"].items()
+    ]
+    return table(["slope of", *names], rows)
+
+
+def packing(results: dict[str, Any]) -> str:
+    """Steps and compilation of many small leaves."""
+    counts = results["by_count"]
+    header = [f"{what}, {n} leaves" for n in counts for what in ("step", "compilation")]
+    rows = [
+        [
+            name,
+            *(ratio_text(rows[name][x]) for rows in counts.values() for x in ("step", "compile")),
+        ]
+        for name in next(iter(counts.values()))
+    ]
+    return table(["", *header], rows)
+
+
+def overhead(results: dict[str, Any]) -> str:
+    """Python time of an update."""
+    names = list(next(iter(results["rows"].values())))
+    rows = [
+        [how, f"{1e3 * row[names[0]]['seconds']['median']:.2f} ms"]
+        + [ratio_text(row[name]["ratio"]) for name in names[1:]]
+        for how, row in results["rows"].items()
+    ]
+    return table(["a call of `update`", *names], rows)
+
+
+def ratio_text(ratio: dict[str, Any]) -> str:
+    """A median and its quartiles."""
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def quality(results: dict[str, Any]) -> str:
@@ -72,7 +133,11 @@ def state_bytes(results: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "dtypes": dtypes,
     "low_bit": low_bit,
+    "overhead": overhead,
+    "packing": packing,
+    "peers": peers,
     "quality": quality,
+    "scaling": scaling,
     "state_bytes": state_bytes,
 }
 

@@ -1,0 +1,103 @@
+"""The benchmarks run, on small sizes; times are looked at by nobody."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def test_ratios_are_taken_round_by_round():
+    from benchmarks import timing
+
+    calls = []
+    seconds = timing.alternate({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == ["a", "b"] * (2 + timing.WARM_UP)
+    assert {name: len(found) for name, found in seconds.items()} == {"a": 2, "b": 2}
+    seconds = {"a": np.array([1.0, 2.0, 4.0]), "b": np.array([2.0, 2.0, 2.0])}
+    assert timing.ratios(seconds, "b")["a"] == {"median": 1.0, "quartiles": [0.75, 1.5]}
+
+
+def test_the_limit_takes_a_step_of_adamax():
+    from benchmarks.limit import Limit
+
+    try:
+        limit = Limit(1001)
+    except (OSError, RuntimeError) as reason:
+        pytest.skip(str(reason))
+    limit.adamax()
+    parameter, m, v, g = (float(x[-1]) for x in limit._arrays)
+    # The first step of Adamax, but for the bias correction.
+    np.testing.assert_allclose([m, v], [0.1 * g, g], rtol=1e-5)
+    np.testing.assert_allclose(parameter, 1 - 1e-3 * 0.1, rtol=1e-6)
+    limit.copy()
+    assert np.all(limit._arrays[1] == np.float32(g))
+
+
+def test_peers(monkeypatch):
+    from benchmarks import peers, readme
+
+    def broken(gradient):
+        raise RuntimeError("no such device")
+
+    few = {name: peers.JAX[name] for name in (peers.REFERENCE, "optax_adamax")}
+    found = peers.measure(64, 2, few | {"broken": broken})
+    assert set(few) <= set(found["to_optax"])
+    assert found["missing"]["broken"] == "RuntimeError: no such device"
+    text = readme.peers({"default": found, "multi_output_fusion": None})
+    assert "| broken | not measured: RuntimeError: no such device |" in text
+
+
+def test_scaling_and_packing(tmp_path, monkeypatch):
+    from benchmarks import packing, readme, reporting, scaling
+
+    monkeypatch.setattr(reporting, "FIGURES", tmp_path)
+    parameters = {str(n): scaling.one_leaf(n, 1) for n in (8, 16)}
+    leaves = {str(n): scaling.many_leaves(n, 1) for n in (2, 3)}
+    # Parameter, m, v and gradient in float32; the counts beside them.
+    peak = {size: rows["adamax"]["peak_bytes"] for size, rows in parameters.items()}
+    assert 16 * 16 <= peak["16"] <= 16 * 16 + 64
+    scaling.draw({"parameters": parameters, "leaves": leaves})
+    found = packing.compare(2, 1, 1)
+    packing.draw({"by_size": packing.by_size(2, (4, 8), 1)})
+    assert {path.name for path in tmp_path.iterdir()} == {"packing.png", "scaling.png"}
+    assert packing.PACKED in readme.packing({"by_count": {"2": found}})
+
+
+def test_slopes_are_fitted_to_the_upper_half():
+    from benchmarks import readme, scaling
+
+    curve = {str(10**k): {"x": {"bytes": 10.0 ** max(2, 2 * k)}} for k in range(5)}
+    found = scaling.slopes(curve, "bytes")
+    np.testing.assert_allclose(found["x"], 2)
+    text = readme.scaling({"slopes": {"step, leaves": found}})
+    assert text.endswith("| step, leaves | 2.00 |")
+
+
+def test_overhead_and_gpu():
+    from benchmarks import gpu, overhead, readme
+
+    assert overhead.traces(3) == 1
+    rows = {"1 leaf": overhead.python_time(1, 1, traced=True)}
+    assert "adamax, 2 bytes" in readme.overhead({"rows": rows})
+    found = gpu.measure(64, 1, [("int8", "uint8")])
+    assert found["int8, uint8"]["bytes_a_parameter"] == 16
+    assert found[gpu.REFERENCE]["bytes_a_parameter"] == 28
+
+
+def test_a_step_is_that_of_the_transformation():
+    from benchmarks import timing
+
+    step = timing.Step(optax.sgd(1.0), np.ones(3, np.float32), timing.given, np.ones(3, np.float32))
+    step()
+    np.testing.assert_array_equal(step.carry[0], np.full(3, -1.0))
