@@ -14,7 +14,9 @@ def typeset(text: str, display: str) -> str:
         text = rf"\begin{{align*}}{text}\end{{align*}}"
     mathml = convert(text, display=display)
     # Browsers put space around these as around a plus. (latex2mathml 3.81)
-    return re.sub(r"<mo[^>]*>(?=&#x0007C;|max|min)", '<mo stretchy="false" lspace="0" rspace="0">', mathml)
+    return re.sub(
+        r"<mo[^>]*>(?=&#x0007C;|max|min)", '<mo stretchy="false" lspace="0" rspace="0">', mathml
+    )
 
 
 def inline(translator: Any, node: nodes.math) -> None:
