@@ -140,9 +140,12 @@ class Float:
         return m.astype(jnp.float32)
 
     def encode_m(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
-        """m, rounded to what can be kept."""
+        """m, rounded to what can be kept; what is finite stays so."""
         del v, threshold
-        return _round_to_bfloat16(m) if self.dtype == jnp.bfloat16 else m
+        if self.dtype != jnp.bfloat16:
+            return m
+        limit = float(jnp.finfo(jnp.bfloat16).max)
+        return _round_to_bfloat16(jnp.where(jnp.isfinite(m), jnp.clip(m, -limit, limit), m))
 
     def decode_v(self, v: jax.Array, unit: jax.Array) -> jax.Array:
         """v in float32."""
@@ -178,8 +181,8 @@ class FramedBfloat16(_LowBit):
     is_framed: ClassVar[bool] = True
 
     def decode_v(self, v: jax.Array, unit: jax.Array) -> jax.Array:
-        largest = float(jnp.finfo(jnp.float32).max)  # to which 2 w may be rounded up
-        return jnp.minimum(v.astype(jnp.float32) * unit, largest)
+        # 2 w may be rounded up beyond the largest float.
+        return jnp.minimum(v.astype(jnp.float32) * unit, _LARGEST)
 
     def encode_v(self, w: jax.Array) -> jax.Array:
         return _round_to_bfloat16(w)
@@ -234,7 +237,8 @@ class RatioInt8(_LowBit):
         code = m.astype(jnp.int32)
         y = _float((jnp.abs(code) << 20) + _bits_of(self.NEAR_ZERO))
         ratio = jnp.where(code == self.LOST, jnp.nan, (y - self.NEAR_ZERO) * self.LARGEST)
-        return jnp.where(code < 0, -ratio, ratio) * v
+        # A ratio near 1, rounded up, may take m beyond the largest float.
+        return jnp.clip(jnp.where(code < 0, -ratio, ratio) * v, -_LARGEST, _LARGEST)
 
     def encode_m(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
         """The code of m / v; `threshold` in [0, 2**20) is added before the bits are cut."""
@@ -249,6 +253,8 @@ class RatioInt8(_LowBit):
         """Where a gradient that was not finite has left no m."""
         return m == self.LOST
 
+
+_LARGEST = float(jnp.finfo(jnp.float32).max)
 
 MFormat = Float | RatioInt8
 VFormat = Float | FramedBfloat16 | FramedUint8

@@ -1,0 +1,296 @@
+"""A run that anything may happen to, beside a float64 model of it: what must hold after each step.
+
+`python -m benchmarks.fuzz` runs the machine for longer; what it has found is at the end.
+"""
+
+import functools
+import os
+import pickle
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from optax_adamax import decode_state, encode_state, scale_by_adamax
+
+SIZE = 8
+FORMATS = [
+    (m, v) for m in ("float32", "bfloat16", "int8") for v in ("float32", "bfloat16", "uint8")
+]
+POLICIES = ["propagate", "skip_element", "skip_step"]
+BETAS = [(0.9, 0.999), (0.9, 0.99), (0.0, 1.0), (0.5, 0.999), (0.95, 0.999)]
+LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
+if not LONG:  # each format and policy is compiled
+    FORMATS = [FORMATS[i] for i in (0, 4, 8)]
+
+# |log2(kept / exact)| of v, its range, and the relative error of one rounding of m.
+V_OCTAVES = {"float32": 1e-4, "bfloat16": 0.0057, "uint8": 0.1155}
+V_RANGE = {"float32": (1e-36, 3e38), "bfloat16": (1e-36, 3e38), "uint8": (2**-29, 2**12.5)}
+M_ERROR = {"float32": 1e-6, "bfloat16": 2**-8, "int8": 1 / 7}
+
+SIZES = [1e-42, 1e-30, 1e-8, 1e-3, 0.3, 1.0, 7.0, 1e3, 1e6, 1e30, 3.4e38]
+finite = st.sampled_from([0.0] + [sign * x for x in SIZES for sign in (1.0, -1.0, 0.77)])
+any_number = st.one_of(finite, finite, st.sampled_from([np.nan, np.inf, -np.inf]))
+vectors = st.lists(finite, min_size=SIZE, max_size=SIZE)
+bad_vectors = st.lists(any_number, min_size=SIZE, max_size=SIZE)
+formats = st.sampled_from(FORMATS)
+
+
+@functools.cache
+def transformation(form, policy):
+    """init, update and a scan of updates, with b1, b2 and eps as arguments."""
+
+    def build(b1, b2, eps):
+        m, v = form
+        return scale_by_adamax(b1, b2, eps, m_dtype=m, v_dtype=v, nonfinite=policy)
+
+    def update(g, state, hyperparameters):
+        return build(*hyperparameters).update(g, state)
+
+    def scan(gradients, state, hyperparameters):
+        def body(state, g):
+            u, state = update(g, state, hyperparameters)
+            return state, u
+
+        state, updates = jax.lax.scan(body, state, gradients)
+        return updates, state
+
+    return build(0.9, 0.999, 1e-8).init, jax.jit(update), jax.jit(scan)
+
+
+@functools.cache
+def types(form, policy):
+    """The structure of the state, and shape and dtype of each leaf."""
+    state = jax.eval_shape(transformation(form, policy)[0], jnp.zeros(SIZE))
+    return jax.tree.structure(state), [(x.shape, x.dtype) for x in jax.tree.leaves(state)]
+
+
+decode = jax.jit(decode_state)
+encode = jax.jit(encode_state, static_argnums=(1, 2))
+
+
+@functools.cache
+def split():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    return jax.NamedSharding(mesh, jax.P("x")), jax.NamedSharding(mesh, jax.P())
+
+
+class Run(RuleBasedStateMachine):
+    """One leaf of eight elements, one of them for each device."""
+
+    examples = executed = 0  # of runs, and of rules in them
+
+    @initialize(form=formats, policy=st.sampled_from(POLICIES))
+    def start(self, form, policy):
+        Run.examples += 1
+        self.form, self.policy = form, policy
+        self.hyperparameters = tuple(np.float32([0.9, 0.999, 1e-8]))
+        self.state = self.tools[0](jnp.zeros(SIZE))
+        self.count = self.skipped = 0
+        self.constant = True  # b1, b2 and the format so far
+        zeros = np.zeros(SIZE)
+        self.m, self.m_error, self.v, self.v_error = zeros, zeros, zeros, 0.0
+        self.poisoned = np.zeros(SIZE, bool)
+        self.touched = np.zeros(SIZE, bool)
+        # Where v, and m, have always been in the range of their formats.
+        self.v_known, self.m_known = np.zeros(SIZE, bool), np.ones(SIZE, bool)
+
+    @property
+    def tools(self):
+        return transformation(self.form, self.policy)
+
+    @property
+    def core(self):
+        return self.state if self.policy == "propagate" else self.state.inner_state
+
+    # What may happen.
+
+    @rule(g=vectors)
+    def update(self, g):
+        self.steps([g])
+
+    @rule(g=bad_vectors)
+    def update_with_bad_gradients(self, g):
+        self.steps([g])
+
+    @rule()
+    def update_with_zeros(self):
+        self.steps([[0.0] * SIZE])
+
+    @rule(g=vectors, h=bad_vectors)
+    def scan(self, g, h):
+        self.steps([g, h, [0.0] * SIZE], scan=True)
+
+    @rule(betas=st.sampled_from(BETAS), eps=st.sampled_from([0.0, 1e-8, 1e-3]))
+    def change_hyperparameters(self, betas, eps):
+        new = tuple(np.float32([*betas, eps]))
+        self.constant &= self.count == 0 or new[:2] == self.hyperparameters[:2]
+        self.hyperparameters = new
+
+    @rule(form=formats)
+    def change_format(self, form):
+        v_kept = np.asarray(decode(self.core).v, np.float64)
+        self.state, old, self.form = encode(self.state, *form), self.form, form
+        if form[1] != old[1]:
+            self.v_error += V_OCTAVES[old[1]]
+        if form != old:
+            self.constant = False
+            self.m_error = self.m_error + M_ERROR[form[0]] * (np.abs(self.m) + self.m_error)
+        if form[0] == "int8":
+            self.m_error = self.m_error + 2**-18 * v_kept
+        self.look_at_ranges()
+
+    @rule(how=st.sampled_from(["pickle", "flax", "numpy"]))
+    def save_and_restore(self, how):
+        before = jax.tree.map(np.asarray, self.state)
+        if how == "pickle":
+            self.state = pickle.loads(pickle.dumps(self.state))
+        elif how == "flax":
+            empty = self.tools[0](jnp.zeros(SIZE))
+            data = flax.serialization.to_bytes(self.state)
+            self.state = flax.serialization.from_bytes(empty, data)
+        else:
+            self.state = jax.tree.map(jnp.asarray, before)
+        self.state = jax.tree.map(jnp.asarray, self.state)
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(self.state), strict=True):
+            assert x.dtype == y.dtype and x.tobytes() == np.asarray(y).tobytes()
+
+    @precondition(lambda self: LONG)
+    @rule(sharded=st.booleans())
+    def reshard(self, sharded):
+        over, whole = split()
+        one = jax.devices()[0]
+        place = (lambda x: over if x.ndim else whole) if sharded else (lambda x: one)
+        self.state = jax.tree.map(lambda x: jax.device_put(x, place(x)), self.state)
+
+    # What must come of it.
+
+    def steps(self, gradients, scan=False):
+        gradients = np.float32(gradients)
+        if scan:
+            updates, self.state = self.tools[2](gradients, self.state, self.hyperparameters)
+            for g, u in zip(gradients, np.asarray(updates), strict=True):
+                self.step_of_model(g, u, np.full(SIZE, np.inf))
+            return
+        for g in gradients:
+            kept_v = np.asarray(decode(self.core).v, np.float64)
+            u, self.state = self.tools[1](g, self.state, self.hyperparameters)
+            self.step_of_model(g, np.asarray(u), kept_v)
+
+    def step_of_model(self, g, u, kept_v):
+        b1, b2, eps = np.float64(self.hyperparameters)
+        bad = ~np.isfinite(g)
+        g = np.where(bad, 0, np.float64(g))
+        if self.policy == "skip_step" and bad.any():
+            self.skipped += 1
+            assert not u.any()
+            return
+        self.count += 1
+        m, v = b1 * self.m + (1 - b1) * g, np.maximum(b2 * self.v, np.abs(g) + eps)
+        error = b1 * self.m_error + M_ERROR[self.form[0]] * (np.abs(m) + self.m_error)
+        # A gradient far above all that may have been kept puts an element right.
+        old_v = np.maximum(self.v, kept_v)
+        low, high = V_RANGE[self.form[1]]
+        set_anew = (v > 2 * old_v) & (v > low) & (v < high)
+        if self.policy == "skip_element":
+            self.skipped += int(bad.sum())
+            assert not u[bad].any()
+            framed = self.form[1] != "float32"
+            v = np.where(bad, self.v * (b2 if framed else 1), v)
+            m = np.where(bad, self.m * (b2 if framed and self.form[0] == "int8" else 1), m)
+            error = np.where(bad, self.m_error, error)
+            set_anew &= ~bad
+            self.touched |= ((g != 0) | (eps > 0)) & ~bad
+        else:
+            self.poisoned |= bad
+            self.touched |= (g != 0) | bad | (eps > 0)
+        unknown = set_anew & ~self.m_known
+        error = np.where(unknown, error + b1 * 2.6 * np.where(unknown, old_v, 0), error)
+        if self.form[0] == "int8":
+            error = error + 2**-18 * 1.1 * v
+        self.m, self.v, self.m_error = m, v, error
+        self.v_known, self.m_known = self.v_known | set_anew, self.m_known | set_anew
+        self.look_at_ranges()
+        self.look_at_updates(u, bad)
+
+    def look_at_ranges(self):
+        low, high = V_RANGE[self.form[1]]
+        self.v_known = self.v_known & (self.v > low) & (self.v < high)
+        if self.form[0] == "int8":
+            self.m_known = self.m_known & self.v_known & (np.abs(self.m) <= 1.05 * self.v)
+
+    def look_at_updates(self, u, bad):
+        b1, b2, _ = np.float64(self.hyperparameters)
+        assert not np.isfinite(u[self.poisoned]).any(), "a poisoned element is silent"
+        good = ~self.poisoned
+        assert np.isfinite(u[good]).all()
+        assert not u[~self.touched].any()
+        if self.constant or self.form != ("float32", "float32"):
+            largest = bound(self.count, b1, b2)
+            assert np.all(np.abs(u[good]) <= largest * (1 + 2e-5)), "beyond the bound"
+
+    @invariant()
+    def state_is_as_it_must_be(self):
+        if not hasattr(self, "state"):
+            return
+        Run.executed += 1
+        leaves, structure = jax.tree.flatten(self.state)
+        found = structure, [(x.shape, x.dtype) for x in leaves]
+        assert found == types(self.form, self.policy)
+        assert int(self.core.count) == self.count
+        if self.policy != "propagate":
+            assert int(self.state.skipped) == self.skipped
+        kept = decode(self.core)
+        m, v = np.asarray(kept.m, np.float64), np.asarray(kept.v, np.float64)
+        good = ~self.poisoned
+        assert np.all(v[good] >= 0) and np.all(np.isfinite(v[good]) & np.isfinite(m[good]))
+        near = good & self.v_known
+        octaves = np.abs(np.log2(v[near] / self.v[near]))
+        assert np.all(octaves <= self.v_error + V_OCTAVES[self.form[1]]), "v has drifted"
+        near = good & self.m_known & self.v_known
+        smallest = 1e-36 + (2**-17 * v if self.form[0] == "int8" else 0)
+        off = np.abs(m - self.m) - 1.01 * self.m_error - smallest
+        assert np.all(off[near] <= 0), "m has drifted"
+
+
+def bound(t, b1, b2):
+    """C_t, by the sum that it is."""
+    k = np.arange(t)
+    return np.sum((b1 / b2) ** k) / np.sum(b1**k)
+
+
+Run.TestCase.settings = settings(
+    max_examples=2000 if LONG else 25, stateful_step_count=12, deadline=None, derandomize=True
+)
+test_nothing_breaks_a_run = Run.TestCase
+
+
+# What the machine has found.
+
+
+def replay(form, policy, *steps):
+    run = Run()
+    run.start(form, policy)
+    for name, arguments in steps:
+        getattr(run, name)(**arguments)
+        run.state_is_as_it_must_be()
+
+
+@pytest.mark.parametrize(
+    "form", [("bfloat16", "float32"), ("int8", "float32"), ("int8", "bfloat16")]
+)
+def test_m_is_not_rounded_up_to_infinity(form):
+    largest = {"g": [0.0] * 7 + [3.4e38]}
+    replay(
+        form,
+        "propagate",
+        ("change_hyperparameters", {"betas": (0.0, 1.0), "eps": 0.0}),
+        ("update", largest),
+        ("update", largest),
+        ("update_with_zeros", {}),
+    )
