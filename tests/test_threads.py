@@ -1,0 +1,125 @@
+"""One transformation used by many: threads, copies, other processes."""
+
+import copy
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adamax import adamax, adamaxw, limit_spikes, scale_by_adamax
+
+TRANSFORMATIONS = {
+    "float32": lambda: adamax(0.1),
+    "2 bytes": lambda: adamaxw(0.1, m_dtype="int8", v_dtype="uint8", nonfinite="skip_element"),
+    "spikes": lambda: limit_spikes(scale_by_adamax(v_dtype="bfloat16"), 5.0),
+}
+every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
+PARAMS = {"a": jnp.ones(7), "b": jnp.ones((2, 3))}
+
+
+def run(tx, seed=0, update=None):
+    """Parameters and state after five steps."""
+    rng, params = np.random.default_rng(seed), PARAMS
+    state, update = tx.init(params), update or jax.jit(tx.update)
+    for _ in range(5):
+        g = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        updates, state = update(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def assert_same(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+@every_transformation
+@pytest.mark.parametrize("compiled", [True, False], ids=["one program", "a program each"])
+def test_eight_threads_use_it_at_once(name, compiled):
+    """Each thread gets what it would get alone: nothing is kept outside parameters and state."""
+    tx = TRANSFORMATIONS[name]()
+    update = jax.jit(tx.update) if compiled else None
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda seed: run(tx, seed, update), range(8)))
+    for seed, found in enumerate(together):
+        assert_same(found, run(tx, seed, update or jax.jit(tx.update)))
+
+
+@every_transformation
+def test_copies_compute_the_same(name):
+    """`pickle` refuses it, as it does every transformation of optax: they are closures."""
+    tx = TRANSFORMATIONS[name]()
+    for refused in (tx, optax.adamax(0.1)):
+        with pytest.raises((AttributeError, pickle.PicklingError)):
+            pickle.dumps(refused)
+    expected = run(tx)
+    for other in (copy.copy(tx), copy.deepcopy(tx), cloudpickle.loads(cloudpickle.dumps(tx))):
+        assert_same(run(other), expected)
+
+
+def test_a_recipe_can_be_pickled():
+    recipe = functools.partial(adamax, 0.1, m_dtype="int8", v_dtype="uint8")
+    assert_same(run(pickle.loads(pickle.dumps(recipe))()), run(recipe()))
+
+
+@every_transformation
+def test_a_state_is_pickled_copied_and_continued(name):
+    tx = TRANSFORMATIONS[name]()
+    params, state = run(tx)
+    g = jax.tree.map(jnp.ones_like, params)
+    expected = tx.update(g, state, params)
+    for copied in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        assert jax.tree.structure(copied) == jax.tree.structure(state)
+        assert_same(tx.update(g, copied, params), expected)
+
+
+@every_transformation
+def test_it_is_used_after_the_caches_are_cleared(name):
+    tx = TRANSFORMATIONS[name]()
+    update = jax.jit(tx.update)
+    expected = run(tx, update=update)
+    jax.clear_caches()
+    assert_same(run(tx, update=update), expected)
+
+
+FORKED = """
+    import os, warnings
+    import jax, jax.numpy as jnp
+    from optax_adamax import adamax
+
+    tx = adamax(0.1, m_dtype="int8", v_dtype="uint8")  # before the fork; JAX has not started
+    read, write = os.pipe()
+    child = os.fork()
+    updates, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
+    result = f"{updates} {state[0].v.codes}".encode()
+    if child == 0:
+        os.write(write, result)
+        os._exit(0)
+    os.close(write)
+    assert os.read(read, 1000) == result
+    assert os.waitpid(child, 0)[1] == 0
+    with warnings.catch_warnings(record=True) as caught:  # JAX has started now, with threads
+        warnings.simplefilter("always")
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert any("JAX is multithreaded" in str(warning.message) for warning in caught), caught
+    print("ok")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_transformation_is_built_before_a_fork_and_jax_warns_after_its_start():
+    command = [sys.executable, "-c", textwrap.dedent(FORKED)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "ok\n", done.stderr
