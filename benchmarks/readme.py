@@ -120,6 +120,21 @@ def quality(results: dict[str, Any]) -> str:
     return table(["task", "float32 loss", "deviation", *shown], rows)
 
 
+def compensation(results: dict[str, Any]) -> str:
+    """Ways to keep parameters: bytes, time, and where training ends."""
+    tasks = results["tasks"]
+    rows = []
+    for name, row in results["step"]["rows"].items():
+        end = results["constant_gradient"]["ends"][name]
+        found = [task["held_out_loss"] for task in tasks.values()]
+        gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
+        low, high = row["ratio_quartiles"]
+        time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
+    header = ["parameters", "bytes a parameter", "step time", "100,000 steps of 0.001", *tasks]
+    return table(header, rows)
+
+
 def state_bytes(results: dict[str, Any]) -> str:
     """Gigabytes of state a device, like the parameters and with ZeRO-1."""
     rows: dict[tuple[str, int], list[str]] = {}
@@ -131,6 +146,7 @@ def state_bytes(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "compensation": compensation,
     "dtypes": dtypes,
     "low_bit": low_bit,
     "overhead": overhead,

@@ -212,6 +212,17 @@ def test_a_hundred_thousand_small_steps():
         assert float(params) == -100
 
 
+def test_the_thresholds_of_m_and_of_the_residual_are_independent():
+    """With one sequence for both, the int8 residual would be 0.4 % off after 100,000 steps."""
+    ends = []
+    for residual_dtype in RESIDUALS:
+        inner = adamax(1e-3, m_dtype="int8", v_dtype="uint8")
+        tx = optax.chain(inner, compensate_rounding(residual_dtype))
+        params, state = run_constant_gradient(tx, jnp.zeros((), jnp.bfloat16), 100_000)
+        ends.append(float(master_params(state, params)))
+    assert ends[0] == pytest.approx(ends[1], rel=2e-4)
+
+
 def test_wide_parameters_pass_unchanged():
     tx = compensate_rounding()
     params = {"w": jnp.ones(3), "b": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
