@@ -151,7 +151,13 @@ def check_gradients(gradients: Any, moments: Any) -> None:
         )
     leaves = zip(jax.tree.leaves(gradients), jax.tree.leaves(moments), strict=True)
     for index, (gradient, moment) in enumerate(leaves):
-        dtype = jnp.result_type(gradient)
+        try:
+            dtype = jnp.result_type(gradient)
+        except TypeError:
+            raise TypeError(
+                f"{_leaf_name(gradients, index)} must be an array, but {gradient!r} is of type "
+                f"{type(gradient).__name__}."
+            ) from None
         if jnp.shape(gradient) != jnp.shape(moment):
             raise ValueError(
                 f"{_leaf_name(gradients, index)} has shape {jnp.shape(gradient)}, but the state "

@@ -65,7 +65,7 @@ def skip(
         **extra_args: Any,
     ) -> tuple[optax.Updates, SkipState]:
         state = _check_state(state, nonfinite)
-        gradients = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
+        gradients = jax.tree.leaves(jax.tree.map(jnp.asarray, updates))
         finite = functools.reduce(jnp.logical_and, map(_all_finite, gradients), jnp.asarray(True))
         taken = finite if by_step else jnp.asarray(True)
         u, inner_state = inner.update(updates, state.inner_state, params, taken=taken, **extra_args)

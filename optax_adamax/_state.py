@@ -138,20 +138,39 @@ def check_state(
 ) -> ScaleByAdamaxState:
     """Refuses the state of another transformation, or of other storage formats."""
     if not isinstance(state, ScaleByAdamaxState):
+        hint = "Give its inner_state. " if hasattr(state, "inner_state") else ""
         raise TypeError(
             f"The state must be a ScaleByAdamaxState, but a {type(state).__name__} was given. "
-            f"The state of a chain goes to the update of that chain; a checkpoint that was "
+            f"{hint}The state of a chain goes to the update of that chain; a checkpoint that was "
             f"read as a dict must be restored into the structure that init returns."
         )
     for name, format_, kept in (("m", m_format, state.m), ("v", v_format, state.v)):
         if not _is_kept_as(format_, kept):
             given = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(_codes(kept))})
+            frame = " without its frame" if given == [str(format_.dtype)] else ""
             raise TypeError(
-                f"The state keeps {name} as {' and '.join(given)}, but the transformation was "
-                f"built with {name}_dtype={format_.dtype}: convert the state with "
+                f"The state keeps {name} as {' and '.join(given)}{frame}, but the transformation "
+                f"was built with {name}_dtype={format_.dtype}: convert the state with "
                 f"optax_adamax.encode_state(state, m_dtype, v_dtype)."
             )
+    _check_is_whole(state)
     return state
+
+
+def _check_is_whole(state: ScaleByAdamaxState) -> None:
+    scalars: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
+    if isinstance(state.v, _storage.FramedMaximum):
+        scalars["phase"] = (state.v.phase, jnp.unsignedinteger)
+    for name, (scalar, kind) in scalars.items():
+        if scalar is None or not jnp.issubdtype(jnp.result_type(scalar), kind):
+            raise TypeError(f"The state has {scalar} for {name}: {_RESTORE}")
+    m, v = state.m, _codes(state.v)
+    shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (m, v)]
+    if jax.tree.structure(m) != jax.tree.structure(v) or shapes[0] != shapes[1]:
+        raise ValueError(f"The state has m and v of different trees or shapes: {_RESTORE}")
+
+
+_RESTORE = "restore the checkpoint into the structure and the dtypes that init returns."
 
 
 def _is_kept_as(format_: _storage.MFormat | _storage.VFormat, moment: Any) -> bool:
