@@ -81,12 +81,13 @@ def main() -> None:
     for leaves in LEAVES:
         for traced in (False, True):
             how = "traced" if traced else "outside jit"
+            count = "1 leaf" if leaves == 1 else f"{leaves} leaves"
             rows = python_time(leaves, rounds, traced=traced)
-            results["rows"][f"{leaves} leaves, {how}"] = rows
+            results["rows"][f"{count}, {how}"] = rows
             for name, row in rows.items():
                 seconds = row["seconds"]["median"]
                 print(
-                    f"{leaves:>3} leaves, {how:12} {name:16} {timing.text(row['ratio'])}, "
+                    f"{count:>9}, {how:12} {name:16} {timing.text(row['ratio'])}, "
                     f"{1e3 * seconds:.2f} ms"
                 )
     print(f"{STEPS} steps with changing learning rate, b2 and count: traced {results['traces']}")

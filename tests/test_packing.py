@@ -20,6 +20,7 @@ MAX_SIZE = 64
 FORMATS = [("bfloat16", "bfloat16"), ("float32", "uint8"), ("int8", "float32"), ("int8", "uint8")]
 TRANSFORMATIONS = {
     "adamaxw, schedule": adamaxw(optax.linear_schedule(0.1, 0.0, 10), weight_decay=0.1),
+    "nonfinite": adamax(0.1, nonfinite="skip_step"),
     "optax": optax.adamaxw(0.1),
     **{f"{m}, {v}": adamax(0.1, m_dtype=m, v_dtype=v) for m, v in FORMATS},
 }
