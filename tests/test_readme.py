@@ -35,6 +35,13 @@ def test_code_in_the_readme_runs(code):
         exec(compile(code, "README.md", "exec"), {})
 
 
+def test_tests_named_in_the_readme_exist():
+    named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)::(test_\w+)`", README)
+    assert named and len(named) == README.count(".py::")
+    for path, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / path).read_text("utf-8"), re.M), name
+
+
 def test_paths_in_the_readme_exist():
     for path in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / path).exists(), path
