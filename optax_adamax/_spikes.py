@@ -94,8 +94,12 @@ def limit_spikes(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SpikeState:
-        zero, count = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
-        return SpikeState(inner.init(params), count, zero, count)
+        return SpikeState(
+            inner.init(params),
+            seen=jnp.zeros((), jnp.int32),
+            mean_norm=jnp.zeros((), jnp.float32),
+            spikes=jnp.zeros((), jnp.int32),
+        )
 
     def update(
         updates: optax.Updates,

@@ -226,6 +226,12 @@ def test_the_counts_stop_at_their_largest():
     assert int(state.spikes) == int(state.seen) == 2**31 - 1
 
 
+def test_the_state_can_be_donated():
+    tx = limit_spikes(adamax(0.1), 5.0)
+    state = jax.jit(tx.update, donate_argnums=1)(PARAMS, tx.init(PARAMS))[1]
+    assert int(state.seen) == 1
+
+
 def test_a_run_is_continued_under_a_limit():
     plain = adamax(0.1)
     state = plain.update(PARAMS, plain.init(PARAMS))[1]
