@@ -227,9 +227,9 @@ print("a step            ", dict(collectives(make_step(tx), params, beside, *fir
 print("a step with ZeRO-1", dict(collectives(make_step(kept), params, zero, *first)))
 
 # %% [markdown]
-# The arithmetic is elementwise, so the same gradients give the same moments, however they are split.
-# (They may differ in their last bit: XLA on CPU contracts `b1 * m + (1 - b1) * g` to one fused
-# multiply-add in some programs, and in others not.)
+# The arithmetic is elementwise, so the same gradients give the same moments, however they are
+# split. (They may differ in their last bit: XLA on CPU contracts `b1 * m + (1 - b1) * g` to one
+# fused multiply-add in some programs, and in others not.)
 
 # %%
 gradients = [jax.grad(loss)(params, *batch(t, mesh)) for t in range(5)]
