@@ -49,8 +49,8 @@ def low_bit(results: dict[str, Any]) -> str:
 
 
 def peers(results: dict[str, Any]) -> str:
-    """Every peer beside optax.adamax and the limit, without and with the fusion of outputs."""
-    plain, switched = results["default"], results["multi_output_fusion"] or {}
+    """Every peer beside optax.adamax and the limit, without and with XLA's switch and huge pages."""
+    plain, switched = results["default"], results["switched"] or {}
     names = dict.fromkeys([*plain["to_optax"], *plain["missing"]])
     rows = []
     for name in names:
@@ -145,6 +145,56 @@ def state_bytes(results: dict[str, Any]) -> str:
     return table(["model", "devices", *formats], [[*key, *cells] for key, cells in rows.items()])
 
 
+def _formats(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of float32, of 4 bytes and of 2 bytes."""
+    shown = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
+    rows = [row for row in results["rows"] if (row["m_dtype"], row["v_dtype"]) in shown]
+    return sorted(rows, key=lambda row: shown.index((row["m_dtype"], row["v_dtype"])))
+
+
+def reliability(results: dict[str, Any]) -> str:
+    """What becomes of v, m and the step in each scenario, beside float64."""
+    rows = []
+    for name in dict.fromkeys(row["scenario"] for row in results["rows"]):
+        for row in _formats(results):
+            if row["scenario"] == name:
+                held = row["v_lowest"] is not None
+                v = f"{row['v_lowest']:.3g} to {row['v_highest']:.3g}" if held else "taken for 0"
+                m = f"{row['m_error']:.2g}" if held else "taken for 0"
+                step = f"{row['largest_step']:.3f}"
+                last = f"{row['step_error_last']:.2g}"
+                rows.append([name, f"{row['m_dtype']}, {row['v_dtype']}", v, m, step, last])
+    header = ["what happens", "m, v", "v / exact v", "error of m, in v", "largest step / bound"]
+    return table([*header, "error of the last 200 steps"], rows)
+
+
+def reliability_long(results: dict[str, Any]) -> str:
+    """How far m and v are from float64 after a million steps."""
+    rows = [
+        [f"{r['m_dtype']}, {r['v_dtype']}", f"{r['v_error']:.2g}", f"{r['m_error']:.2g}"]
+        for r in results["rows"]
+    ]
+    return table(["m, v", "largest relative error of v", "largest error of m, in v"], rows)
+
+
+def reliability_costs(results: dict[str, Any]) -> str:
+    """Step times of the policies."""
+    rows = []
+    for row in _formats(results):
+        low, high = row["ratio_quartiles"]
+        time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        extra = f"{row['temporary_bytes'] / results['parameters']:.2f}"
+        rows.append([f"{row['m_dtype']}, {row['v_dtype']}", row["policy"], time, extra])
+    return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
+
+
+def fuzz(results: dict[str, Any]) -> str:
+    """How much of the state machine was run."""
+    seeds = results["provenance"]["seeds"]
+    row = [f"{results['examples']:,}", f"{results['rules']:,}", f"{seeds[0]} to {seeds[-1]}"]
+    return table(["examples", "rules", "seeds", "minutes"], [[*row, f"{results['minutes']:.0f}"]])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "compensation": compensation,
     "dtypes": dtypes,
@@ -155,6 +205,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality": quality,
     "scaling": scaling,
     "state_bytes": state_bytes,
+    "fuzz": fuzz,
+    "reliability": reliability,
+    "reliability_costs": reliability_costs,
+    "reliability_long": reliability_long,
 }
 
 

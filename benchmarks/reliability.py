@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+import optax
 
 from benchmarks import reporting
-from optax_adamax import decode_state, scale_by_adamax
+from optax_adamax import adamax, decode_state, limit_spikes, scale_by_adamax
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import reference
@@ -34,7 +34,7 @@ SCENARIOS = (
 )
 BEFORE, LENGTH, SILENCE, LONG, SEED = 1000, 1000, 100_000, 1_000_000, 0
 RULE = {"eps": 0.0}
-SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+SMALLEST = 1e-36  # to which v in bfloat16 reaches, with a margin
 
 
 def gradients(silence: int = SILENCE) -> np.ndarray:
@@ -78,7 +78,7 @@ def exact(g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def compare(found: Any, expected: Any) -> list[dict[str, Any]]:
     """For each scenario: v / exact v, the errors of m (in v) and of the step, the largest step.
 
-    The first two where float32 can hold the exact v: XLA takes what is subnormal for 0.
+    The first two where floats can hold the exact v: XLA takes what is subnormal for 0.
     """
     (u, m, v), (exact_u, exact_m, exact_v) = (np.float64(x) for x in (found, expected))
     t = np.arange(1, len(u) + 1)[:, None]
@@ -140,7 +140,7 @@ def long_run(formats: Any, steps: int) -> list[dict[str, Any]]:
     """How far m (in v) and v are from float64 after the steps."""
     table, rows = table_of_gradients(), []
     exact_m, exact_v = exact_long(table, steps)
-    for m_dtype, v_dtype in tqdm(formats, desc="long runs"):
+    for m_dtype, v_dtype in formats:
         count, m, v = (np.float64(x) for x in compiled_long(m_dtype, v_dtype, steps)(table))
         rows.append(
             {
@@ -158,10 +158,34 @@ def saturation(formats: Any, silence: int) -> list[dict[str, Any]]:
     """Every scenario in every format."""
     g, rows = gradients(silence), []
     expected = exact(g)
-    for m_dtype, v_dtype in tqdm(formats, desc="scenarios"):
+    for m_dtype, v_dtype in formats:
         found = compare(compiled(m_dtype, v_dtype)(g), expected)
         for scenario, row in zip(SCENARIOS, found, strict=True):
             rows.append({"scenario": scenario, "m_dtype": m_dtype, "v_dtype": v_dtype, **row})
+    return rows
+
+
+def costs(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Step times of the policies, as ratios to a step without one, and what they allocate."""
+    from benchmarks import low_bit  # which needs tqdm, as the tests that import this file do not
+
+    rows = []
+    for m_dtype, v_dtype in FORMATS[::4]:
+        make = functools.partial(adamax, 1e-3, m_dtype=m_dtype, v_dtype=v_dtype)
+        candidates = {
+            policy: functools.partial(make, nonfinite=policy)
+            for policy in ("propagate", "skip_element", "skip_step")
+        }
+        for action in ("clip", "skip"):
+            candidates[f"limit_spikes, {action}"] = functools.partial(
+                limit_spikes, make(), 5.0, action=action
+            )
+        candidates["optax.apply_if_finite"] = functools.partial(
+            optax.apply_if_finite, make(), max_consecutive_errors=10
+        )
+        for policy, row in low_bit.measure(candidates, size, rounds).items():
+            del row["passes"]  # which does not look into branches
+            rows.append({"policy": policy, "m_dtype": m_dtype, "v_dtype": v_dtype, **row})
     return rows
 
 
@@ -172,12 +196,18 @@ def main() -> None:
     quick = parser.parse_args().quick
     rows = saturation(FORMATS, SILENCE // 100 if quick else SILENCE)
     long_rows = long_run(FORMATS, LONG // 100 if quick else LONG)
-    for row in rows + long_rows:
+    cost_rows = costs(1 << 18 if quick else 1 << 23, 8 if quick else 40)
+    for row in rows + long_rows + cost_rows:
         print(row)
     if not quick:
         provenance = reporting.provenance("benchmarks.reliability", dtype="float32", seeds=[SEED])
-        results = {"provenance": provenance, "rows": rows, "long_runs": long_rows}
-        reporting.write_json(reporting.RESULTS / "reliability.json", results)
+        for name, results in {
+            "reliability": {"rows": rows},
+            "reliability_long": {"rows": long_rows},
+            "reliability_costs": {"parameters": 1 << 23, "rows": cost_rows},
+        }.items():
+            path = reporting.RESULTS / f"{name}.json"
+            reporting.write_json(path, {"provenance": provenance, **results})
 
 
 if __name__ == "__main__":

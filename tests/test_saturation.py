@@ -1,0 +1,70 @@
+"""Outliers, subnormals, a loss scale and silence, in each format, beside the float64 oracle."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+V_ERROR = {"float32": 2e-3, "bfloat16": 2**-8, "uint8": 1 / 12 + 1e-4}
+SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
+
+
+@pytest.fixture
+def reliability(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import reliability
+
+    return reliability
+
+
+def check(row):
+    """What holds in every format; where uint8 saturates, what is lost and what is not."""
+    scenario, v_dtype = row["scenario"], row["v_dtype"]
+    assert row["finite"], row
+    assert row["largest_step"] <= 1 + 1e-5, row
+    if "1e-40" in scenario:  # v is subnormal, and taken for 0: there is no step
+        assert row["v_lowest"] is None and row["largest_step"] == 0
+        return
+    tolerance = V_ERROR[v_dtype]
+    below = v_dtype == "uint8" and scenario == "no gradient for 10^5 steps"  # v stays at its floor
+    above = v_dtype == "uint8" and not below  # and here at its top
+    assert above or 1 - tolerance <= row["v_lowest"], row
+    assert below or row["v_highest"] <= 1 + tolerance, row
+    assert row["m_error"] <= {"float32": 1e-6, "bfloat16": 0.004, "int8": 0.3}[row["m_dtype"]], row
+    # After the event the steps are those of float64 again, or smaller errors than one code of m.
+    assert row["step_error_last"] <= 0.05, row
+
+
+@pytest.mark.parametrize("form", SOME_FORMATS)
+def test_shortened(reliability, form):
+    for row in reliability.saturation([form], 1000):
+        check(row)
+
+
+def test_as_the_readme_says():
+    """The committed figures, of every format and the full silence."""
+    folder = ROOT / "benchmarks" / "results"
+    rows, long_rows = (
+        json.loads((folder / name).read_text("utf-8"))["rows"]
+        for name in ("reliability.json", "reliability_long.json")
+    )
+    assert len(rows) == 5 * 9 and len(long_rows) == 9
+    for row in rows:
+        check(row)
+    for row in long_rows:
+        assert row["steps"] == 1_000_000
+        assert row["v_error"] <= V_ERROR[row["v_dtype"]], row
+        assert row["m_error"] <= 0.02, row
+
+
+@pytest.mark.parametrize("form", SOME_FORMATS)
+def test_an_outlier_is_forgotten_at_the_rate_of_b2(reliability, form):
+    """v falls by b2 a step after it; in uint8 from the top of its range."""
+    g = np.ones((3000, 1), np.float32)
+    g[100] = 1e30 if form[1] != "uint8" else 5e3
+    u, _, v = (np.float64(x)[:, 0] for x in reliability.compiled(*form)(g))
+    rates = np.log(v[2500] / v[200]) / 2300
+    np.testing.assert_allclose(rates, np.log(0.999), rtol=0.08)
+    assert u[99] == pytest.approx(1, abs=0.08) and abs(u[2500]) < 0.01
