@@ -49,7 +49,7 @@ def low_bit(results: dict[str, Any]) -> str:
 
 
 def peers(results: dict[str, Any]) -> str:
-    """Every peer beside optax.adamax and the limit, without and with XLA's switch and huge pages."""
+    """Every peer beside optax.adamax and the limit, and JAX with both switches."""
     plain, switched = results["default"], results["switched"] or {}
     names = dict.fromkeys([*plain["to_optax"], *plain["missing"]])
     rows = []
@@ -63,7 +63,7 @@ def peers(results: dict[str, Any]) -> str:
             switched.get("to_limit", {}),
         ]
         rows.append([name, *(ratio_text(x[name]) if name in x else "" for x in found)])
-    return table(["", "to `optax.adamax`", "to the limit", "to the limit, switched"], rows)
+    return table(["", "to `optax.adamax`", "to the limit", "to the limit, both switches"], rows)
 
 
 def scaling(results: dict[str, Any]) -> str:

@@ -54,7 +54,7 @@ def test_peers(monkeypatch):
     found = peers.measure(64, 2, few | {"broken": broken})
     assert set(few) <= set(found["to_optax"])
     assert found["missing"]["broken"] == "RuntimeError: no such device"
-    text = readme.peers({"default": found, "multi_output_fusion": None})
+    text = readme.peers({"default": found, "switched": None})
     assert "| broken | not measured: RuntimeError: no such device |" in text
 
 
