@@ -68,8 +68,8 @@ def pack_small_leaves(
 
     Left alone, whatever their size, are leaves of other numbers than real floats, leaves that are
     split over explicit axes of a mesh (JAX does not show how a leaf is split over automatic axes: a
-    small one may be gathered in each step), and leaves of one element, which XLA divides by the
-    bias correction while it multiplies arrays by the inverse.
+    small one may be gathered in each step), and leaves of one element, which XLA does not always
+    round as it rounds arrays.
 
     Args:
       inner: an elementwise optax transformation.
