@@ -91,8 +91,18 @@ def test_links_between_pages_lead_somewhere():
             assert (ROOT / path[3:] if is_copied else page.parent / path).exists(), (page, path)
 
 
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.escape(project()["version"])
+    assert re.search(rf"^version: {version}$", (ROOT / "CITATION.cff").read_text("utf-8"), re.M)
+    changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert re.fullmatch(version, changes[0])
+
+
 def test_the_oldest_versions_are_those_of_the_table():
-    bounds = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
-    oldest = dict(bound.split(">=") for bound in bounds)
+    oldest = dict(bound.split(">=") for bound in project()["dependencies"])
     table = (DOCS / "guide" / "compatibility.md").read_text("utf-8")
     assert re.search(rf"^\| 3\.11 \| {oldest['jax']} \| {oldest['optax']} \|", table, re.M)
