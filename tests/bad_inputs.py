@@ -164,7 +164,7 @@ ROWS += [
      lambda _: optax.inject_hyperparams(adamax)(0.1).init(jnp.ones(2, jnp.bfloat16)), TypeError,
      "hyperparam_dtype=jnp.float32"),
     ("a decay mask of another structure",
-     lambda _: adamaxw(0.1, mask={"a": True, "c": True}).init(REAL), ValueError, "structure"),
+     lambda _: adamaxw(0.1, mask={"a": True, "c": True}).init(REAL), ValueError, "key"),
     ("a mesh axis that does not exist", lambda _: sharding.init_sharded(
         scale_by_adamax(), on_devices(REAL), zero_axis="model"), ValueError,
      "zero_axis is 'model', but the mesh of the parameters has the axes ('x',)"),
