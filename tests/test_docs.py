@@ -64,7 +64,7 @@ def test_every_module_is_in_the_list():
 
 def test_every_public_function_says_what_goes_in_and_out():
     for function in filter(inspect.isfunction, documented()):
-        parts = r"^ +Args:$.*^ +Returns:$|^ +As :func:"
+        parts = r"^ *Args:$.*^ *Returns:$|^ *As :func:"
         assert re.search(parts, function.__doc__ or "", re.M | re.S), function
 
 
