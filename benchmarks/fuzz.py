@@ -1,15 +1,18 @@
 """Runs the machine of tests/test_fuzz.py for long, and writes how much of it was run.
 
-    python -m benchmarks.fuzz [--examples 100000] [--minutes 25] [--seed 0]
+    python -m benchmarks.fuzz [--examples 100000] [--minutes 25] [--seed 0] [--resume]
 
-It stops at whichever comes first, and at the first counter-example, which it shows.
+It stops at whichever comes first, and at the first counter-example, which it shows. With --resume
+it goes on with the seed after the last one in results/fuzz.json, and adds up.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 from hypothesis import HealthCheck, seed, settings
@@ -27,7 +30,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
     given = parser.parse_args()
+    before: dict[str, Any] = {"examples": 0, "rules": 0, "minutes": 0.0, "commits": []}
+    if given.resume:
+        before = json.loads((reporting.RESULTS / "fuzz.json").read_text("utf-8"))
+        before.setdefault("commits", [before["provenance"]["commit"]])
+        given.seed = before["provenance"]["seeds"][-1] + 1
 
     os.environ["OPTAX_ADAMAX_TEST_PROFILE"] = "long"  # all formats, and resharding
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -42,22 +51,25 @@ def main() -> None:
         suppress_health_check=list(HealthCheck),
     )
     start, next_seed = time.monotonic(), given.seed
-    with tqdm(total=given.examples, desc="examples") as bar:
-        while bar.n < given.examples and time.monotonic() - start < 60 * given.minutes:
+    wanted = given.examples - before["examples"]
+    with tqdm(total=wanted, desc="examples") as bar:
+        while bar.n < wanted and time.monotonic() - start < 60 * given.minutes:
             seed(next_seed)(test_fuzz.Run)
             run_state_machine_as_test(test_fuzz.Run, settings=profile)
             next_seed += 1
             bar.update(test_fuzz.Run.examples - bar.n)
+    made = reporting.provenance(
+        "benchmarks.fuzz",
+        dtype="all storage formats",
+        seeds=range(0 if given.resume else given.seed, next_seed),
+        packages=("hypothesis",),
+    )
     results = {
-        "provenance": reporting.provenance(
-            "benchmarks.fuzz",
-            dtype="all storage formats",
-            seeds=range(given.seed, next_seed),
-            packages=("hypothesis",),
-        ),
-        "examples": test_fuzz.Run.examples,
-        "rules": test_fuzz.Run.executed,
-        "minutes": (time.monotonic() - start) / 60,
+        "provenance": made,
+        "examples": before["examples"] + test_fuzz.Run.examples,
+        "rules": before["rules"] + test_fuzz.Run.executed,
+        "minutes": before["minutes"] + (time.monotonic() - start) / 60,
+        "commits": [*before["commits"], made["commit"]],
         "counter_examples": 0,
     }
     reporting.write_json(reporting.RESULTS / "fuzz.json", results)
