@@ -37,7 +37,7 @@ nitpick_ignore_regex = [
 
 # The notebooks are shown as they were executed when they were committed.
 nb_execution_mode = "off"
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {"members": True}
