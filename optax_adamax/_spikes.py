@@ -16,7 +16,7 @@ FIRST_STEPS = 10  # that are accepted, whatever their norm
 class SpikeState(NamedTuple):
     """State of `limit_spikes`."""
 
-    inner_state: Any
+    inner_state: Any  # the state of the transformation that is protected
     seen: jax.Array  # shape=(), dtype=int32: norms averaged, stops at 2**31 - 1
     mean_norm: jax.Array  # shape=(), dtype=float32: their running average, not yet bias-corrected
     spikes: jax.Array  # shape=(), dtype=int32: steps skipped or clipped, stops at 2**31 - 1

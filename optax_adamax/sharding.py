@@ -19,7 +19,7 @@ class UnsplitLeaf(NamedTuple):
 
     path: str  # as jax.tree_util.keystr writes it
     bytes: int  # on each device
-    reason: str
+    reason: str  # why it is not split further
 
 
 def state_shardings(
