@@ -151,7 +151,8 @@ def test_partition_with_two_residuals():
 
 def test_multi_steps():
     params = {k: v for k, v in parameters().items() if k == "a"}
-    sequence = gradients(params)
+    # MultiSteps of optax 0.2.6 accumulates in the dtype of the updates.
+    sequence = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in gradients(params)]
     twice = [g for pair in zip(sequence, sequence, strict=True) for g in pair]
     tx = optax.MultiSteps(optimizer(), 2).gradient_transformation()
     assert_same_masters(run(tx, params, twice), run(optimizer(), params, sequence))
@@ -241,6 +242,7 @@ def test_the_state_is_mapped_like_parameters():
     assert optax.tree.get(tx.init(params), "residual")["a"].dtype == jnp.int8
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copied more before jaxlib 0.10")
 def test_memory_of_a_step():
     """Parameter 2, residual 1, state 2 and gradient 2 bytes; and nothing of 4 bytes is made."""
     n = 1 << 20

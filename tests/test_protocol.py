@@ -260,7 +260,8 @@ def test_pmap(name):
 
     tx = build(name)
     updates, state = two_steps(jax.pmap(tx.init), jax.pmap(tx.update), place)
-    assert_like_one_device(name, updates, state)
+    # XLA of jaxlib 0.8 contracts multiplications and additions otherwise here.
+    assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
 @every_transformation
