@@ -1,5 +1,7 @@
 """compensate_rounding in chains, under JAX's transformations, sharded, and through checkpoints."""
 
+import functools
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -54,14 +56,19 @@ def optimizer(storage="2 bytes"):
     return optax.chain(adamax(2.0**-10, m_dtype=m_dtype, v_dtype=v_dtype), compensate_rounding())
 
 
-def run(tx, params, sequence, state=None):
-    """Parameters and state; apply_updates adds float32 to 16 bits, which strict modes refuse."""
-
+@functools.cache
+def compiled(tx):
     @jax.jit
     def step(params, state, g):
         updates, state = tx.update(g, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def run(tx, params, sequence, state=None):
+    """Parameters and state; apply_updates adds float32 to 16 bits, which strict modes refuse."""
+    step = compiled(tx)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         state = tx.init(params) if state is None else state
         for g in sequence:
