@@ -20,6 +20,7 @@ from optax_adamax import (
     decode_state,
     encode_state,
     master_params,
+    pack_small_leaves,
     sharding,
     split_master_params,
 )
@@ -268,3 +269,16 @@ def test_memory_of_a_step():
     # On CPU: the direction, of the gradient's dtype, and the old residual, written in place before
     # the parameter is.
     assert memory.temp_size_in_bytes == pytest.approx(3 * n, abs=5000)
+
+
+def test_packed_state():
+    """Packed inside of the chain, the residual is where it was; packed with it, in the buffers."""
+    params, sequence = parameters(), gradients()
+    expected = run(optimizer(), params, sequence)
+    adamax_, last = adamax(2.0**-10, m_dtype="int8", v_dtype="uint8"), compensate_rounding()
+    outside = run(optax.chain(pack_small_leaves(adamax_), last), params, sequence)
+    assert_same_masters(outside, expected)
+    inside = run(pack_small_leaves(optax.chain(adamax_, last)), params, sequence)
+    assert_equal(inside[0], expected[0])
+    with pytest.raises(ValueError, match="put compensate_rounding after it"):
+        master_params(inside[1], inside[0])
