@@ -3,18 +3,18 @@
 from importlib.metadata import version
 
 from optax_adamax._alias import adamax, adamaxw
-from optax_adamax._compensation import (
+from optax_adamax._skip import SkipState
+from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax._storage import FramedMaximum
+from optax_adamax._transform import adamax_step, scale_by_adamax
+from optax_adamax.wrappers.compensation import (
     CompensateRoundingState,
     compensate_rounding,
     master_params,
     split_master_params,
 )
-from optax_adamax._packing import PackedState, PackedTree, pack_small_leaves
-from optax_adamax._skip import SkipState
-from optax_adamax._spikes import SpikeState, limit_spikes
-from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
-from optax_adamax._storage import FramedMaximum
-from optax_adamax._transform import adamax_step, scale_by_adamax
+from optax_adamax.wrappers.packing import PackedState, PackedTree, pack_small_leaves
+from optax_adamax.wrappers.spikes import SpikeState, limit_spikes
 
 __version__ = version("optax_adamax")
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_adamax import _storage
+from optax_adamax._numerics import narrow
 from optax_adamax._rule import AdamaxStep
 from optax_adamax._skip import is_taken
 
@@ -85,7 +86,7 @@ def low_bit_leaf(
     direction = step.direction(g.astype(jnp.float32), kept_m, kept_v)
     bounded = jnp.clip(direction, -bound, bound)
     u = jnp.where(jnp.isfinite(kept_m), bounded, jnp.nan)
-    return _storage.narrow(u, g.dtype), new_m, new_v
+    return narrow(u, g.dtype), new_m, new_v
 
 
 def _apart(

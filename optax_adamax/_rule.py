@@ -1,15 +1,15 @@
 """The equations of Adamax: Kingma & Ba (2014), section 7.1."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_adamax import _checks, _storage
+from optax_adamax import _checks
+from optax_adamax._numerics import map_real_imag, one_minus_power, widen
 
 EpsPlacement = Literal["max", "denominator"]
 
@@ -81,7 +81,7 @@ class AdamaxStep(NamedTuple):
 
     def next_m(self, g: jax.Array, m: jax.Array) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
-        return by_parts(lambda g, m: self.a1 * g + self.b1 * m, g, m)
+        return map_real_imag(lambda g, m: self.a1 * g + self.b1 * m, g, m)
 
     def next_v(self, g: jax.Array, v: jax.Array) -> jax.Array:
         """v_t = max(b2 v_{t-1}, |g_t|)."""
@@ -99,7 +99,7 @@ class AdamaxStep(NamedTuple):
                 m = self.b1 * (self.bias / self.next_bias) * m + self.a1 * g
             return jnp.where(unseen, 0, m / scale)
 
-        return by_parts(divide, g, m)
+        return map_real_imag(divide, g, m)
 
     def take(
         self, g: jax.Array, m: jax.Array, v: jax.Array, taken: jax.Array | None = None
@@ -108,28 +108,8 @@ class AdamaxStep(NamedTuple):
 
         Where `taken` is False the moments stay, and the direction means nothing.
         """
-        g, m, v = (_storage.widen(x, self.b1.dtype) for x in (g, m, v))
+        g, m, v = (widen(x, self.b1.dtype) for x in (g, m, v))
         new_m, new_v = self.next_m(g, m), self.next_v(g, v)
         if taken is not None:
             new_m, new_v = jnp.where(taken, new_m, m), jnp.where(taken, new_v, v)
         return self.direction(g, new_m, new_v), new_m, new_v
-
-
-@jax.custom_jvp
-def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
-    """1 - (1 - a)**t without cancellation, for a in [0, 1] and t >= 1."""
-    return -jnp.expm1(t * jnp.log1p(-a))
-
-
-@one_minus_power.defjvp
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    # At a = 1 (b1 = 0) the derivative of the expression above is 0 * inf.
-    (a, t), (a_dot, _) = primals, tangents
-    return one_minus_power(a, t), t * (1 - a) ** (t - 1) * a_dot
-
-
-def by_parts(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Applies a real linear function, to real and imaginary parts apart if they are complex."""
-    if not jnp.iscomplexobj(arrays[0]):
-        return linear(*arrays)
-    return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))

@@ -21,24 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-
-def compute_dtype(*arrays: Any) -> np.dtype:
-    """The real dtype to compute in: float64 if one of `arrays` is of 64 bits, else float32."""
-    wide = any(jnp.finfo(jnp.result_type(x)).bits == 64 for x in arrays)
-    return np.dtype(np.float64 if wide else np.float32)
-
-
-def widen(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to the real `dtype`, or to its complex counterpart if x is complex."""
-    return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
-
-
-def narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to `dtype`; what is too large for float16 becomes the largest float16."""
-    if dtype == np.float16:
-        limit = float(jnp.finfo(dtype).max)
-        x = jnp.clip(x, -limit, limit)
-    return x.astype(dtype)
+from optax_adamax._numerics import compute_dtype
 
 
 class FramedMaximum(NamedTuple):

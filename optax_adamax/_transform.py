@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks, _skip, _storage
 from optax_adamax._low_bit import low_bit_leaf
-from optax_adamax._rule import AdamaxRule, EpsPlacement, by_parts
+from optax_adamax._numerics import compute_dtype, map_real_imag, narrow, widen
+from optax_adamax._rule import AdamaxRule, EpsPlacement
 from optax_adamax._skip import Nonfinite
 from optax_adamax._state import ScaleByAdamaxState, check_state
 
@@ -127,8 +128,8 @@ def scale_by_adamax(
 
         def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
             mask = None if taken is None else _skip.is_taken(g, taken)
-            u, new_m, new_v = at(_storage.compute_dtype(g, m, v)).take(g, m, v, mask)
-            return _storage.narrow(u, g.dtype), new_m.astype(m.dtype), new_v.astype(v.dtype)
+            u, new_m, new_v = at(compute_dtype(g, m, v)).take(g, m, v, mask)
+            return narrow(u, g.dtype), new_m.astype(m.dtype), new_v.astype(v.dtype)
 
         if m_format.is_low_bit or v_format.is_low_bit:
             step = at(np.dtype(np.float32))
@@ -224,9 +225,9 @@ def adamax_step(
     arrays = {"parameter": parameter, "grad": grad, "m": m, "v": v}
     parameter, grad, m, v = (_checks.as_float_array(*item) for item in arrays.items())
     _checks.check_shapes(parameter, grad=grad, m=m, v=v)
-    dtype = _storage.compute_dtype(parameter, grad, m, v)
+    dtype = compute_dtype(parameter, grad, m, v)
     m, v = jnp.broadcast_to(m, parameter.shape), jnp.broadcast_to(v, parameter.shape)
     u, m, v = rule.at(t, dtype).take(grad, m, v)
     rate = jnp.asarray(learning_rate, dtype)
-    new = by_parts(lambda p, u: p - rate * u, _storage.widen(parameter, dtype), u)
+    new = map_real_imag(lambda p, u: p - rate * u, widen(parameter, dtype), u)
     return new.astype(parameter.dtype), m, v

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax import _ordinals
+from optax_adamax.wrappers import _ordinals
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_adamax import _checks, _storage
-from optax_adamax._rule import one_minus_power
+from optax_adamax import _checks
+from optax_adamax._numerics import compute_dtype, narrow, one_minus_power, widen
 
 FIRST_STEPS = 10  # that are accepted, whatever their norm
 
@@ -147,8 +147,8 @@ def _global_norm(updates: optax.Updates) -> jax.Array:
 
 
 def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = _storage.widen(g, _storage.compute_dtype(g))
-    return _storage.narrow(wide * factor.astype(wide.dtype), g.dtype)
+    wide = widen(g, compute_dtype(g))
+    return narrow(wide * factor.astype(wide.dtype), g.dtype)
 
 
 def _check_state(state: Any) -> SpikeState:

@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_adamax import _placement
+from optax_adamax.sharding import _placement
 
 
 class UnsplitLeaf(NamedTuple):

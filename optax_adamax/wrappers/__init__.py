@@ -1,0 +1,1 @@
+"""Wrappers around any optax transformation: nothing here knows Adamax."""
