@@ -3,10 +3,11 @@
 from importlib.metadata import version
 
 from optax_adamax._alias import adamax, adamaxw
-from optax_adamax._skip import SkipState
+from optax_adamax._m_formats import RatioInt8
+from optax_adamax._nonfinite import HandleNonfiniteState
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
-from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
+from optax_adamax._v_formats import FramedBfloat16, FramedUint8
 from optax_adamax.wrappers.compensation import (
     CompensateRoundingState,
     compensate_rounding,
@@ -20,11 +21,13 @@ __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
-    "FramedMaximum",
+    "FramedBfloat16",
+    "FramedUint8",
+    "HandleNonfiniteState",
     "PackedState",
     "PackedTree",
+    "RatioInt8",
     "ScaleByAdamaxState",
-    "SkipState",
     "SpikeState",
     "adamax",
     "adamax_step",

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import DTypeLike
 
-from optax_adamax import FramedMaximum, ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax import ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax._state import dtypes_of
 from optax_adamax.compat import _arrays, _complex, _mapping
 from optax_adamax.compat._mapping import Key, Names, Place
 
@@ -112,7 +112,7 @@ def read(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> dict[s
             f"There is no {kind.__name__} in this state, which is a {type(state).__name__}."
         )
     found: dict[str, Moments] = {}
-    for count, m, v in map(decode_state, nodes):
+    for count, m, v in map(_decoded, nodes):
         by_path = _mapping.paths(v, _complex.is_parts)
         for path, x in _mapping.paths(m, _complex.is_parts).items():
             x, y = (np.asarray(_complex.join(z)) for z in (x, by_path[path]))
@@ -135,10 +135,10 @@ def fill(
 
     def put(path: Any, old: Any) -> Any:
         if is_node(old):
-            count, m, v = decode_state(old)
+            count, m, v = _decoded(old)
             count = _place(np.asarray(counts[path]), count)
             node = kind(count, put_arrays(m, moments, "m"), put_arrays(v, moments, "v"))
-            return encode_state(node, *_formats(old))
+            return encode_state(node, *dtypes_of(old)) if kind is ScaleByAdamaxState else node
         if path[-1:] == (jax.tree_util.GetAttrKey("count"),):
             nearest = max(counts, key=lambda other: _common(path, other))
             return _place(np.asarray(counts[nearest]), old)
@@ -180,15 +180,8 @@ def single_step(moments: Mapping[Key, Moments]) -> int:
     return next(iter(counts.values()))
 
 
-def _formats(node: Node) -> tuple[DTypeLike | None, DTypeLike | None]:
-    """m_dtype and v_dtype of a state in few bits; None where a moment is kept as wide floats."""
-    _, m, v = node
-    in_few_bits = [x.dtype for x in jax.tree.leaves(m) if x.dtype in (jnp.bfloat16, jnp.int8)]
-    codes = jax.tree.leaves(v.codes) if isinstance(v, FramedMaximum) else []
-    return (
-        in_few_bits[0] if in_few_bits and isinstance(node, ScaleByAdamaxState) else None,
-        codes[0].dtype if codes else None,
-    )
+def _decoded(node: Node) -> Node:
+    return decode_state(node) if isinstance(node, ScaleByAdamaxState) else node
 
 
 def _read(theirs: Theirs, place: Place, ours: Moments) -> Moments:
