@@ -9,23 +9,26 @@ from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
 from optax_adamax.wrappers.compensation import (
     CompensateRoundingState,
+    Int8Residual,
+    Int16Residual,
     compensate_rounding,
     master_params,
-    split_master_params,
 )
 from optax_adamax.wrappers.packing import PackedState, PackedTree, pack_small_leaves
-from optax_adamax.wrappers.spikes import SpikeState, limit_spikes
+from optax_adamax.wrappers.spikes import LimitSpikesState, limit_spikes
 
 __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
     "FramedMaximum",
+    "Int8Residual",
+    "Int16Residual",
+    "LimitSpikesState",
     "PackedState",
     "PackedTree",
     "ScaleByAdamaxState",
     "SkipState",
-    "SpikeState",
     "adamax",
     "adamax_step",
     "adamaxw",
@@ -36,5 +39,4 @@ __all__ = [
     "master_params",
     "pack_small_leaves",
     "scale_by_adamax",
-    "split_master_params",
 ]

@@ -9,7 +9,7 @@ import optax
 import optax.tree
 import pytest
 
-from optax_adamax import SpikeState, adamax, limit_spikes, scale_by_adamax
+from optax_adamax import LimitSpikesState, adamax, limit_spikes, scale_by_adamax
 
 every_action = pytest.mark.parametrize("action", ["skip", "clip"])
 PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2)), None]}
@@ -220,7 +220,7 @@ def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
 
 def test_the_counts_stop_at_their_largest():
     tx = limit_spikes(optax.identity(), 5.0)
-    state = SpikeState((optax.EmptyState()), *(jnp.int32(2**31 - 1), jnp.float32(1.0)),
+    state = LimitSpikesState((optax.EmptyState()), *(jnp.int32(2**31 - 1), jnp.float32(1.0)),
                        jnp.int32(2**31 - 1))  # fmt: skip
     _, state = tx.update(gradient(100.0), state)
     assert int(state.spikes) == int(state.seen) == 2**31 - 1
