@@ -16,6 +16,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax._numerics import compute_dtype, widen
+from optax_adamax.wrappers.packing import PackedTree
 
 T = TypeVar("T")
 
@@ -259,8 +260,10 @@ def _compensated(
     moved = join(p, residual) + jax.lax.bitcast_convert_type(u_bits, jnp.float32)
     fine, left = split(moved, residual.dtype, _threshold(count, u_bits))
     stored, rounded = p.astype(jnp.float32), stored_part(fine, left)
-    # The way from p to a number below 2**-16 |p| may be none of float32: p ends beside it.
-    reached = _bits(stored + (rounded - stored)) == _bits(rounded)
+    # The way from p to a number below 2**-16 |p| may be none of float32: p then ends beside it, by
+    # more than the half unit in the last place that a cast to bfloat16 mends.
+    beside = _bits(stored + (rounded - stored)) - _bits(rounded)
+    reached = beside + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(moved)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
     # By way of the new residual: XLA on CPU then writes the residual first, and copies the old one
@@ -329,13 +332,17 @@ def _is_masked(x: Any) -> bool:
 def _flatten(residual: Any, params: Any) -> tuple[Any, list[Any], list[Any]]:
     """The common structure, and the leaves of both; a masked residual may stand for a subtree."""
     residuals, treedef = jax.tree.flatten(residual, is_leaf=_is_masked)
+    if isinstance(residual, PackedTree) and not isinstance(params, PackedTree):
+        raise ValueError(
+            "The residuals are in the buffers of pack_small_leaves, which is around "
+            "compensate_rounding: put it inside, compensate_rounding(pack_small_leaves(...))."
+        )
     try:
         return treedef, residuals, treedef.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            f"The state of compensate_rounding was made for another tree of parameters: {error}. "
-            f"(Where pack_small_leaves is around it, its residuals are in the buffers: put "
-            f"pack_small_leaves inside, compensate_rounding(pack_small_leaves(...)).)"
+            f"The state of compensate_rounding was made for another tree of parameters: {error} "
+            f"Call init again with these parameters."
         ) from error
 
 

@@ -33,7 +33,7 @@ def limit_spikes(
     action: Literal["skip", "clip"] = "skip",
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Skips or clips a step whose gradient is a multiple of what gradients have been, or too large.
+    r"""Skips or clips a step whose gradient is too large, as such or for what gradients have been.
 
     With :math:`n_t` the global norm of the gradients and :math:`\bar n_{t-1}` the running average
     of the norms before it, corrected for its start at 0, step t is a spike if
