@@ -165,7 +165,11 @@ def _is_split(x: jax.Array, axis: str) -> bool:
 
 
 def _varying(x: Any) -> frozenset[str]:
-    return getattr(jax.typeof(x), "vma", frozenset())
+    """The axes of shard_map between whose devices JAX knows x to differ."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):  # in JAX 0.10; `vma` before it
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())
 
 
 def _check_agreement(norm: jax.Array, state: LimitSpikesState) -> None:
