@@ -206,6 +206,20 @@ def test_guards_go_inside(guard):
     assert_equal(found[1].residual, expected("int16")[1].residual)
 
 
+@pytest.mark.parametrize(
+    "guard",
+    [
+        lambda tx: optax.apply_if_finite(tx, 5),
+        lambda tx: optax.conditionally_mask(tx, lambda step, **_: step != 3),
+    ],
+)
+def test_guards_of_optax_around_are_refused_by_jax(guard):
+    """Should this fail, optax has learned it, and the guide need not say so any more."""
+    params, tx = parameters(), guard(optimizer())
+    with pytest.raises(TypeError, match=r"differ"):
+        run(tx, params, gradients(steps=1))
+
+
 def test_limit_spikes_and_clipping_around():
     params, sequence = parameters(), gradients()
     tx = limit_spikes(optimizer(), max_norm=100.0)
