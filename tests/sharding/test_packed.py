@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -22,9 +23,8 @@ from sharding.common import (
 )
 
 # Of the parameters of `common`, "bias", "fsdp" (of one dtype) and "half" are small.
-PACKED = optax_adamax.pack_small_leaves(
-    optax_adamax.adamax(**EXACT_PRODUCTS, m_dtype="int8", v_dtype="uint8"), max_size=128
-)
+INNER = optax_adamax.adamax(**EXACT_PRODUCTS, m_dtype="int8", v_dtype="uint8")
+PACKED = optax_adamax.pack_small_leaves(INNER, max_size=128)
 WRAPPERS = {
     "alone": lambda tx: tx,
     "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
@@ -85,3 +85,19 @@ def test_small_leaves_that_are_whole_are_not_communicated():
     update_params = jax.jit(sharding.make_update_params(PACKED, params, zero_axis="data"))
     found = collectives(update_params.lower(params, state, params).compile())
     assert [kind for kind, _ in found] == ["all-gather"]  # of "wide"
+
+
+def test_a_checkpoint_fits_whatever_the_sharding(tmp_path):
+    params = random_like(structs(mesh_of(AXIS_TYPES["explicit"])), 0)
+    state = sharding.init_sharded(PACKED, params, zero_axis="data")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        on_one_device = PACKED.init(jax.tree.map(np.asarray, params))
+        assert_same_bits(checkpointer.restore(tmp_path / "state", on_one_device), state)
+        for other in (
+            optax_adamax.pack_small_leaves(INNER, max_size=64).init(params),
+            PACKED.init({**params, "bias": params["fsdp"], "fsdp": params["bias"]}),
+        ):
+            with pytest.raises(ValueError, match="tree structures do not match"):
+                checkpointer.restore(tmp_path / "state", other)
