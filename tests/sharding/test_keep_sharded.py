@@ -1,6 +1,5 @@
 """The step: the same bits on 8 devices as on 1, no communication but ZeRO's gather."""
 
-import warnings
 from functools import partial
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax_boxes import nnx, unboxed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -292,10 +292,6 @@ def test_update_params(types, options, on_one_device):
 @pytest.mark.parametrize("boxed", [True, False])
 def test_boxes_of_flax(boxed):
     """nnx.Optimizer gives boxed parameters to init and arrays to update."""
-    with warnings.catch_warnings():  # flax 0.12.0 looks for names that JAX 0.8.0 deprecates
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from flax import nnx
-
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     split = nnx.with_partitioning(nnx.initializers.ones, (None, "data"))
     with jax.set_mesh(mesh):
@@ -304,7 +300,7 @@ def test_boxes_of_flax(boxed):
         tx = optax_adamax.scale_by_adamax()
         kept = sharding.keep_sharded(tx, params, zero_axis="data")
         state = sharding.init_sharded(tx, params, zero_axis="data")
-        given = (params, state) if boxed else nnx.as_pure((params, state))
+        given = (params, state) if boxed else unboxed((params, state))
         updates, state = jax.jit(kept.update)(*given)
     assert jax.tree.structure((updates, state)) == jax.tree.structure(given)
     assert all(u.sharding.is_fully_replicated for u in jax.tree.leaves(updates))
