@@ -114,8 +114,7 @@ def test_continued_from_keras_and_in_keras(options, schedule, dtype):
         theirs = keras.optimizers.schedules.PiecewiseConstantDecay([30], [0.01, 0.001])
         ours = lambda count: jnp.where(count <= 30, 0.01, 0.001)  # noqa: E731
     tx = compat_keras.adamax(ours, **options)
-    accumulation = options.get("gradient_accumulation_steps")
-    how = {"order": Peer().order, "gradient_accumulation_steps": accumulation}
+    how = {"order": Peer().order}
     rate = None if schedule else 0.01
     whole = Peer(weights, theirs, **options).train(grads)
 
@@ -150,8 +149,7 @@ def test_a_file_of_keras_is_read(options, dtype):
         warnings.simplefilter("ignore", DeprecationWarning)
         peer.optimizer.save_own_variables(store)
     tx = compat_keras.adamax(0.01, **options)
-    accumulation = options.get("gradient_accumulation_steps")
-    how = {"order": peer.order, "gradient_accumulation_steps": accumulation}
+    how = {"order": peer.order}
     params = nested(weights)
     from_file = compat_keras.load_state(store, params, tx, names, **how)
     directly = compat_keras.load_state(peer.optimizer.variables, params, tx, names, **how)
