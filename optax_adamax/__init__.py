@@ -13,7 +13,13 @@ from optax_adamax.wrappers.compensation import (
     master_params,
     split_master_params,
 )
-from optax_adamax.wrappers.packing import PackedState, PackedTree, pack_small_leaves
+from optax_adamax.wrappers.packing import (
+    PackedState,
+    PackedTree,
+    pack_small_leaves,
+    repack_state,
+    unpack_state,
+)
 from optax_adamax.wrappers.spikes import SpikeState, limit_spikes
 
 __version__ = version("optax_adamax")
@@ -35,6 +41,8 @@ __all__ = [
     "limit_spikes",
     "master_params",
     "pack_small_leaves",
+    "repack_state",
     "scale_by_adamax",
     "split_master_params",
+    "unpack_state",
 ]
