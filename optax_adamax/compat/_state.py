@@ -13,7 +13,14 @@ import optax
 from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
-from optax_adamax import FramedMaximum, ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax import (
+    FramedMaximum,
+    ScaleByAdamaxState,
+    decode_state,
+    encode_state,
+    repack_state,
+    unpack_state,
+)
 from optax_adamax.compat import _arrays, _mapping
 from optax_adamax.compat._complex import Parts, is_parts, join
 from optax_adamax.compat._mapping import Key, Names, Target
@@ -68,7 +75,8 @@ def load(
     """
     if missing not in ("refuse", "zero"):
         raise ValueError(f"missing must be 'refuse' or 'zero', but {missing!r} was given.")
-    state = tx.init(params)
+    template = tx.init(params)
+    state = unpack_state(template, params)
     targets, trained = _mapping.find_targets(peer_state, params, names), read(state)
     known = {key: moments for key, moments in peer_state.items() if moments is not None}
     surplus = [
@@ -91,7 +99,7 @@ def load(
         found = zeros | found
     keys = {target.path: key for key, target in targets.items()}
     check_complete(trained, found, keys, " To start it at zero, give missing='zero'.")
-    return fill(state, found)
+    return repack_state(fill(state, found), like=template)
 
 
 def dump(
@@ -102,7 +110,8 @@ def dump(
     Raises:
       ValueError: `names` does not lead to every parameter that is trained.
     """
-    targets, trained = _mapping.find_targets(keys, params, names), read(state)
+    targets = _mapping.find_targets(keys, params, names)
+    trained = read(unpack_state(state, params))
     check_complete(trained, {target.path for target in targets.values()}, {})
     dumped = {}
     for key, target in targets.items():
@@ -113,7 +122,7 @@ def dump(
 
 
 def read(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> dict[str, Moments]:
-    """All moments in a state by path, in our layout.
+    """All moments in an unpacked state by path, in our layout.
 
     Raises:
       ValueError: there are none, or two for one parameter.
@@ -147,9 +156,9 @@ def fill(
 
     counts = {path: _count(node, moments) for path, node in _find(state, is_node)}
     schedules: dict[Path, int] = {}
-    for path, _ in _find(state, _is_schedule):
-        chain = _chain_of(path, state)
-        inside = [count for other, count in counts.items() if other[: len(chain)] == chain]
+    for path, schedule in _find(state, _is_schedule):
+        chain = _chain_of(path, schedule)
+        inside = [n for other, n in counts.items() if chain is not None and _is_in(chain, other)]
         if inside:
             schedules[(*path, GetAttrKey("count"))] = max(inside)
 
@@ -228,6 +237,10 @@ def _is_schedule(x: Any) -> bool:
 
 def _injects(x: Any) -> bool:
     return isinstance(x, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
+
+
+def _is_in(holder: Path, path: Path) -> bool:
+    return path[: len(holder)] == holder
 
 
 def _chain_of(path: Path, schedule: Any) -> Path | None:

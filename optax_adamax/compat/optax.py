@@ -5,6 +5,7 @@ The constructors are those of :mod:`optax_adamax`, whose arguments begin as opta
 
 import optax
 
+from optax_adamax import repack_state, unpack_state
 from optax_adamax._alias import adamax, adamaxw
 from optax_adamax.compat import _state
 from optax_adamax.compat._mapping import Key
@@ -45,13 +46,14 @@ def load_state(
       >>> print(type(state[0]).__name__)
       ScaleByAdamaxState
     """
+    found = _state.read(unpack_state(peer_state, params), optax.ScaleByAdamState)
     entries: dict[Key, PeerMoments | None] = {
         path: PeerMoments(
             PeerValue(f"mu of {path!r}", m),
             PeerValue(f"nu of {path!r}", v),
             PeerValue("count", count),
         )
-        for path, (m, v, count) in _state.read(peer_state, optax.ScaleByAdamState).items()
+        for path, (m, v, count) in found.items()
     }
     return _state.load(tx, params, entries, None)
 
@@ -73,8 +75,10 @@ def dump_state(
     Raises:
       ValueError: `tx` is none of those, or trains other parameters.
     """
-    found, peer_state = _state.read(state), tx.init(params)
+    found, template = _state.read(unpack_state(state, params)), tx.init(params)
+    peer_state = unpack_state(template, params)
     expected = _state.read(peer_state, optax.ScaleByAdamState)
     _state.check_complete(expected, found, {})
     _state.check_complete(found, expected, {})
-    return _state.fill(peer_state, found, optax.ScaleByAdamState)
+    filled = _state.fill(peer_state, found, optax.ScaleByAdamState)
+    return repack_state(filled, like=template)

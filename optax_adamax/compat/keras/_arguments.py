@@ -92,8 +92,8 @@ def decay(
 
     def decayed(params: optax.Params) -> Any:
         excluded = exclude(params) if callable(exclude) else exclude
-        patterns = [excluded] if isinstance(excluded, str) else excluded
-        if not _are_patterns(patterns):
+        patterns = _patterns(excluded)
+        if patterns is None:
             return jax.tree.map(lambda flag: not flag, excluded)
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
             return params
@@ -108,8 +108,12 @@ def decay(
     return [optax.add_decayed_weights(weight_decay, decayed)]
 
 
-def _are_patterns(exclude: Any) -> bool:
-    return isinstance(exclude, (list, tuple)) and all(isinstance(x, str) for x in exclude)
+def _patterns(exclude: Any) -> list[str] | None:
+    if isinstance(exclude, str):
+        return [exclude]
+    if isinstance(exclude, (list, tuple)) and all(isinstance(x, str) for x in exclude):
+        return list(exclude)
+    return None
 
 
 def by_updates(learning_rate: Any, steps: int) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _arrays, _mapping, _state
 from optax_adamax.compat._mapping import Names
 from optax_adamax.compat.keras import _variables
@@ -28,6 +29,7 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
     Raises:
       ValueError: averages of other parameters.
     """
+    state = unpack_state(state, params)
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState))
     averages: dict[str, jax.Array] = {}
     for node in nodes:
@@ -90,14 +92,15 @@ def load_state(
       25 (2, 3)
     """
     template = tx.init(params)
-    accumulated = _variables.find(template, AccumulateState)
-    averaged = _variables.find(template, AverageState)
+    unpacked = unpack_state(template, params)
+    accumulated = _variables.find(unpacked, AccumulateState)
+    averaged = _variables.find(unpacked, AverageState)
     steps = _steps(accumulated)
-    peer = _variables.read(variables, template, order)
+    peer = _variables.read(variables, unpacked, order)
     calls = _arrays.read_step(*peer.iteration)
     updates = peer.iteration._replace(value=calls // steps)
     moments = {key: x and x._replace(step=updates) for key, x in peer.moments.items()}
-    state = _state.load(tx, params, moments, names)
+    state = unpack_state(_state.load(tx, params, moments, names), params)
     targets = _mapping.find_targets(order, params, names)
     if averaged is not None:
         state = _variables.replace(
@@ -114,7 +117,7 @@ def load_state(
             micro_step=jnp.asarray(calls % steps, jnp.int32),
             gradient_accumulator=_variables.load_tree(sums, peer.sums, targets),
         )
-    return state
+    return repack_state(state, like=template)
 
 
 def dump_state(
@@ -144,6 +147,7 @@ def dump_state(
       ValueError: names that do not fit.
     """
     _mapping.check_order(order)
+    state = unpack_state(state, params)
     accumulated = _variables.find(state, AccumulateState)
     averaged = _variables.find(state, AverageState)
     targets = _mapping.find_targets(order, params, names)
