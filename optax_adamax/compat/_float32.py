@@ -16,8 +16,8 @@ def compute_in_float32(
     """Gives `inner` gradients and parameters in float32, or in float64 where one has 64 bits.
 
     A norm or a weight decay that is computed in float16 overflows or vanishes. The updates are
-    narrowed once, at the end, to the wider of the dtypes of gradient and parameter. The state is
-    that of `inner`.
+    narrowed once, at the end, to the wider of the dtypes of gradient and parameter (the
+    parameter's, if they are equally wide). The state is that of `inner`.
     """
     wrapped = optax.with_extra_args_support(inner)
 
@@ -50,8 +50,8 @@ def _wide(x: Any, other: Any) -> Any:
 
 
 def _narrow(u: jax.Array, gradient: Any, parameter: Any) -> jax.Array:
-    parts = [jnp.finfo(jnp.result_type(x)).dtype for x in (gradient, parameter)]
-    real = np.dtype(jnp.promote_types(*parts))
+    kinds = [jnp.finfo(jnp.result_type(x)) for x in (parameter, gradient)]
+    real = np.dtype(max(kinds, key=lambda kind: kind.bits).dtype)
     return narrow(u, np.result_type(real, np.complex64) if jnp.iscomplexobj(u) else real)
 
 
