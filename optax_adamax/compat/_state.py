@@ -3,14 +3,13 @@
 Of :mod:`optax_adamax` this module alone knows how a state is kept.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey
 from jax.typing import DTypeLike
 
 from optax_adamax import (
@@ -21,13 +20,13 @@ from optax_adamax import (
     repack_state,
     unpack_state,
 )
-from optax_adamax.compat import _arrays, _mapping
+from optax_adamax.compat import _arrays, _counters, _mapping
 from optax_adamax.compat._complex import Parts, is_parts, join
+from optax_adamax.compat._counters import Path
 from optax_adamax.compat._mapping import Key, Names, Target
 
 Missing = Literal["refuse", "zero"]
 Node = ScaleByAdamaxState | optax.ScaleByAdamState
-Path = tuple[Any, ...]
 
 
 class PeerValue(NamedTuple):
@@ -127,7 +126,7 @@ def read(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> dict[s
     Raises:
       ValueError: there are none, or two for one parameter.
     """
-    nodes = [node for _, node in _find(state, lambda x: isinstance(x, kind))]
+    nodes = [node for _, node in _counters.find(state, lambda x: isinstance(x, kind))]
     if not nodes:
         fields = (
             " m and v of Adamax are mu and nu in optax's." if kind is ScaleByAdamaxState else ""
@@ -154,13 +153,8 @@ def fill(
     def is_node(x: Any) -> bool:
         return isinstance(x, kind)
 
-    counts = {path: _count(node, moments) for path, node in _find(state, is_node)}
-    schedules: dict[Path, int] = {}
-    for path, schedule in _find(state, _is_schedule):
-        chain = _chain_of(path, schedule)
-        inside = [n for other, n in counts.items() if chain is not None and _is_in(chain, other)]
-        if inside:
-            schedules[(*path, GetAttrKey("count"))] = max(inside)
+    counts = {path: _count(node, moments) for path, node in _counters.find(state, is_node)}
+    schedules = _counters.of_schedules(state, counts)
 
     def put(path: Path, old: Any) -> Any:
         if is_node(old):
@@ -215,44 +209,6 @@ def range_of(v_dtype: DTypeLike | None) -> tuple[float, float] | None:
     if v_dtype is not None and np.dtype(v_dtype) == np.uint8:
         return 2.0**-29, 2.0**12.5
     return None
-
-
-def _find(tree: Any, is_wanted: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Path and node of all nodes of a kind, also of those within others of that kind."""
-    leaves = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda x: x is not tree and is_wanted(x)
-    )
-    if not path and is_wanted(tree):
-        yield (), tree
-    for below, x in leaves:
-        if below and is_wanted(x):
-            yield (*path, *below), x
-            yield from _find(x, is_wanted, (*path, *below))
-
-
-def _is_schedule(x: Any) -> bool:
-    """Whether x is the state of a schedule: a count, and hyperparameters at the most."""
-    return getattr(x, "_fields", ()) == ("count",) or _injects(x)
-
-
-def _injects(x: Any) -> bool:
-    return isinstance(x, (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState))
-
-
-def _is_in(holder: Path, path: Path) -> bool:
-    return path[: len(holder)] == holder
-
-
-def _chain_of(path: Path, schedule: Any) -> Path | None:
-    """The path of what holds a schedule and what it is for; None: it stands alone in its group."""
-    if _injects(schedule):
-        return path
-    while path[-1:] == (GetAttrKey("inner_state"),):  # of optax.masked
-        path = path[:-1]
-    holder = path[:-1]
-    if holder[-1:] == (GetAttrKey("inner_states"),):  # of optax.partition
-        return None
-    return holder[:-1] if holder[-1:] == (GetAttrKey("hyperparams_states"),) else holder
 
 
 def _filled(old: Node, step: int, moments: Mapping[str, Moments]) -> Node:

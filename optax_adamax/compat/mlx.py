@@ -142,7 +142,7 @@ def load_state(
       25 (2, 3)
     """
     flat = dict(_flatten(peer_state))
-    if "step" not in flat and all(name.startswith("states.") for name in flat):
+    if flat and all(name.startswith("states.") for name in flat):
         raise ValueError(
             "This is the state of a MultiOptimizer: give that of the Adamax in it, "
             "optimizer.optimizers[i].state, with an optax.partition as `tx`. Give those of several "
