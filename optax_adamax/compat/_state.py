@@ -264,7 +264,7 @@ def _read(peer: PeerMoments, target: Target, ours: Moments) -> Moments:
 
 def _count(node: Node, moments: Mapping[str, Moments]) -> int:
     """The number of steps of one transformation, which has one for all of its parameters."""
-    steps = {path: moments[path].step for path in _mapping.paths(node[1], is_parts)}
+    steps = {path: moments[path].step for path in _mapping.paths(_decoded(node)[1], is_parts)}
     steps = {path: step for path, step in steps.items() if step is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
