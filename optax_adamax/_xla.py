@@ -6,6 +6,7 @@ seen. `tests/test_xla.py` has a test for each that fails when it has become need
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,4 +104,7 @@ def _varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which a value inside of `jax.shard_map` differs between devices."""
-    return getattr(jax.typeof(x), "vma", frozenset())
+    kind: Any = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):  # in JAX 0.10; `vma` before it
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())

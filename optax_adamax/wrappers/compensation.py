@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax._numerics import compute_dtype, widen
+from optax_adamax._numerics import compute_dtype, hash_uint32, widen
 from optax_adamax.wrappers.packing import PackedTree
 
 T = TypeVar("T")
@@ -282,10 +282,8 @@ def _threshold(count: jax.Array, u_bits: jax.Array) -> jax.Array:
     which comes from an m that was rounded by another hash of the count. The bits of u keep the
     elements from sharing one threshold; an index would, but would change with the sharding.
     """
-    x = count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9)
-    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return ((x ^ (x >> 14)) + (u_bits.astype(jnp.uint32) << 9)) >> 24
+    x = hash_uint32(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    return (x + (u_bits.astype(jnp.uint32) << 9)) >> 24
 
 
 def _zero_residual(path: Any, p: Any, dtype: np.dtype) -> Any:
