@@ -219,7 +219,7 @@ def _filled(old: Node, step: int, moments: Mapping[str, Moments]) -> Node:
     if isinstance(old, optax.ScaleByAdamState):
         return optax.ScaleByAdamState(count, m, v)
     m_dtype, v_dtype = dtypes_of(old)
-    for path in _mapping.paths(old.m, is_parts):
+    for path in _mapping.paths(m, is_parts):
         _check_range(path, moments[path].v, v_dtype)
     return encode_state(ScaleByAdamaxState(count, m, v), m_dtype, v_dtype)
 
@@ -273,7 +273,8 @@ def _read(peer: PeerMoments, target: Target, ours: Moments) -> Moments:
 
 def _count(node: Node, moments: Mapping[str, Moments]) -> int:
     """The number of steps of one transformation, which has one for all of its parameters."""
-    steps = {path: moments[path].step for path in _mapping.paths(node[1], is_parts)}
+    _, m, _ = decode_state(node)
+    steps = {path: moments[path].step for path in _mapping.paths(m, is_parts)}
     steps = {path: step for path, step in steps.items() if step is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
