@@ -1,17 +1,13 @@
 """Names of leaves, boxed by Flax or not."""
 
-import warnings
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax_boxes import linen, nnx, unboxed
 
 from optax_adamax._paths import named_leaves, path_name
-
-with warnings.catch_warnings():  # flax 0.12.0 looks for names that JAX 0.8.0 deprecates
-    warnings.simplefilter("ignore", DeprecationWarning)
-    from flax import linen, nnx
 
 
 class Quantity(NamedTuple):
@@ -25,7 +21,7 @@ def names(tree, separator=None):
 
 def test_nnx_boxes():
     boxed = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    arrays = nnx.as_pure(boxed)
+    arrays = unboxed(boxed)
     assert names(boxed) == names(arrays) == ["['bias']", "['kernel']"]
     assert names({"layer": boxed}, "/") == ["layer/bias", "layer/kernel"]
 
@@ -35,7 +31,7 @@ def test_linen_boxes():
     params = linen.Dense(3, kernel_init=partitioned).init(jax.random.key(0), jnp.ones((1, 2)))
     assert isinstance(params["params"]["kernel"], linen.Partitioned)
     assert names(params) == ["['params']['bias']", "['params']['kernel']"]
-    assert names(params) == names(linen.unbox(params))
+    assert names(params) == names(unboxed(params))
 
 
 @pytest.mark.parametrize("separator", [None, "/"])

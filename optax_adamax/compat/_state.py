@@ -13,13 +13,13 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax import (
-    FramedMaximum,
     ScaleByAdamaxState,
     decode_state,
     encode_state,
     repack_state,
     unpack_state,
 )
+from optax_adamax._state import dtypes_of, v_format_of
 from optax_adamax.compat import _arrays, _counters, _mapping
 from optax_adamax.compat._complex import Parts, is_parts, join
 from optax_adamax.compat._counters import Path
@@ -135,7 +135,7 @@ def read(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> dict[s
             f"There is no {kind.__name__} in this state, which is a {type(state).__name__}.{fields}"
         )
     found: dict[str, Moments] = {}
-    for count, m, v in map(decode_state, nodes):
+    for count, m, v in map(_decoded, nodes):
         by_path = _mapping.paths(v, is_parts)
         for path, x in _mapping.paths(m, is_parts).items():
             if path in found:
@@ -197,29 +197,20 @@ def single_step(moments: Mapping[Key, Moments]) -> int:
     return next(iter(counts.values())) or 0
 
 
-def dtypes_of(state: ScaleByAdamaxState) -> tuple[DTypeLike | None, DTypeLike | None]:
-    """m_dtype and v_dtype of a state in few bits; None where a moment is kept as wide floats."""
-    low_bit = [x.dtype for x in jax.tree.leaves(state.m) if x.dtype in (jnp.bfloat16, jnp.int8)]
-    codes = jax.tree.leaves(state.v.codes) if isinstance(state.v, FramedMaximum) else []
-    return low_bit[0] if low_bit else None, codes[0].dtype if codes else None
-
-
-def range_of(v_dtype: DTypeLike | None) -> tuple[float, float] | None:
-    """The least and the largest v that a format holds wherever its frame stands; None: any."""
-    if v_dtype is not None and np.dtype(v_dtype) == np.uint8:
-        return 2.0**-29, 2.0**12.5
-    return None
+def _decoded(node: Node) -> Node:
+    return decode_state(node) if isinstance(node, ScaleByAdamaxState) else node
 
 
 def _filled(old: Node, step: int, moments: Mapping[str, Moments]) -> Node:
     """A node with these moments in its format."""
-    count, m, v = decode_state(old)
+    count, m, v = _decoded(old)
+    paths = _mapping.paths(m, is_parts)
     count = _put_like(np.asarray(step), count)
     m, v = put_arrays(m, moments, "m"), put_arrays(v, moments, "v")
     if isinstance(old, optax.ScaleByAdamState):
         return optax.ScaleByAdamState(count, m, v)
     m_dtype, v_dtype = dtypes_of(old)
-    for path in _mapping.paths(m, is_parts):
+    for path in paths:
         _check_range(path, moments[path].v, v_dtype)
     return encode_state(ScaleByAdamaxState(count, m, v), m_dtype, v_dtype)
 
@@ -229,8 +220,8 @@ def _check_range(path: str, v: np.ndarray, v_dtype: DTypeLike | None) -> None:
 
     Smaller elements below the range are taken: a v that decays ends there in any run.
     """
-    limits, largest = range_of(v_dtype), np.max(np.real(v), initial=0.0)
-    if limits is None or largest == 0 or limits[0] <= largest <= limits[1]:
+    limits, largest = v_format_of(v_dtype).range, np.max(np.real(v), initial=0.0)
+    if largest == 0 or limits[0] <= largest <= limits[1]:
         return
     raise ValueError(
         f"The infinity norm of {path!r} is {largest:.3g} where it is largest, but "
@@ -273,8 +264,7 @@ def _read(peer: PeerMoments, target: Target, ours: Moments) -> Moments:
 
 def _count(node: Node, moments: Mapping[str, Moments]) -> int:
     """The number of steps of one transformation, which has one for all of its parameters."""
-    _, m, _ = decode_state(node)
-    steps = {path: moments[path].step for path in _mapping.paths(m, is_parts)}
+    steps = {path: moments[path].step for path in _mapping.paths(_decoded(node)[1], is_parts)}
     steps = {path: step for path, step in steps.items() if step is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
