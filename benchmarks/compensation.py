@@ -86,12 +86,12 @@ ARMS = {
     "bfloat16, plain": Arm(jnp.bfloat16, two_bytes),
     CLAIMED: Arm(
         jnp.bfloat16,
-        lambda rate: optax.chain(two_bytes(rate), compensate_rounding("int8")),
+        lambda rate: compensate_rounding(two_bytes(rate), "int8"),
         master_params,
     ),
     "bfloat16, int16 residual": Arm(
         jnp.bfloat16,
-        lambda rate: optax.chain(two_bytes(rate), compensate_rounding("int16")),
+        lambda rate: compensate_rounding(two_bytes(rate), "int16"),
         master_params,
     ),
     "bfloat16, float32 masters": Arm(

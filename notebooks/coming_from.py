@@ -20,7 +20,6 @@
 # | PyTorch | `optimizer.state_dict()` | `load_state(state_dict, params, tx, names, order=order)` |
 # | Keras | `optimizer.variables` | `load_state(variables, params, tx, names, order=order)` |
 # | MLX | `optimizer.state` | `load_state(state, params, tx, names)` |
-# | Lucid | `optimizer.state_dict()` | `load_state(state_dict, params, tx, names, order=order)` |
 # | optax | the optimizer state | `load_state(state, params, tx)` |
 #
 # Each has its inverse, `dump_state`. Below, a network is trained in PyTorch, saved in the middle

@@ -1,31 +1,87 @@
-"""Adamax for JAX: an optax gradient transformation that is right in every dtype."""
+"""Adamax for JAX: an optax gradient transformation that is right in every dtype.
 
+Optimizers:
+  adamax, adamaxw: the optimizer, without and with decoupled weight decay.
+  scale_by_adamax: its rule alone, for chains.
+  adamax_step: one step of one array, as a function.
+
+Around an optimizer:
+  compensate_rounding: parameters in bfloat16 that train as float32 does.
+  master_params: what such parameters stand for, in float32.
+  limit_spikes: skips or clips a step whose gradient norm leaps.
+  pack_small_leaves: the state of many small arrays in a few, for CPU.
+  unpack_state, repack_state: that state over a change.
+
+State:
+  decode_state, encode_state: from a storage format to float32, and back.
+
+Submodules, imported when they are asked for:
+  sharding: the state beside its parameters, split further (ZeRO-1), or in host memory.
+  compat: the Adamax of PyTorch, Keras, MLX, Lucid and optax: constructors and checkpoints.
+
+Example:
+  >>> import jax.numpy as jnp, optax
+  >>> from optax_adamax import adamax
+  >>> params = jnp.array([1.0, 2.0])
+  >>> tx = adamax(learning_rate=0.002)
+  >>> updates, state = tx.update(jnp.array([0.1, -0.2]), tx.init(params), params)
+  >>> print(optax.apply_updates(params, updates))
+  [0.998 2.002]
+"""
+
+import importlib
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from optax_adamax._alias import adamax, adamaxw
-from optax_adamax._skip import SkipState
+from optax_adamax._m_formats import RatioInt8
+from optax_adamax._nonfinite import HandleNonfiniteState
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
-from optax_adamax._storage import FramedMaximum
 from optax_adamax._transform import adamax_step, scale_by_adamax
+from optax_adamax._v_formats import FramedBfloat16, FramedUint8
 from optax_adamax.wrappers.compensation import (
     CompensateRoundingState,
+    Int8Residual,
+    Int16Residual,
     compensate_rounding,
     master_params,
-    split_master_params,
 )
-from optax_adamax.wrappers.packing import PackedState, PackedTree, pack_small_leaves
-from optax_adamax.wrappers.spikes import SpikeState, limit_spikes
+from optax_adamax.wrappers.packing import (
+    PackedState,
+    PackedTree,
+    pack_small_leaves,
+    repack_state,
+    unpack_state,
+)
+from optax_adamax.wrappers.spikes import LimitSpikesState, limit_spikes
+
+if TYPE_CHECKING:
+    from optax_adamax import compat as compat
+    from optax_adamax import sharding as sharding
+else:
+
+    def __getattr__(name):
+        if name in _SUBMODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_SUBMODULES = ("compat", "sharding")
 
 __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
-    "FramedMaximum",
+    "FramedBfloat16",
+    "FramedUint8",
+    "HandleNonfiniteState",
+    "Int8Residual",
+    "Int16Residual",
+    "LimitSpikesState",
     "PackedState",
     "PackedTree",
+    "RatioInt8",
     "ScaleByAdamaxState",
-    "SkipState",
-    "SpikeState",
     "adamax",
     "adamax_step",
     "adamaxw",
@@ -35,6 +91,11 @@ __all__ = [
     "limit_spikes",
     "master_params",
     "pack_small_leaves",
+    "repack_state",
     "scale_by_adamax",
-    "split_master_params",
+    "unpack_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *_SUBMODULES, "__version__"]

@@ -6,8 +6,8 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks, _skip
-from optax_adamax._skip import Nonfinite
+from optax_adamax import _checks
+from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
@@ -42,11 +42,11 @@ def adamax(
       nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
       m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
       v_dtype: dtype in which v is kept, likewise.
-      nonfinite: ``"propagate"``, ``"skip_element"`` or ``"skip_step"``, see
-        :func:`scale_by_adamax`. A step that is skipped does not count in the schedule either.
+      nonfinite: ``"propagate"``, ``"zero"`` or ``"skip_step"``, see :func:`scale_by_adamax`. A
+        step that is skipped does not count in the schedule either.
 
     Returns:
-      The transformation; its updates have the shape and dtype of the gradients.
+      The transformation; for the dtype of its updates see :func:`scale_by_adamax`.
 
     Raises:
       ValueError: a hyperparameter out of range, a negative or NaN learning rate among them.
@@ -67,9 +67,7 @@ def adamax(
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
     _checks.check_rate("learning_rate", learning_rate)
-    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
-    return _skip.chain(
-        nonfinite,
+    tx = optax.chain(
         scale_by_adamax(
             b1,
             b2,
@@ -82,6 +80,7 @@ def adamax(
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return handle_nonfinite(nonfinite, tx)
 
 
 def adamaxw(
@@ -119,7 +118,7 @@ def adamaxw(
       nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
       m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
       v_dtype: dtype in which v is kept, likewise.
-      nonfinite: as in :func:`adamax`. What is skipped does not decay either.
+      nonfinite: as in :func:`adamax`. In a step that is skipped the weights do not decay either.
 
     Returns:
       The transformation. Its ``update`` needs the parameters as its third argument.
@@ -144,9 +143,7 @@ def adamaxw(
     """
     _checks.check_rate("learning_rate", learning_rate)
     _checks.check_rate("weight_decay", weight_decay)
-    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
-    return _skip.chain(
-        nonfinite,
+    tx = optax.chain(
         scale_by_adamax(
             b1,
             b2,
@@ -160,3 +157,4 @@ def adamaxw(
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+    return handle_nonfinite(nonfinite, tx)

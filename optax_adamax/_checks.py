@@ -1,8 +1,7 @@
 """Bad input is refused here, at the earliest place where it can be known.
 
-Plain Python and NumPy numbers are checked when a transformation is built. JAX arrays
-are not: they may be tracers (`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`), and
-reading a concrete one would wait for the device.
+Numbers are checked when a transformation is built, concrete JAX arrays too. Tracers
+(`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`) cannot be.
 """
 
 import math
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_scalar(name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:
@@ -37,12 +37,15 @@ def check_scalar(name: str, value: Any, low: float, high: float, *, closed: bool
         jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     ):
         raise TypeError(f"{name} must be a real number, but its dtype is {dtype}.")
-    if isinstance(value, jax.Array):
-        return
-    number = float(value)
-    if not (low <= number < high or (closed and number == high)):
+    known = number(value)
+    if known is not None and not (low <= known < high or (closed and known == high)):
         interval = f"[{low:g}, {high:g}" + ("]" if closed else ")")
-        raise ValueError(f"{name} must be in {interval}, but {number!r} was given.")
+        raise ValueError(f"{name} must be in {interval}, but {known!r} was given.")
+
+
+def number(value: Any) -> float | None:
+    """A scalar as a Python number; None where it is traced."""
+    return None if isinstance(value, Tracer) else float(value)
 
 
 def check_decay(name: str, value: Any, *, closed: bool) -> None:
@@ -57,12 +60,20 @@ def check_decay(name: str, value: Any, *, closed: bool) -> None:
         )
 
 
-def check_ratio_is_bounded(b1: Any, b2: Any) -> None:
-    """Refuses decay rates with which m / v has no bound, so that 8 bits could not hold it."""
-    if not isinstance(b1, jax.Array) and not isinstance(b2, jax.Array) and b1 >= b2:
+def check_ratio(largest: float | None, kept: float, b1: Any, b2: Any) -> None:
+    """Refuses decay rates with which m / v may become larger than what can be kept.
+
+    Args:
+      largest: of the ratio that b1 and b2 allow; None where one of them is traced.
+      kept: the largest that the format of m can keep.
+      b1: decay rate of m, for the message.
+      b2: decay rate of v, likewise.
+    """
+    if largest is not None and largest > kept:
         raise ValueError(
-            f"m_dtype=int8 needs b1 < b2, but b1={b1} and b2={b2} were given: only then is m "
-            f"bounded by v, which is its scale. Use m_dtype='bfloat16'."
+            f"m_dtype=int8 keeps m as a ratio to v, up to {kept:.4g}, but with b1={b1} and "
+            f"b2={b2} the ratio may reach (1 - b1) / (1 - b1/b2) = {largest:.4g} (it has no bound "
+            f"for b1 >= b2). Bring b2 nearer to 1, or use m_dtype='bfloat16'."
         )
 
 
@@ -119,8 +130,13 @@ def as_float_array(name: str, value: Any) -> jax.Array:
     return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(float)
 
 
-def check_shapes(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.Array) -> None:
-    """Refuses a gradient shaped unlike the parameter, and moments neither so nor scalar."""
+def check_arrays(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.Array) -> None:
+    """Refuses the arrays of one parameter that do not fit it.
+
+    Raises:
+      ValueError: a gradient of another shape, or a moment neither of this shape nor scalar.
+      TypeError: a complex array where the parameter is real, or a complex v.
+    """
     if grad.shape != parameter.shape:
         raise ValueError(f"grad has shape {grad.shape}, but parameter {parameter.shape}.")
     for name, moment in (("m", m), ("v", v)):
@@ -128,6 +144,12 @@ def check_shapes(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.
             raise ValueError(
                 f"{name} has shape {moment.shape}, but parameter {parameter.shape}: give one of "
                 f"the same shape, or a scalar."
+            )
+    for name, array in (("grad", grad), ("m", m), ("v", v)):
+        if jnp.iscomplexobj(array) and (name == "v" or not jnp.iscomplexobj(parameter)):
+            raise TypeError(
+                f"{name} is of {array.dtype}, whose imaginary part a parameter of "
+                f"{parameter.dtype} would lose: give a real one, or a complex parameter."
             )
 
 

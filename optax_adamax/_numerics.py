@@ -10,7 +10,7 @@ import numpy as np
 
 def compute_dtype(*arrays: Any) -> np.dtype:
     """The real dtype to compute in: float64 if one of `arrays` is of 64 bits, else float32."""
-    wide = any(jnp.finfo(jnp.result_type(x)).bits == 64 for x in arrays)
+    wide = any(jnp.result_type(x).name in ("float64", "complex128") for x in arrays)
     return np.dtype(np.float64 if wide else np.float32)
 
 
@@ -20,11 +20,31 @@ def widen(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to `dtype`; what is too large for a dtype of 16 or 8 bits becomes its largest."""
-    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 16:
-        largest = jnp.asarray(jnp.finfo(dtype).max).astype(x.dtype)
-        x = jnp.clip(x, -largest, largest)
+    """Casts x to `dtype`; what is finite stays so, at the largest number where x is beyond it."""
+    if x.dtype == dtype:
+        return x
+    if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp:
+        largest = float(jnp.finfo(dtype).max)
+        limited = map_real_imag(lambda x: jnp.clip(x, -largest, largest), x)
+        x = jnp.where(jnp.isfinite(x), limited, x)
     return x.astype(dtype)
+
+
+def wider(x: Any, y: Any) -> np.dtype:
+    """The dtype of x, or that of y if it has more bits."""
+    x, y = jnp.result_type(x), jnp.result_type(y)
+    return y if jnp.finfo(y).bits > jnp.finfo(x).bits else x
+
+
+def hash_uint32(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 whose outputs look random: triple32 of Wellons, 2018."""
+    x ^= x >> 17
+    x *= np.uint32(0xED5AD4BB)
+    x ^= x >> 11
+    x *= np.uint32(0xAC4C1B51)
+    x ^= x >> 15
+    x *= np.uint32(0x31848BAB)
+    return x ^ (x >> 14)
 
 
 @jax.custom_jvp

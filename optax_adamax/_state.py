@@ -4,10 +4,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax import _storage
+from optax_adamax import _frame
+from optax_adamax._formats import in_node, is_kept, named, tree_of
+from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax._numerics import narrow
+from optax_adamax._v_formats import V_FORMATS, VFormat
 
 T = TypeVar("T")
 
@@ -15,18 +20,19 @@ T = TypeVar("T")
 class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
-    With ``v_dtype`` bfloat16 or uint8, v is a :class:`FramedMaximum`; :func:`decode_state` turns
-    m and v into plain floats.
+    m and v are trees like the parameters; what is coded stands in a node that says how: m in a
+    :class:`RatioInt8`, v in a :class:`FramedBfloat16` or :class:`FramedUint8`.
+    :func:`decode_state` turns both into plain floats.
     """
 
     # shape=(), dtype=int32: steps taken, stops at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    m: optax.Updates  # shaped like the parameters: first moment
-    v: Any  # shaped like the parameters, real: infinity norm, or a FramedMaximum of it
+    m: Any  # first moment
+    v: Any  # infinity norm, real
 
 
 def decode_state(state: T) -> T:
-    """Returns the same state with m and v as floats: m and v of float32 where they were coded.
+    """Returns the same state with m and v as floats: of float32 where they were in fewer bits.
 
     Args:
       state: a :class:`ScaleByAdamaxState`, or any tree with such states in it, as the state of a
@@ -35,6 +41,9 @@ def decode_state(state: T) -> T:
     Returns:
       The tree with each m and v as a tree of float32 arrays shaped like the parameters; moments
       that were float32 or float64 (or complex) already are left as they are.
+
+    Raises:
+      TypeError: there is no :class:`ScaleByAdamaxState` in `state`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,118 +75,147 @@ def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike 
 
     Raises:
       ValueError: a dtype in which a moment cannot be kept.
-      TypeError: no dtype, or complex moments in few bits.
+      TypeError: no dtype, complex moments in few bits, or no :class:`ScaleByAdamaxState` in
+        `state`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_adamax import adamax, encode_state
       >>> state = adamax(0.002).init({"w": jnp.ones(3)})
-      >>> encode_state(state, "int8", "uint8")[0].m["w"].dtype
+      >>> encode_state(state, "int8", "uint8")[0].m.ratio_int8["w"].dtype
       dtype('int8')
     """
-    m_format, v_format = _storage.m_format(m_dtype), _storage.v_format(v_dtype)
+    m_format, v_format = m_format_of(m_dtype), v_format_of(v_dtype)
     return _map_states(lambda s: _encode(s, m_format, v_format), state)
+
+
+def m_format_of(dtype: DTypeLike | None) -> MFormat:
+    """The format for a user's `m_dtype`."""
+    return named(M_FORMATS, "m_dtype", dtype)
+
+
+def v_format_of(dtype: DTypeLike | None) -> VFormat:
+    """The format for a user's `v_dtype`."""
+    return named(V_FORMATS, "v_dtype", dtype)
+
+
+def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | None]:
+    """The `m_dtype` and `v_dtype` of a state; None where a moment is as wide as the arithmetic."""
+    return _m_format(state.m).dtype, _v_format(state.v).dtype
+
+
+def _m_format(m: Any) -> MFormat:
+    return next(f for f in M_FORMATS.values() if is_kept(m, f, M_FORMATS))
+
+
+def _v_format(v: Any) -> VFormat:
+    return next(f for f in V_FORMATS.values() if is_kept(v, f, V_FORMATS))
 
 
 def _map_states(function: Any, tree: T) -> T:
     def is_state(x: Any) -> bool:
         return isinstance(x, ScaleByAdamaxState)
 
+    if not any(is_state(x) for x in jax.tree.leaves(tree, is_leaf=is_state)):
+        raise TypeError(
+            f"There is no ScaleByAdamaxState in this {type(tree).__name__}: give the state of a "
+            f"transformation of optax_adamax. compat.optax.load_state makes one of the state of "
+            f"optax.adamax."
+        )
     return jax.tree.map(lambda x: function(x) if is_state(x) else x, tree, is_leaf=is_state)
 
 
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
-    def decode_m(m: jax.Array, v: jax.Array) -> jax.Array:
-        low_bit = m.dtype in (jnp.bfloat16, jnp.int8)
-        return _storage.m_format(m.dtype).decode_m(m, v) if low_bit else m
-
-    v = _decode_v(state.v)
-    return ScaleByAdamaxState(state.count, jax.tree.map(decode_m, state.m, v), v)
-
-
-def _decode_v(v: Any) -> Any:
-    if not isinstance(v, _storage.FramedMaximum):
-        return v
-    unit = 1 / _storage.scale_of(v.phase)
-    return jax.tree.map(lambda x: _storage.v_format(x.dtype).decode_v(x, unit), v.codes)
-
-
-def _encode(
-    state: ScaleByAdamaxState, m_format: _storage.MFormat, v_format: _storage.VFormat
-) -> ScaleByAdamaxState:
-    floats = _decode(state)
-    keeps_v = _is_kept_as(v_format, state.v)
-    v = state.v if keeps_v else _encode_v(floats.v, v_format)
-
-    def encode_m(kept: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
-        like = jax.ShapeDtypeStruct(m.shape, m.dtype)
-        v_format.zeros(like, real=True)  # which refuses complex parameters in few bits
-        if m_format.dtype is None or (kept.dtype == m_format.dtype and keeps_v):
-            return m if m_format.dtype is None else kept
-        dtype = m_format.zeros(like, real=False).dtype
-        return m_format.encode_m(m, v, jnp.int32(1 << 19)).astype(dtype)
-
-    m = jax.tree.map(encode_m, state.m, floats.m, _decode_v(v))
+    m_format, v = _m_format(state.m), _decode_v(state.v)
+    m = tree_of(state.m, m_format)
+    if m_format.is_rounded:
+        m = jax.tree.map(m_format.decode, m, v)
     return ScaleByAdamaxState(state.count, m, v)
 
 
-def _encode_v(v: Any, v_format: _storage.VFormat) -> Any:
-    if isinstance(v_format, _storage.Float):
-        return jax.tree.map(lambda x: x.astype(v_format.dtype or x.dtype), v)
-    format_, phase = v_format, jnp.zeros((), jnp.uint32)
-    scale = _storage.scale_of(phase)
+def _decode_v(v: Any) -> Any:
+    v_format = _v_format(v)
+    if not v_format.is_framed:
+        return v
 
-    def encode(x: jax.Array) -> jax.Array:
-        return format_.encode_v(x.astype(jnp.float32) * scale).astype(format_.dtype)
+    def decode(codes: jax.Array) -> jax.Array:
+        # In a state made by `jax.vmap` there is a phase for each row.
+        phase = v.phase.reshape(v.phase.shape + (1,) * (codes.ndim - v.phase.ndim))
+        w = v_format.decode(codes)
+        return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
 
-    return _storage.FramedMaximum(jax.tree.map(encode, v), phase)
+    return jax.tree.map(decode, tree_of(v, v_format))
 
 
-def check_state(
-    state: Any, m_format: _storage.MFormat, v_format: _storage.VFormat
-) -> ScaleByAdamaxState:
+def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
+    floats = _decode(state)
+    keeps_v = is_kept(state.v, v_format, V_FORMATS)
+    keeps_m = is_kept(state.m, m_format, M_FORMATS)
+    v = state.v if keeps_v else _encode_v(floats, v_format)
+
+    def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
+        dtype = m.dtype if m_format.dtype is None else m_format.stored_dtype(m, real=False)
+        return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
+
+    m = state.m
+    if not (keeps_m and keeps_v):
+        m = in_node(jax.tree.map(encode_m, floats.m, _decode_v(v)), m_format)
+    return ScaleByAdamaxState(state.count, m, v)
+
+
+def _encode_v(floats: ScaleByAdamaxState, v_format: VFormat) -> Any:
+    phase = jnp.zeros_like(floats.count, jnp.uint32)
+
+    def encode(m: jax.Array, v: jax.Array) -> jax.Array:
+        if v_format.dtype is not None:
+            v_format.stored_dtype(m, real=True)  # refuses complex parameters in few bits
+        return v_format.encode(v * _frame.scale_at(jnp.uint32(0)) if v_format.is_framed else v)
+
+    return in_node(jax.tree.map(encode, floats.m, floats.v), v_format, phase)
+
+
+def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
     """Refuses the state of another transformation, or of other storage formats."""
     if not isinstance(state, ScaleByAdamaxState):
-        hint = "Give its inner_state. " if hasattr(state, "inner_state") else ""
-        raise TypeError(
-            f"The state must be a ScaleByAdamaxState, but a {type(state).__name__} was given. "
-            f"{hint}The state of a chain goes to the update of that chain; a checkpoint that was "
-            f"read as a dict must be restored into the structure that init returns."
-        )
-    for name, format_, kept in (("m", m_format, state.m), ("v", v_format, state.v)):
-        if not _is_kept_as(format_, kept):
-            given = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(_codes(kept))})
-            frame = " without its frame" if given == [str(format_.dtype)] else ""
+        raise TypeError(f"The state must be a ScaleByAdamaxState, but {_what_it_is(state)}")
+    for name, format, table, moment in (
+        ("m", m_format, M_FORMATS, state.m),
+        ("v", v_format, V_FORMATS, state.v),
+    ):
+        if not is_kept(moment, format, table):
+            dtypes = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(moment)})
             raise TypeError(
-                f"The state keeps {name} as {' and '.join(given)}{frame}, but the transformation "
-                f"was built with {name}_dtype={format_.dtype}: convert the state with "
-                f"optax_adamax.encode_state(state, m_dtype, v_dtype)."
+                f"The state keeps {name} as a {type(moment).__name__} of {' and '.join(dtypes)}, "
+                f"but the transformation was built with {name}_dtype={format.dtype}: convert the "
+                f"state with optax_adamax.encode_state(state, m_dtype, v_dtype). A checkpoint must "
+                f"be restored into the structure and the dtypes that init returns."
             )
-    _check_is_whole(state)
-    return state
-
-
-def _check_is_whole(state: ScaleByAdamaxState) -> None:
     scalars: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
-    if isinstance(state.v, _storage.FramedMaximum):
+    if v_format.is_framed:
         scalars["phase"] = (state.v.phase, jnp.unsignedinteger)
     for name, (scalar, kind) in scalars.items():
         if scalar is None or not jnp.issubdtype(jnp.result_type(scalar), kind):
             raise TypeError(f"The state has {scalar} for {name}: {_RESTORE}")
-    m, v = state.m, _codes(state.v)
+    m, v = tree_of(state.m, m_format), tree_of(state.v, v_format)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (m, v)]
     if jax.tree.structure(m) != jax.tree.structure(v) or shapes[0] != shapes[1]:
         raise ValueError(f"The state has m and v of different trees or shapes: {_RESTORE}")
+    return state
+
+
+def _what_it_is(state: Any) -> str:
+    """What was given instead of a state, and what to do about it."""
+    if isinstance(state, optax.ScaleByAdamState):
+        return (
+            "a ScaleByAdamState of optax was given: convert it, with mu for m and nu for v, by "
+            "optax_adamax.compat.optax.load_state(state, params, tx)."
+        )
+    hint = "Give its inner_state. " if hasattr(state, "inner_state") else ""
+    return (
+        f"a {type(state).__name__} was given. {hint}The state of a chain goes to the update of "
+        f"that chain; a checkpoint that was read as a dict must be restored into the structure "
+        f"that init returns."
+    )
 
 
 _RESTORE = "restore the checkpoint into the structure and the dtypes that init returns."
-
-
-def _is_kept_as(format_: _storage.MFormat | _storage.VFormat, moment: Any) -> bool:
-    if isinstance(moment, _storage.FramedMaximum) != format_.is_framed:
-        return False
-    return all(format_.keeps(jnp.result_type(x)) for x in jax.tree.leaves(_codes(moment)))
-
-
-def _codes(moment: Any) -> Any:
-    return moment.codes if isinstance(moment, _storage.FramedMaximum) else moment

@@ -1,6 +1,5 @@
 """The Adamax update of Kingma & Ba (2014), section 7.1, as an optax transformation."""
 
-import functools
 from typing import Any
 
 import jax
@@ -9,12 +8,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks, _skip, _storage
-from optax_adamax._low_bit import low_bit_leaf
-from optax_adamax._numerics import compute_dtype, map_real_imag, narrow, widen
-from optax_adamax._rule import AdamaxRule, EpsPlacement
-from optax_adamax._skip import Nonfinite
-from optax_adamax._state import ScaleByAdamaxState, check_state
+from optax_adamax import _checks
+from optax_adamax._formats import in_node, tree_of
+from optax_adamax._leaf import update_leaf
+from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
+from optax_adamax._numerics import compute_dtype, map_real_imag, wider
+from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_format_of
+from optax_adamax._step import EpsPlacement, Hyperparameters
 
 
 def scale_by_adamax(
@@ -28,7 +28,7 @@ def scale_by_adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
     nonfinite: Nonfinite = "propagate",
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by the Adamax rule.
 
     For each element, with gradient :math:`g_t` at step :math:`t = 1, 2, \dots`,
@@ -55,29 +55,34 @@ def scale_by_adamax(
       bias_correction: False leaves :math:`1 - \beta_1^t` out, as MLX does.
       nesterov: uses :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 -
         \beta_1^t)` in place of :math:`m_t / (1 - \beta_1^t)`, as :func:`optax.nadam` does.
-      m_dtype: dtype in which m is kept. None: float32, or float64 for parameters of 64 bits.
-        For complex parameters, the dtype of one part.
-      v_dtype: dtype in which v is kept, likewise.
+      m_dtype: dtype in which m is kept: float32, float64, bfloat16 or int8. None: float32, or
+        float64 for parameters of 64 bits. For complex parameters, the dtype of one part.
+      v_dtype: dtype in which v is kept: float32, float64, bfloat16 or uint8. None: likewise.
       nonfinite: what becomes of a gradient that is NaN or infinite (or complex, with an infinite
-        modulus). ``"propagate"``: its element of m, v and every later update is not finite.
-        ``"skip_element"``: its element of the update is 0, and m and v of the element are kept
-        as they are stored; v in bfloat16 or uint8 is stored in a frame that all elements share,
-        so there it decays by b2 as with a gradient of 0, and m in int8, which is stored as a
-        ratio to v, decays with it. ``"skip_step"``: if any element of any gradient is not finite
-        all updates are 0 and no state changes, the count included.
+        modulus). ``"propagate"``: its element of m and every later update are not finite.
+        ``"zero"``: it counts as 0 in that element. ``"skip_step"``: if any element of any gradient
+        is not finite all updates are 0 and no state changes, the count included.
 
     b1, b2 and eps may be traced arrays of float32 or float64
     (:func:`optax.inject_hyperparams`, :func:`jax.vmap`, :func:`jax.grad`).
 
+    Where m or v is kept in few bits, :math:`|u_t|` is limited to what exact arithmetic allows for
+    constant b1 and b2. For traced ones there is no such number, and it may be larger by the
+    format's error (a twelfth in uint8); with m in int8 it is at most 7.5 times
+    :math:`1 / (1 - \beta_1^t)`. Updates in few bits cannot be differentiated.
+
     Returns:
-      A transformation with state :class:`ScaleByAdamaxState`, inside a :class:`SkipState` that
-      counts if elements or steps are skipped. The updates have the shape and dtype of the
-      gradients, and point uphill: chain them with :func:`optax.scale_by_learning_rate`.
+      A transformation with state :class:`ScaleByAdamaxState`, inside a
+      :class:`HandleNonfiniteState` that counts elements or steps if there is a policy for them. The
+      updates have the shape of the gradients, and the wider of the dtypes of gradient and
+      parameter (of the gradient if ``update`` is given no parameters). They point uphill: chain
+      them with :func:`optax.scale_by_learning_rate`.
 
     Raises:
       ValueError: a hyperparameter out of range; from ``update``, gradients whose tree or
         shapes are not those of the parameters given to ``init``.
-      TypeError: a hyperparameter of the wrong type; from ``init``, integer parameters.
+      TypeError: a hyperparameter of the wrong type; from ``init``, integer parameters; a derivative
+        of an update in few bits.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -93,22 +98,20 @@ def scale_by_adamax(
       Kingma & Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
-    rule = AdamaxRule(b1, b2, eps, eps_placement, bias_correction, nesterov)
-    rule.check()
-    _checks.check_choice("nonfinite", nonfinite, _skip.POLICIES)
-    m_format, v_format = _storage.m_format(m_dtype), _storage.v_format(v_dtype)
-    if isinstance(m_format, _storage.RatioInt8):
-        _checks.check_ratio_is_bounded(b1, b2)
+    hyper = Hyperparameters(b1, b2, eps, eps_placement, bias_correction, nesterov)
+    hyper.check()
+    m_format, v_format = m_format_of(m_dtype), v_format_of(v_dtype)
+    _checks.check_ratio(hyper.largest_ratio, m_format.largest_ratio, b1, b2)
+    formats: dict[str, Any] = {"m_format": m_format, "v_format": v_format}
 
     def init(params: optax.Params) -> ScaleByAdamaxState:
         jax.tree_util.tree_map_with_path(_checks.check_parameter, params)
-        m = jax.tree.map(functools.partial(m_format.zeros, real=False), params)
-        v = jax.tree.map(functools.partial(v_format.zeros, real=True), params)
-        phase = jnp.zeros((), jnp.uint32)
+        m = jax.tree.map(lambda p: m_format.init(p, real=False), params)
+        v = jax.tree.map(lambda p: v_format.init(p, real=True), params)
         return ScaleByAdamaxState(
             count=jnp.zeros((), jnp.int32),
-            m=m,
-            v=_storage.FramedMaximum(v, phase) if v_format.is_framed else v,
+            m=in_node(m, m_format),
+            v=in_node(v, v_format, jnp.zeros((), jnp.uint32)),
         )
 
     def update(
@@ -116,58 +119,39 @@ def scale_by_adamax(
         state: optax.OptState,
         params: optax.Params | None = None,
         *,
-        taken: jax.Array | None = None,  # from _skip, for the policies other than "propagate"
+        grads_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamaxState]:
-        del params, extra_args
+        del extra_args
         state = check_state(state, m_format, v_format)
-        _checks.check_gradients(updates, state.m)
+        m, v = tree_of(state.m, m_format), tree_of(state.v, v_format)
+        _checks.check_gradients(updates, m)
+        grads, treedef = jax.tree.flatten(updates)
+        like = grads if params is None else treedef.flatten_up_to(params)
         t = jnp.asarray(optax.safe_increment(state.count))
-        at = functools.cache(functools.partial(rule.at, t))
-        codes, phase = state.v if v_format.is_framed else (state.v, jnp.zeros((), jnp.uint32))
-
-        def leaf(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            mask = None if taken is None else _skip.is_taken(g, taken)
-            u, new_m, new_v = at(compute_dtype(g, m, v)).take(g, m, v, mask)
-            return narrow(u, g.dtype), new_m.astype(m.dtype), new_v.astype(v.dtype)
-
-        if m_format.is_low_bit or v_format.is_low_bit:
-            step = at(np.dtype(np.float32))
-            phase, frame = _moved(phase, b2, taken)
-            leaf = functools.partial(
-                low_bit_leaf,
-                t=t,
-                step=step,
-                frame=frame,
-                bound=rule.bound(t, step),
-                taken=taken,
-                m_format=m_format,
-                v_format=v_format,
+        phase = state.v.phase if v_format.is_framed else jnp.uint32(0)
+        leaves = list(zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True))
+        dtypes = [compute_dtype(*leaf[:3]) for leaf in leaves]
+        steps = {
+            dtype: hyper.at(t, phase, dtype, **formats, grads_finite=grads_finite)
+            for dtype in {np.dtype(np.float32), *dtypes}
+        }
+        updated = [
+            update_leaf(
+                jnp.asarray(g),
+                m,
+                v,
+                steps[dtype],
+                **formats,
+                dtype=wider(g, p),
             )
+            for (g, m, v, p), dtype in zip(leaves, dtypes, strict=True)
+        ]
+        u, m, v = (treedef.unflatten([leaf[i] for leaf in updated]) for i in range(3))
+        phase = steps[np.dtype(np.float32)].phase
+        return u, ScaleByAdamaxState(t, in_node(m, m_format), in_node(v, v_format, phase))
 
-        gradients, treedef = jax.tree.flatten(updates)
-        trees = map(jnp.asarray, gradients), jax.tree.leaves(state.m), jax.tree.leaves(codes)
-        leaves = [leaf(*x) for x in zip(*trees, strict=True)]
-        u, m, v = (treedef.unflatten([x[i] for x in leaves]) for i in range(3))
-        if v_format.is_framed:
-            v = _storage.FramedMaximum(v, phase)
-        count = t if taken is None else jnp.where(taken, t, state.count)
-        return u, ScaleByAdamaxState(count, m, v)
-
-    core = optax.GradientTransformation(init, update)
-    if nonfinite == "propagate":
-        return core
-    return _skip.skip(nonfinite, optax.GradientTransformationExtraArgs(*core))
-
-
-def _moved(
-    phase: jax.Array, b2: ArrayLike, taken: jax.Array | None
-) -> tuple[jax.Array, _storage.Frame]:
-    """The frame of v after the step, or where it was if the step is not taken."""
-    moved = _storage.advance(phase, b2)
-    if taken is None:
-        return moved
-    return jax.tree.map(functools.partial(jnp.where, taken), moved, _storage.advance(phase, 1.0))
+    return handle_nonfinite(nonfinite, optax.GradientTransformationExtraArgs(init, update))
 
 
 def adamax_step(
@@ -218,16 +202,24 @@ def adamax_step(
       >>> print(f"{parameter:.3f} {m:.3f} {v:.3f}")
       0.998 0.010 0.100
     """
-    rule = AdamaxRule(b1, b2, eps, eps_placement, bias_correction, nesterov)
-    rule.check()
+    hyper = Hyperparameters(b1, b2, eps, eps_placement, bias_correction, nesterov)
+    hyper.check()
     _checks.check_scalar("learning_rate", learning_rate, 0.0, float("inf"))
     _checks.check_scalar("t", t, 1.0, float("inf"))
     arrays = {"parameter": parameter, "grad": grad, "m": m, "v": v}
     parameter, grad, m, v = (_checks.as_float_array(*item) for item in arrays.items())
-    _checks.check_shapes(parameter, grad=grad, m=m, v=v)
+    _checks.check_arrays(parameter, grad=grad, m=m, v=v)
     dtype = compute_dtype(parameter, grad, m, v)
-    m, v = jnp.broadcast_to(m, parameter.shape), jnp.broadcast_to(v, parameter.shape)
-    u, m, v = rule.at(t, dtype).take(grad, m, v)
+    formats: dict[str, Any] = {"m_format": m_format_of(None), "v_format": v_format_of(None)}
+    wide = np.result_type(dtype, parameter.dtype)  # complex for complex parameters
+    u, new_m, new_v = update_leaf(
+        grad.astype(wide),
+        jnp.broadcast_to(m.astype(wide), parameter.shape),
+        jnp.broadcast_to(v.astype(dtype), parameter.shape),
+        hyper.at(t, jnp.uint32(0), dtype, **formats),
+        **formats,
+        dtype=wide,
+    )
     rate = jnp.asarray(learning_rate, dtype)
-    new = map_real_imag(lambda p, u: p - rate * u, widen(parameter, dtype), u)
-    return new.astype(parameter.dtype), m, v
+    new = map_real_imag(lambda p, u: p - rate * u, parameter.astype(wide), u)
+    return new.astype(parameter.dtype), new_m, new_v

@@ -11,10 +11,19 @@ import numpy as np
 import optax
 import optax.tree
 import pytest
+from flax_boxes import nnx, unboxed
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optax_adamax import adamax, adamaxw, decode_state, encode_state, pack_small_leaves
+from optax_adamax import (
+    adamax,
+    adamaxw,
+    decode_state,
+    encode_state,
+    pack_small_leaves,
+    repack_state,
+    unpack_state,
+)
 
 MAX_SIZE = 64
 FORMATS = [("bfloat16", "bfloat16"), ("float32", "uint8"), ("int8", "float32"), ("int8", "uint8")]
@@ -233,26 +242,84 @@ def test_state_is_converted_and_kept_by_checkpoints():
     plain.update(gradient(PARAMS, 0), floats)
 
 
+@pytest.mark.parametrize("name", ["nonfinite", "int8, uint8", *WRAPPERS])
+def test_unpacked_state_is_that_of_the_same_run_without_packing(name):
+    wrap = WRAPPERS.get(name, lambda tx: tx)
+    tx = TRANSFORMATIONS.get(name, adamax(0.1, v_dtype="bfloat16"))
+    packed = wrap(pack_small_leaves(tx, MAX_SIZE))
+    with jax.numpy_dtype_promotion("standard"):
+        _, expected = run(wrap(tx), PARAMS, steps=2)
+        _, state = run(packed, PARAMS, steps=2)
+    unpacked = unpack_state(state, PARAMS)
+    same(unpacked, expected)
+    same(repack_state(unpacked, jax.eval_shape(packed.init, PARAMS)), state)
+    same(unpack_state(expected, PARAMS), expected)  # nothing to unpack
+
+
+def test_state_is_carried_over_a_change_of_max_size():
+    inner = adamax(0.1, m_dtype="int8", v_dtype="uint8")
+    old, new = (pack_small_leaves(inner, size) for size in (4, MAX_SIZE))
+    _, state = run(old, PARAMS)
+    carried = repack_state(unpack_state(state, PARAMS), like=new.init(PARAMS))
+    g = gradient(PARAMS, 6)
+    same(new.update(g, carried)[0], old.update(g, state)[0])
+
+
+def test_refuses_a_state_of_other_parameters_or_of_another_format():
+    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match=r"packed for \[\"\['a'\]\"\], which are not in params"):
+        unpack_state(state, {name: x for name, x in PARAMS.items() if name != "a"})
+    unpacked = unpack_state(state, PARAMS)
+    other_format = pack_small_leaves(adamax(0.1, v_dtype="uint8"), MAX_SIZE)
+    other_chain = pack_small_leaves(optax.sgd(0.1, momentum=0.9), MAX_SIZE)
+    larger = jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
+    for like in (other_format.init(PARAMS), other_chain.init(PARAMS), tx.init(larger)):
+        with pytest.raises(ValueError):
+            repack_state(unpacked, like)
+    half = optax.tree.set(unpacked, count=jnp.zeros((), jnp.int16))
+    with pytest.raises(ValueError, match=r"count has shape and dtype \(\), int16, but in `like`"):
+        repack_state(half, state)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-def test_sharded_leaves(axis_type):
+@pytest.mark.parametrize("compiler", [jax.jit, lambda f: f])
+def test_sharded_leaves(axis_type, compiler):
     mesh = jax.make_mesh((4,), ("x",), (axis_type,), devices=jax.devices()[:4])
-    specs = {"large": P("x"), "split": P("x"), "whole": P(), "other": P()}
-    shapes = {"large": (80,), "split": (8,), "whole": (8,), "other": (4, 2)}
+    specs = {"large": P("x"), "split": P("x"), "columns": P(None, "x"), "whole": P(), "other": P()}
+    shapes = {"large": (80,), "split": (8,), "columns": (2, 4), "whole": (8,), "other": (4, 2)}
     host = {name: np.full(shape, 2.0, np.float32) for name, shape in shapes.items()}
     params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in host.items()}
-    tx = pack_small_leaves(adamaxw(0.1), MAX_SIZE)
+    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
     with jax.set_mesh(mesh):
         state = tx.init(params)
-        updates, state = jax.jit(tx.update)(params, state, params)
-    expected, _ = adamaxw(0.1).update(host, adamaxw(0.1).init(host), host)
+        updates, state = compiler(tx.update)(params, state, params)
+        assert jax.eval_shape(tx.init, params).layout == state.layout == tx.init(host).layout
+    expected, _ = adamax(0.1).update(host, adamax(0.1).init(host))
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     m = optax.tree.get(state, "m")
     assert m.alone["['large']"].sharding.spec == P("x")
     if axis_type == AxisType.Explicit:
-        assert set(m.alone) == {"['large']", "['split']"}
         assert m.flat["float32"].sharding.is_fully_replicated
         for name, x in updates.items():
             assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
+
+
+def test_boxes_of_flax_do_not_matter():
+    """nnx.Optimizer gives boxed parameters to init and arrays to update."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    boxed = nnx.state(model, nnx.Param)
+    arrays = unboxed(boxed)
+    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
+    assert tx.init(boxed).layout == tx.init(arrays).layout
+    expected, _ = adamax(0.1).update(arrays, adamax(0.1).init(arrays))
+    same(tx.update(arrays, tx.init(boxed), arrays)[0], expected)
+    same(unboxed(tx.update(boxed, tx.init(arrays))[0]), expected)
+    unpacked, wanted = unpack_state(tx.init(arrays), boxed), adamax(0.1).init(boxed)
+    assert jax.tree.structure(unpacked) == jax.tree.structure(wanted)
+    same(unboxed(unpacked), unboxed(wanted))
+    nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, boxed)
+    same(unboxed(nnx.state(model, nnx.Param)), jax.tree.map(jnp.add, arrays, expected))
 
 
 def test_one_kernel_serves_all_leaves_of_a_size():

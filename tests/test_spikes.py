@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import optax.tree
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from optax_adamax import SpikeState, adamax, limit_spikes, scale_by_adamax
+from optax_adamax import LimitSpikesState, adamax, adamaxw, limit_spikes, scale_by_adamax
 
 every_action = pytest.mark.parametrize("action", ["skip", "clip"])
 PARAMS = {"a": jnp.ones(3), "b": [jnp.ones((2, 2)), None]}
@@ -174,7 +175,7 @@ def test_scan_vmap_and_sharded_agree(action):
     norms = [1.0] * 12 + [50.0, 1.0]
     gradients = jnp.stack([gradient(n, t)["a"] for t, n in enumerate(norms)])
     gradients = jnp.tile(gradients, (1, 8))
-    tx = limit_spikes(adamax(0.1, v_dtype="uint8"), 5.0, action=action)
+    tx = limit_spikes(optax.sgd(0.1, momentum=0.9), 5.0, action=action)
 
     def run_on(gradients, init=tx.init, update=tx.update):
         state = init(gradients[0])
@@ -200,6 +201,104 @@ def test_scan_vmap_and_sharded_agree(action):
     np.testing.assert_array_equal(state.spikes, [1, 0])
 
 
+def test_a_fixed_limit_holds_from_the_first_step_on():
+    spikes, state = run([99.0, 101.0, 50.0, np.inf, 101.0], None, max_norm=100.0)
+    np.testing.assert_array_equal(spikes, [False, True, False, True, True])
+    assert int(state.spikes) == 3
+
+
+def test_the_lower_of_two_limits_counts():
+    norms = [1.0] * 12 + [6.0, 4.0, 11.0] + [3.0] * 300 + [11.0, 9.0]
+    spikes, _ = run(norms, 5.0, max_norm=10.0)
+    np.testing.assert_array_equal(np.flatnonzero(spikes), [12, 14, len(norms) - 2])
+
+
+def test_a_fixed_limit_clips():
+    tx = limit_spikes(optax.identity(), max_norm=2.0, action="clip")
+    updates, _ = tx.update(gradient(50.0), tx.init(PARAMS))
+    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.0}, {"max_norm": -1.0}, {"multiple": 1.0}])
+def test_limits_that_are_none(limits):
+    with pytest.raises(ValueError, match=r"max_norm|multiple"):
+        limit_spikes(adamax(0.1), **limits)
+
+
+@every_action
+def test_updates_may_be_wider_than_gradients(action):
+    """The branches of a cond would differ in dtype."""
+    params = {"w": jnp.ones(4)}
+    tx = limit_spikes(adamaxw(0.1), max_norm=10.0, action=action)
+    state, u = tx.init(params), {}
+    update = jax.jit(tx.update)
+    for norm, spikes in ((1.0, 0), (100.0, 1)):
+        with jax.numpy_dtype_promotion("standard"):  # the decay is optax's
+            u, state = update({"w": jnp.full(4, norm, jnp.bfloat16)}, state, params)
+        assert int(state.spikes) == spikes
+    assert np.any(u["w"]) == (action == "clip")
+
+
+MAPPED, REPLICATED = P("x"), P()
+
+
+def sharded_update(tx, *, check_vma=True, mapped=MAPPED):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    state_spec = optax.tree.map_params(
+        tx, lambda _: mapped, tx.init(jnp.ones(16)), transform_non_params=lambda _: REPLICATED
+    )
+    return jax.jit(
+        jax.shard_map(
+            lambda g, state: tx.update(g, state),
+            mesh=mesh,
+            in_specs=(mapped, state_spec),
+            out_specs=(mapped, state_spec),
+            check_vma=check_vma,
+        )
+    )
+
+
+@every_action
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_of_shard_map_agree(action, check_vma):
+    """The norm is that of all parts: the large element, on one device, stops every device."""
+    inner = optax.trace(0.5)
+    plain = limit_spikes(inner, max_norm=10.0, action=action)
+    tx = limit_spikes(inner, max_norm=10.0, action=action, axis_name="x")
+    update, expected = sharded_update(tx, check_vma=check_vma), jax.jit(plain.update)
+    state = other = tx.init(jnp.ones(16))
+    for g in (jnp.ones(16), jnp.ones(16).at[3].set(99.0), jnp.full(16, 2.6)):
+        u, state = update(g, state)
+        v, other = expected(g, other)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+        jax.tree.map(close, (u, state), (v, other))
+    assert int(state.spikes) == 2  # 16 times 2.6**2 is above 100
+
+
+def test_devices_that_would_not_agree_are_refused():
+    tx = limit_spikes(optax.trace(0.5), 5.0)
+    with pytest.raises(ValueError, match="write axis_name='x'"):
+        sharded_update(tx)(jnp.ones(16), tx.init(jnp.ones(16)))
+
+
+def test_gradients_that_are_the_same_everywhere_are_counted_once():
+    """Under shard_map JAX knows which parts are, whether the axis is named or not."""
+    for axis_name in ("x", None):
+        tx = limit_spikes(optax.trace(0.5), max_norm=10.0, axis_name=axis_name)
+        _, state = sharded_update(tx, mapped=REPLICATED)(jnp.full(16, 2.0), tx.init(jnp.ones(16)))
+        assert int(state.spikes) == 0  # the norm is 8; counted eight times it would be 22
+        np.testing.assert_allclose(state.mean_norm, 0.08, rtol=1e-5)
+
+
+def test_devices_of_pmap_agree():
+    tx = limit_spikes(optax.trace(0.5), max_norm=10.0, axis_name="i")
+    g = jnp.ones((2, 4)).at[1, 0].set(99.0)
+    state = jax.tree.map(lambda x: jnp.stack([x, x]), tx.init(g[0]))
+    u, state = jax.pmap(tx.update, axis_name="i", devices=jax.devices()[:2])(g, state)
+    assert not np.any(u)
+    np.testing.assert_array_equal(state.spikes, [1, 1])
+
+
 def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
     schedule = optax.linear_schedule(10.0, 2.0, 20)
     with jax.numpy_dtype_promotion("standard"):
@@ -220,7 +319,7 @@ def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
 
 def test_the_counts_stop_at_their_largest():
     tx = limit_spikes(optax.identity(), 5.0)
-    state = SpikeState((optax.EmptyState()), *(jnp.int32(2**31 - 1), jnp.float32(1.0)),
+    state = LimitSpikesState((optax.EmptyState()), *(jnp.int32(2**31 - 1), jnp.float32(1.0)),
                        jnp.int32(2**31 - 1))  # fmt: skip
     _, state = tx.update(gradient(100.0), state)
     assert int(state.spikes) == int(state.seen) == 2**31 - 1

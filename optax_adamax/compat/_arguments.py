@@ -1,11 +1,41 @@
 """Arguments that several frameworks share."""
 
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeVar
 
+import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from optax_adamax import _checks
+
+Arguments = ParamSpec("Arguments")
+Transformation = TypeVar("Transformation")
+
+
+def without_params(
+    constructor: Callable[Arguments, Transformation],
+) -> Callable[Arguments, Transformation]:
+    """Refuses the parameters, with which a constructor begins in PyTorch."""
+
+    @functools.wraps(constructor)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Transformation:
+        if args and ("lr" in kwargs or _is_tree(args[0])):
+            raise TypeError(
+                f"The first argument is lr, but a {type(args[0]).__name__} was given. There are no "
+                f"parameters here: leave them out, and give them to the init of what is returned."
+            )
+        return constructor(*args, **kwargs)
+
+    return checked
+
+
+def _is_tree(value: Any) -> bool:
+    if isinstance(value, (jax.Array, np.ndarray)):
+        return value.ndim > 0
+    return isinstance(value, Iterable) and not isinstance(value, str)
 
 
 def check_betas(betas: Any) -> tuple[ArrayLike, ArrayLike]:

@@ -58,9 +58,12 @@ def _to_numpy(value: Any) -> np.ndarray:
     if hasattr(value, "detach"):  # a tensor of PyTorch, which may be tracked or on a GPU
         value = value.detach().cpu()
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except (TypeError, ValueError):
         if not hasattr(value, "__dlpack__"):
             raise
         # PyTorch and MLX do not hand bfloat16 to NumPy; JAX does.
         return np.asarray(jnp.from_dlpack(value))
+    # HDF5 has no bfloat16: Keras writes the bits, and the dtype as an attribute.
+    is_bfloat16 = getattr(value, "attrs", {}).get("dtype") == "bfloat16"
+    return array.view(jnp.bfloat16) if is_bfloat16 else array

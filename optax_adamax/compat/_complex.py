@@ -20,7 +20,7 @@ class Parts(NamedTuple):
     imag: Any
 
 
-def by_parts(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def split_real_imag(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Gives `inner` the real and imaginary parts of each complex array as two real ones."""
     wrapped = optax.with_extra_args_support(inner)
 

@@ -1,6 +1,5 @@
 """Parameter groups: hyperparameters of their own for some of the parameters."""
 
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -80,36 +79,45 @@ def _labels(selectors: Mapping[Hashable, Any], params: optax.Params) -> Any:
     """The tree of labels that these selectors choose.
 
     Raises:
-      ValueError: a parameter that no group chooses, or more than one.
+      ValueError: a parameter that no group chooses, or more than one, or a group of none.
     """
     if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
         return params
     chosen: dict[str, list[Hashable]] = {path: [] for path in _mapping.paths(params)}
     for label, selector in selectors.items():
-        for path, flag in _chosen(selector, params).items():
-            if flag:
-                chosen[path].append(label)
+        for path in _chosen(f"groups[{label!r}]", selector, params):
+            chosen[path].append(label)
     rest = [label for label, selector in selectors.items() if selector is None]
-    for path, by in chosen.items():
-        if not by and len(rest) == 1:
-            by.append(rest[0])
-        if len(by) != 1:
+    for path, labels in chosen.items():
+        if not labels and len(rest) == 1:
+            labels.append(rest[0])
+        if len(labels) != 1:
+            where = f"the groups {labels}" if labels else "no group"
             raise ValueError(
-                f"The parameter {path!r} is in {f'the groups {by}' if by else 'no group'}: it must "
-                f"be in one. A single group without 'params' takes what the others leave. To "
-                f"freeze parameters, put this and optax.set_to_zero() in an optax.partition."
+                f"The parameter {path!r} is in {where}: it must be in one. A single group without "
+                f"'params' takes what the others leave. To freeze parameters, put this and "
+                f"optax.set_to_zero() in an optax.partition."
             )
     return jax.tree_util.tree_map_with_path(
         lambda path, _: chosen[_mapping.path_name(path)][0], params
     )
 
 
-def _chosen(selector: Any, params: optax.Params) -> dict[str, bool]:
-    """By path, whether a pattern, mask or function chooses the parameter."""
+def _chosen(name: str, selector: Any, params: optax.Params) -> list[str]:
+    """The paths of the parameters that a pattern, a list of paths, a mask or a function chooses."""
     if selector is None:
-        return {}
+        return []
     if isinstance(selector, str):
-        return {path: bool(re.search(selector, path)) for path in _mapping.paths(params)}
+        return _mapping.matching(name, selector, params)
+    if isinstance(selector, (list, tuple)) and all(isinstance(x, str) for x in selector):
+        known = _mapping.paths(params)
+        for path in selector:
+            if path not in known:
+                raise ValueError(
+                    f"{name} has {path!r}, which is no parameter: near it are "
+                    f"{_mapping.near(path, known)}."
+                )
+        return list(selector)
     mask = selector(params) if callable(selector) else selector
     whole = jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), mask, params)
-    return {path: bool(flag) for path, flag in _mapping.paths(whole).items()}
+    return [path for path, flag in _mapping.paths(whole).items() if flag]

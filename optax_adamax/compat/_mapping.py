@@ -1,9 +1,11 @@
-"""Whose array is whose: the peer's names of the parameters, and the paths in our tree.
+"""Which array of a peer is which of ours: the peer's names, and the paths in our tree.
 
 A path is that of :func:`jax.tree_util.keystr` with ``simple=True`` and ``separator="/"``, for
-example ``"params/Dense_0/kernel"``.
+example ``"params/Dense_0/kernel"``, without the box that Flax may put around an array.
 """
 
+import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adamax import _paths
 from optax_adamax.compat import _arrays
 
 # What the peer calls a parameter: a name, or its number where the peer keeps no names.
@@ -21,26 +24,26 @@ Entry = str | tuple[str, Sequence[int]]
 Names = Mapping[Key, Entry]
 
 
-class Place(NamedTuple):
-    """Where the peer's array goes, and how it is turned on the way."""
+class Target(NamedTuple):
+    """Where the peer's array goes, and how its axes are permuted on the way."""
 
     path: str
     axes: tuple[int, ...] | None
 
-    def ours(self, label: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def to_ours(self, label: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Our layout of the peer's `array`; refuses it if that is not `shape`."""
-        turned = array
+        permuted = array
         if self.axes is not None and array.ndim == len(self.axes):
-            turned = array.transpose(self.axes)
-        if turned.shape != shape:
+            permuted = array.transpose(self.axes)
+        if permuted.shape != shape:
             how = "" if self.axes is None else f" before its axes are permuted to {self.axes}"
             raise ValueError(
                 f"{label} has shape {array.shape}{how}, but the parameter {self.path!r} has shape "
                 f"{shape}."
             )
-        return turned
+        return permuted
 
-    def theirs(self, array: np.ndarray) -> np.ndarray:
+    def to_peer(self, array: np.ndarray) -> np.ndarray:
         """The peer's layout of our array, in memory of its own."""
         if self.axes is not None:
             array = array.transpose(np.argsort(self.axes))
@@ -48,19 +51,91 @@ class Place(NamedTuple):
 
 
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by path."""
-    return {
-        path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    }
+    """The leaves of a tree by path.
+
+    Raises:
+      ValueError: two leaves have one path.
+    """
+    named = _paths.named_leaves(tree, "/", is_leaf)
+    by_path = dict(named)
+    if len(by_path) < len(named):
+        raise ValueError(
+            f"Several parameters have the path {first_twice([path for path, _ in named])!r}, so "
+            f"that no name can tell them apart: rename one of them, without '/' in a key."
+        )
+    return by_path
 
 
 def path_name(path: Any) -> str:
-    """The name of a path of :mod:`jax.tree_util`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """The path of a leaf as a name."""
+    return _paths.path_name(path, "/")
 
 
-def places(keys: Iterable[Key], params: optax.Params, names: Names | None) -> dict[Key, Place]:
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that occurs twice, if there is one."""
+    return next((name for i, name in enumerate(names) if name in names[:i]), None)
+
+
+def check_order(order: Sequence[str]) -> None:
+    """Refuses an order in which a name stands twice."""
+    twice = first_twice(order)
+    if twice is not None:
+        raise ValueError(
+            f"The names of the parameters have {twice!r} twice: give each parameter a name of its "
+            f"own in `order`, such as '0:{twice}', and `names` with a path for each."
+        )
+
+
+def matching(
+    name: str, pattern: str, params: optax.Params, part: Callable[[str], str] = str
+) -> list[str]:
+    """The paths in which a pattern is found, or in the `part` of them that is to be searched.
+
+    Raises:
+      ValueError: there are none.
+    """
+    known = list(paths(params))
+    found = [path for path in known if re.search(pattern, part(path))]
+    if not found:
+        raise ValueError(
+            f"{name} has the pattern {pattern!r}, which no parameter matches: near it are "
+            f"{near(pattern, known)}."
+        )
+    return found
+
+
+def last_part(path: str) -> str:
+    """The parameter's own name, without that of its module."""
+    return path.rsplit("/", 1)[-1]
+
+
+def near(wanted: str, known: Iterable[str]) -> list[str]:
+    """The three names that are most like a name or pattern that nothing has."""
+    plain = re.sub(r"[^\w/]", "", wanted)
+
+    def likeness(name: str) -> float:
+        candidates = (name, last_part(name))
+        return max(difflib.SequenceMatcher(None, plain, x).ratio() for x in candidates)
+
+    return sorted(known, key=likeness, reverse=True)[:3]
+
+
+def peer_names(params: optax.Params) -> dict[Key, Entry]:
+    """Names for a peer that calls parameters by our paths, with "." for "/".
+
+    Raises:
+      ValueError: two parameters would have one name.
+    """
+    names = [path.replace("/", ".") for path in paths(params)]
+    twice = first_twice(names)
+    if twice is not None:
+        raise ValueError(f"Several parameters would be called {twice!r}: give `names`.")
+    return dict(zip(names, paths(params), strict=True))
+
+
+def find_targets(
+    keys: Iterable[Key], params: optax.Params, names: Names | None
+) -> dict[Key, Target]:
     """Where the parameters that the peer calls `keys` go; those not in `names` go nowhere.
 
     Args:
@@ -87,16 +162,16 @@ def places(keys: Iterable[Key], params: optax.Params, names: Names | None) -> di
             f"names has entries for {unknown}, but the parameters are {keys}. Where those are "
             f"numbers, give the names in this order as `order`."
         )
-    found = {key: _place(key, entry, shapes) for key, entry in names.items()}
+    targets = {key: _target(key, entry, shapes) for key, entry in names.items()}
     by_path: dict[str, Key] = {}
-    for key, place in found.items():
-        if place.path in by_path:
-            raise ValueError(f"{by_path[place.path]!r} and {key!r} both go to {place.path!r}.")
-        by_path[place.path] = key
-    return found
+    for key, target in targets.items():
+        if target.path in by_path:
+            raise ValueError(f"{by_path[target.path]!r} and {key!r} both go to {target.path!r}.")
+        by_path[target.path] = key
+    return targets
 
 
-def _place(key: Key, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Place:
+def _target(key: Key, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Target:
     path, axes = (entry, None) if isinstance(entry, str) else entry
     if not isinstance(path, str):
         raise TypeError(
@@ -108,22 +183,22 @@ def _place(key: Key, entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> Pla
             f"`names`."
         )
     if axes is None:
-        return Place(path, None)
+        return Target(path, None)
     if sorted(axes) != list(range(len(shapes[path]))):
         raise ValueError(
             f"names[{key!r}] permutes the axes to {tuple(axes)}, but {path!r} has shape "
             f"{shapes[path]}."
         )
-    return Place(path, tuple(axes))
+    return Target(path, tuple(axes))
 
 
 def load_params(
-    theirs: Mapping[str, Any], params: optax.Params, names: Names | None = None
+    peer_params: Mapping[str, Any], params: optax.Params, names: Names | None = None
 ) -> optax.Params:
     """The peer's parameters as ours.
 
     Args:
-      theirs: the peer's arrays by name.
+      peer_params: the peer's arrays by name.
       params: ours, of which only structure, shapes and dtypes count.
       names: see `load_state`.
 
@@ -134,17 +209,19 @@ def load_params(
       TypeError: an array that cannot be read.
       ValueError: a missing, surplus or misshapen array.
     """
-    route, mine = places(theirs, params, names), paths(params)
-    surplus = [key for key in theirs if key not in route]
+    targets, params_by_path = find_targets(peer_params, params, names), paths(params)
+    surplus = [key for key in peer_params if key not in targets]
     if surplus:
         raise ValueError(f"names has no entry for {surplus}.")
     arrays = {
-        place.path: place.ours(
-            repr(key), _arrays.read_array(repr(key), theirs[str(key)]), jnp.shape(mine[place.path])
+        target.path: target.to_ours(
+            repr(key),
+            _arrays.read_array(repr(key), peer_params[str(key)]),
+            jnp.shape(params_by_path[target.path]),
         )
-        for key, place in route.items()
+        for key, target in targets.items()
     }
-    missing = [path for path in mine if path not in arrays]
+    missing = [path for path in params_by_path if path not in arrays]
     if missing:
         raise ValueError(f"There is nothing for the parameters {missing}.")
     return jax.tree_util.tree_map_with_path(
@@ -171,15 +248,15 @@ def dump_params(
     Raises:
       ValueError: names that do not lead to every parameter.
     """
-    mine = paths(params)
-    names = {path.replace("/", "."): path for path in mine} if names is None else names
-    route = places(names, params, names)
-    missing = sorted(set(mine) - {place.path for place in route.values()})
+    params_by_path = paths(params)
+    names = peer_names(params) if names is None else names
+    targets = find_targets(names, params, names)
+    missing = sorted(set(params_by_path) - {target.path for target in targets.values()})
     if missing:
         raise ValueError(f"names does not lead to {missing}.")
     return {
-        str(key): to_array(place.theirs(np.asarray(mine[place.path])))
-        for key, place in route.items()
+        str(key): to_array(target.to_peer(np.asarray(params_by_path[target.path])))
+        for key, target in targets.items()
     }
 
 
@@ -197,7 +274,6 @@ def flax_names(
     for path, leaf in paths(params).items():
         parts = path.split("/")
         parts = parts[1:] if parts[0] == "params" else parts
-        parts = parts[:-1] if parts[-1] == "value" else parts  # an nnx.Param's own path
         module, name = parts[:-1], parts[-1]
         for length in range(len(module), 0, -1):
             known = "/".join(module[:length])
@@ -205,9 +281,9 @@ def flax_names(
                 module = [modules[known], *module[length:]]
                 used.add(known)
                 break
-        peer = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
+        peer_name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
         ndim = jnp.ndim(leaf)
-        key = ".".join([*module, peer])
+        key = ".".join([*module, peer_name])
         if name != "kernel" or ndim < 2:
             names[key] = path
         elif ndim == 2 or channels_last:

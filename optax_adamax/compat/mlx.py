@@ -12,8 +12,9 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _mapping, _state
+from optax_adamax.compat._float32 import compute_in_float32
 from optax_adamax.compat._mapping import Entry, Key, Names, dump_params, load_params
-from optax_adamax.compat._state import Labelled, Theirs
+from optax_adamax.compat._state import Missing, PeerMoments, PeerValue
 
 __all__ = ["adamax", "dump_params", "dump_state", "flax_names", "load_params", "load_state"]
 
@@ -43,7 +44,8 @@ def adamax(
       v_dtype: dtype in which the infinity norm is kept, likewise.
 
     Returns:
-      The transformation.
+      The transformation. All of its arithmetic is in float32 at least; the updates have the wider
+      dtype of gradient and parameter (if ``update`` is given any).
 
     Where MLX goes wrong we do not follow: with bfloat16 parameters its v never decays, in float16
     a zero gradient gives NaN, and so does one with ``eps=0`` in every dtype.
@@ -64,7 +66,7 @@ def adamax(
     """
     b1, b2 = _arguments.check_betas(betas)
     _checks.check_rate("learning_rate", learning_rate)
-    return optax.chain(
+    chain = optax.chain(
         scale_by_adamax(
             b1,
             b2,
@@ -76,6 +78,7 @@ def adamax(
         ),
         optax.scale_by_learning_rate(_in_float32(learning_rate)),
     )
+    return compute_in_float32(chain)
 
 
 def _in_float32(learning_rate: optax.ScalarOrSchedule) -> Any:
@@ -92,63 +95,79 @@ def _in_float32(learning_rate: optax.ScalarOrSchedule) -> Any:
 
 
 def load_state(
-    theirs: Mapping[str, Any],
+    peer_state: Mapping[str, Any],
     params: optax.Params,
     tx: optax.GradientTransformation,
     names: Names | None = None,
+    *,
+    missing: Missing = "refuse",
 ) -> optax.OptState:
     """The state of `tx`, continued from MLX.
 
     Args:
-      theirs: ``optimizer.state`` of an `mlx.optimizers.Adamax`, or its ``tree_flatten`` as a
+      peer_state: ``optimizer.state`` of an `mlx.optimizers.Adamax`, or its ``tree_flatten`` as a
         dict, which is what MLX writes to files: ``{"layers.0.weight.m": ...}``. Its arrays may be
-        NumPy's, or whatever NumPy can read.
+        NumPy's, or whatever NumPy can read. The state of MLX's Adam has the same form. It is
+        refused where gradients were smaller than 1, for m is then greater than v; else nothing
+        tells the two apart.
       params: our parameters.
       tx: our transformation, an :func:`adamax` by itself or within others. The hyperparameters
         are those it was made with: the learning rate in the state is not read.
       names: for each parameter's name in MLX, such as ``"layers.0.weight"``, its path in
         `params`, or a pair of path and the permutation of axes that makes MLX's array ours. None:
         the name with "/" for ".", nothing permuted. :func:`flax_names` makes them for Flax.
+      missing: what becomes of a parameter for which there is nothing, because it never had a
+        gradient: ``"refuse"`` it, or start it at ``"zero"``.
 
     Returns:
-      The state. Counters of schedules stand at the step of the moments.
+      The state. Beside the count of Adamax, those of the schedules in its chain and of
+      :func:`optax.inject_hyperparams` around it are set. Other counters (of another optimizer, of
+      :func:`optax.ema`, of `optax.MultiSteps`) stand where `tx.init` puts them.
 
     Raises:
-      ValueError: a missing, surplus or misshapen entry, or names that do not fit.
+      ValueError: a missing, surplus or misshapen entry, names that do not fit, moments that are not
+        those of Adamax, an infinity norm out of the range of ``v_dtype``, or the state of a
+        `MultiOptimizer`.
       TypeError: an entry of the wrong type.
 
     Example:
       >>> import numpy as np, jax.numpy as jnp
       >>> from optax_adamax.compat import mlx as compat_mlx
       >>> moments = {"m": np.ones((3, 2)), "v": np.ones((3, 2))}
-      >>> theirs = {"step": 25, "learning_rate": 0.1, "layers": [{"weight": moments}]}
+      >>> peer_state = {"step": 25, "learning_rate": 0.1, "layers": [{"weight": moments}]}
       >>> params = {"kernel": jnp.zeros((2, 3))}
       >>> names = {"layers.0.weight": ("kernel", (1, 0))}
-      >>> state = compat_mlx.load_state(theirs, params, compat_mlx.adamax(0.1), names)
+      >>> state = compat_mlx.load_state(peer_state, params, compat_mlx.adamax(0.1), names)
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "m")["kernel"].shape)
       25 (2, 3)
     """
-    flat = dict(_flatten(theirs))
+    flat = dict(_flatten(peer_state))
+    if flat and all(name.startswith("states.") for name in flat):
+        raise ValueError(
+            "This is the state of a MultiOptimizer: give that of the Adamax in it, "
+            "optimizer.optimizers[i].state, with an optax.partition as `tx`. Give those of several "
+            "Adamax of the same steps as one dict of what tree_flatten makes of each."
+        )
     if "step" not in flat:
         raise ValueError(f"There is no 'step' in this state: it has {list(flat)}.")
-    step = Labelled("'step'", flat.pop("step"))
+    step = PeerValue("'step'", flat.pop("step"))
     flat.pop("learning_rate", None)
-    moments: dict[str, dict[str, Labelled]] = {}
+    moments: dict[str, dict[str, PeerValue]] = {}
     for name, value in flat.items():
         key, _, field = name.rpartition(".")
         if field not in ("m", "v") or not key:
             raise ValueError(
                 f"{name!r} is nothing that Adamax keeps: its entries end in .m and .v."
             )
-        moments.setdefault(key, {})[field] = Labelled(repr(name), value)
+        moments.setdefault(key, {})[field] = PeerValue(repr(name), value)
     for key, entry in moments.items():
         for field in ("m", "v"):
             if field not in entry:
                 raise ValueError(f"There is no {f'{key}.{field}'!r} in this state.")
-    entries: dict[Key, Theirs | None] = {
-        key: Theirs(entry["m"], entry["v"], step) for key, entry in moments.items()
+    entries: dict[Key, PeerMoments | None] = {
+        key: PeerMoments(entry["m"], entry["v"], step) for key, entry in moments.items()
     }
-    return _state.load(tx, params, entries, names)
+    return _state.load(tx, params, entries, names, missing)
 
 
 def dump_state(
@@ -174,8 +193,7 @@ def dump_state(
     Raises:
       ValueError: names that do not fit.
     """
-    if names is None:
-        names = {path.replace("/", "."): path for path in _mapping.paths(params)}
+    names = _mapping.peer_names(params) if names is None else names
     found = _state.dump(state, params, names, names)
     step = _state.single_step(found)
     flat: dict[str, Any] = {

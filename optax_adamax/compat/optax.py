@@ -5,46 +5,55 @@ The constructors are those of :mod:`optax_adamax`, whose arguments begin as opta
 
 import optax
 
+from optax_adamax import repack_state, unpack_state
 from optax_adamax._alias import adamax, adamaxw
 from optax_adamax.compat import _state
 from optax_adamax.compat._mapping import Key
-from optax_adamax.compat._state import Labelled, Theirs
+from optax_adamax.compat._state import PeerMoments, PeerValue
 
 __all__ = ["adamax", "adamaxw", "dump_state", "load_state"]
 
 
 def load_state(
-    theirs: optax.OptState, params: optax.Params, tx: optax.GradientTransformation
+    peer_state: optax.OptState, params: optax.Params, tx: optax.GradientTransformation
 ) -> optax.OptState:
     """The state of `tx`, continued from `optax.adamax` or `optax.adamaxw`.
 
     Args:
-      theirs: the state of optax's transformation, by itself or within others. It looks as that of
-        `optax.adam` does, whose ``nu`` is another thing.
+      peer_state: the state of optax's transformation, by itself or within others. Its ``mu`` is
+        our ``m``, its ``nu`` our ``v``. The state of `optax.adam` has the same form. It is refused
+        where gradients were smaller than 1, for ``mu`` is then greater than ``nu``; else nothing
+        tells the two apart.
       params: the parameters of both.
       tx: our transformation, an :func:`optax_adamax.adamax` by itself or within others.
 
     Returns:
-      The state. Counters of schedules stand at the step of their parameters.
+      The state. Beside the count of Adamax, those of the schedules in its chain and of
+      :func:`optax.inject_hyperparams` around it are set. Other counters (of another optimizer, of
+      :func:`optax.ema`, of `optax.MultiSteps`) stand where `tx.init` puts them.
 
     Raises:
-      ValueError: no such state, or a missing, surplus or misshapen entry.
+      ValueError: no such state, a missing, surplus or misshapen entry, moments that are not those
+        of Adamax, or an infinity norm out of the range of ``v_dtype``.
       TypeError: an entry of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from optax_adamax.compat import optax as compat_optax
       >>> params = {"w": jnp.ones(2)}
-      >>> theirs = optax.adamax(0.1).init(params)
-      >>> state = compat_optax.load_state(theirs, params, compat_optax.adamax(0.1))
+      >>> peer_state = optax.adamax(0.1).init(params)
+      >>> state = compat_optax.load_state(peer_state, params, compat_optax.adamax(0.1))
       >>> print(type(state[0]).__name__)
       ScaleByAdamaxState
     """
-    entries: dict[Key, Theirs | None] = {
-        path: Theirs(
-            Labelled(f"mu of {path!r}", m), Labelled(f"nu of {path!r}", v), Labelled("count", count)
+    found = _state.read(unpack_state(peer_state, params), optax.ScaleByAdamState)
+    entries: dict[Key, PeerMoments | None] = {
+        path: PeerMoments(
+            PeerValue(f"mu of {path!r}", m),
+            PeerValue(f"nu of {path!r}", v),
+            PeerValue("count", count),
         )
-        for path, (m, v, count) in _state.read(theirs, optax.ScaleByAdamState).items()
+        for path, (m, v, count) in found.items()
     }
     return _state.load(tx, params, entries, None)
 
@@ -66,8 +75,10 @@ def dump_state(
     Raises:
       ValueError: `tx` is none of those, or trains other parameters.
     """
-    found, theirs = _state.read(state), tx.init(params)
-    expected = _state.read(theirs, optax.ScaleByAdamState)
+    found, template = _state.read(unpack_state(state, params)), tx.init(params)
+    peer_state = unpack_state(template, params)
+    expected = _state.read(peer_state, optax.ScaleByAdamState)
     _state.check_complete(expected, found, {})
     _state.check_complete(found, expected, {})
-    return _state.fill(theirs, found, optax.ScaleByAdamState)
+    filled = _state.fill(peer_state, found, optax.ScaleByAdamState)
+    return repack_state(filled, like=template)

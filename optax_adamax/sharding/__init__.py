@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_adamax.sharding import _placement
+from optax_adamax._paths import named_leaves
+from optax_adamax.sharding import _constraints, _placement
 
 
 class UnsplitLeaf(NamedTuple):
     """A leaf of the state that is split less than was asked for."""
 
-    path: str  # as jax.tree_util.keystr writes it
+    path: str  # as jax.tree_util.keystr writes it, without a box of Flax
     bytes: int  # on each device
     reason: str  # why it is not split further
 
@@ -33,8 +33,8 @@ def state_shardings(
 
     A leaf that is like a parameter gets the sharding of that parameter; every other leaf
     (a step count, a hyperparameter) is replicated on the same mesh. A leaf in the place of a
-    parameter but of another shape, as in `optax.adafactor`, is replicated too;
-    :func:`unsplit_leaves` names it.
+    parameter but of another shape, as in `optax.adafactor`, is replicated too, and so are the
+    buffers of :func:`optax_adamax.pack_small_leaves`; :func:`unsplit_leaves` names them.
 
     Args:
       tx: any optax transformation, a chain as well.
@@ -63,8 +63,8 @@ def state_shardings(
       >>> from optax_adamax import scale_by_adamax, sharding
       >>> mesh = jax.make_mesh((1,), ("data",))
       >>> params = {"w": jax.device_put(jnp.ones((8, 2)), NamedSharding(mesh, P()))}
-      >>> places = sharding.state_shardings(scale_by_adamax(), params, zero_axis="data")
-      >>> print(tuple(places.count.spec), tuple(places.m["w"].spec))
+      >>> shardings = sharding.state_shardings(scale_by_adamax(), params, zero_axis="data")
+      >>> print(tuple(shardings.count.spec), tuple(shardings.m["w"].spec))
       () ('data', None)
 
     Reference:
@@ -72,7 +72,7 @@ def state_shardings(
       <https://arxiv.org/abs/1910.02054>`_, 2020, stage 1.
     """
     return jax.tree.map(
-        lambda place: place.sharding, _placement.places(tx, params, zero_axis, memory_kind)
+        lambda leaf: leaf.sharding, _placement.leaf_shardings(tx, params, zero_axis, memory_kind)
     )
 
 
@@ -83,7 +83,8 @@ def unsplit_leaves(
 
     They are: with `zero_axis`, the leaves that it cannot split; without it, leaves in the place of
     a parameter that have another shape, and so cannot have its sharding; in both cases arrays that
-    belong to no parameter. Scalars that belong to no parameter are left out.
+    belong to no parameter, and buffers of `pack_small_leaves` (without `zero_axis` only where
+    parameters are split). Scalars that belong to no parameter are left out.
 
     Args:
       tx: as for :func:`state_shardings`.
@@ -96,12 +97,8 @@ def unsplit_leaves(
     Raises:
       TypeError, ValueError: as :func:`state_shardings`.
     """
-    places = jax.tree_util.tree_leaves_with_path(_placement.places(tx, params, zero_axis, None))
-    return [
-        UnsplitLeaf(jax.tree_util.keystr(path), place.bytes, place.reason)
-        for path, place in places
-        if place.reason
-    ]
+    found = named_leaves(_placement.leaf_shardings(tx, params, zero_axis, None))
+    return [UnsplitLeaf(name, leaf.bytes, leaf.reason) for name, leaf in found if leaf.reason]
 
 
 def init_sharded(
@@ -135,7 +132,8 @@ def init_sharded(
                 f"made: give the parameters themselves. For the shardings alone, call "
                 f"state_shardings."
             )
-    return _sharded_init(tx, params, zero_axis, memory_kind)(params)
+    shardings = state_shardings(tx, params, zero_axis=zero_axis, memory_kind=memory_kind)
+    return jax.jit(tx.init, out_shardings=shardings)(params)
 
 
 def keep_sharded(
@@ -149,9 +147,10 @@ def keep_sharded(
 
     Call `update` under `jax.jit`. The gradients are split over `zero_axis` where the state is, and
     the updates come out sharded like the parameters: gathering them is the one communication
-    that ZeRO adds. A state in host memory is moved to the devices and back; donate it to the
-    jitted step, or it is there twice. (On a mesh that has axes of both types, JAX 0.10.2 forgets
-    the memory kind of results: give the jitted step its `out_shardings` there.)
+    that ZeRO adds. Where only :func:`optax.apply_updates` is to see the updates,
+    :func:`make_update_params` is cheaper. A state in host memory is moved to the devices and back;
+    donate it to the jitted step, or it is there twice. (On a mesh that has axes of both types,
+    JAX 0.10.2 forgets the memory kind of results: give the jitted step its `out_shardings` there.)
 
     The arithmetic is that of one device. Bits may differ where XLA contracts a product and a sum
     to a fused multiply-add in one program and not in another (JAX 0.10.2 on CPU does, at
@@ -184,14 +183,9 @@ def keep_sharded(
       >>> print(optax.apply_updates(params, updates))
       [0.998 1.998]
     """
-    at_rest = state_shardings(tx, params, zero_axis=zero_axis, memory_kind=memory_kind)
-    at_work = jax.tree.map(_on_device, at_rest)
-    described = _placement.describe(params)
-    whole = jax.tree.map(lambda p: _on_device(p.sharding), described)
-    split = jax.tree.map(
-        lambda p: _on_device(_placement.place(p, p, zero_axis, None).sharding), described
-    )
     inner = optax.with_extra_args_support(tx)
+    split_update = _split_update(tx, params, zero_axis, memory_kind)
+    whole = _whole(params)
 
     def update(
         updates: optax.Updates,
@@ -199,56 +193,106 @@ def keep_sharded(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if memory_kind is not None:
-            state = jax.device_put(state, at_work)
-        updates = _constrain(updates, split)
-        params = None if params is None else _constrain(params, split)
-        updates, state = inner.update(updates, state, params, **extra_args)
-        # Without the first constraint XLA may gather what the updates are made of, not them.
-        updates = _constrain(_constrain(updates, split), whole)
-        state = _constrain(state, at_work)
-        if memory_kind is not None:
-            state = jax.device_put(state, at_rest)
-        return updates, state
+        updates, state = split_update(updates, state, params, **extra_args)
+        return _constraints.constrain(updates, whole), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def _sharded_init(
+def make_update_params(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    zero_axis: str | None = None,
+    memory_kind: str | None = None,
+) -> Callable[..., tuple[optax.Params, optax.OptState]]:
+    """:func:`keep_sharded` and `optax.apply_updates` in one: it adds, then it gathers.
+
+    After :func:`keep_sharded` XLA gathers the updates, and each device adds all of them to all of
+    the parameters. Here each device adds its part, and XLA gathers the sum instead: as much
+    communication, and less to read, to write and to hold. (A step of 164 million float32 parameters
+    compiled for 256 chips of TPU v5e, as the compiler estimates it: 5.1 million cycles and 0.72 GB
+    of temporaries, not 10.3 million and 1.03 GB.)
+
+    Args:
+      tx: as for :func:`state_shardings`.
+      params: likewise; only their shapes and shardings are used.
+      zero_axis: likewise.
+      memory_kind: likewise.
+
+    Returns:
+      A function ``(gradients, state, params, **extra_args) -> (params, state)``, to be called under
+      `jax.jit`. The new parameters are sharded like `params`.
+
+    Raises:
+      TypeError, ValueError: as :func:`state_shardings`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax.sharding import NamedSharding, PartitionSpec as P
+      >>> from optax_adamax import adamax, sharding
+      >>> mesh = jax.make_mesh((1,), ("data",))
+      >>> params = jax.device_put(jnp.array([1.0, 2.0]), NamedSharding(mesh, P()))
+      >>> state = sharding.init_sharded(adamax(0.002), params, zero_axis="data")
+      >>> update_params = sharding.make_update_params(adamax(0.002), params, zero_axis="data")
+      >>> params, state = jax.jit(update_params)(params, state, params)
+      >>> print(params)
+      [0.998 1.998]
+    """
+    split_update = _split_update(tx, params, zero_axis, memory_kind)
+    split, whole = _split(tx, params, zero_axis), _whole(params)
+
+    def update_params(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params, **extra_args: Any
+    ) -> tuple[optax.Params, optax.OptState]:
+        updates, state = split_update(gradients, state, params, **extra_args)
+        added = optax.apply_updates(_constraints.constrain(params, split), updates)
+        return _constraints.constrain(_constraints.constrain(added, split), whole), state
+
+    return update_params
+
+
+def _split_update(
     tx: optax.GradientTransformation,
     params: optax.Params,
     zero_axis: str | None,
     memory_kind: str | None,
-) -> Callable[[optax.Params], optax.OptState]:
+) -> Callable[..., tuple[optax.Updates, optax.OptState]]:
+    """The update of :func:`keep_sharded` before its updates are gathered."""
     shardings = state_shardings(tx, params, zero_axis=zero_axis, memory_kind=memory_kind)
-    return jax.jit(tx.init, out_shardings=shardings)
+    at_rest = dict(named_leaves(shardings))
+    at_work = {name: _constraints.on_device(sharding) for name, sharding in at_rest.items()}
+    split = _split(tx, params, zero_axis)
+    inner = optax.with_extra_args_support(tx)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        if memory_kind is not None:
+            state = _constraints.move(state, at_work)
+        updates = _constraints.constrain(updates, split)
+        params = None if params is None else _constraints.constrain(params, split)
+        updates, state = inner.update(updates, state, params, **extra_args)
+        # Without this constraint XLA may gather what the updates are made of, not them.
+        updates = _constraints.constrain(updates, split)
+        state = _constraints.constrain(state, at_work)
+        if memory_kind is not None:
+            state = _constraints.move(state, at_rest)
+        return updates, state
+
+    return update
 
 
-def _constrain(tree: Any, shardings: Any) -> Any:
-    """Gives traced arrays their shardings, on axes of either type."""
-
-    def constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-        # JAX 0.10 has no one call for both: reshard takes explicit axes only, and
-        # with_sharding_constraint automatic ones only.
-        types = sharding.mesh.axis_types
-        if AxisType.Explicit in types:
-            x = jax.sharding.reshard(x, _only(sharding, AxisType.Explicit))
-        if AxisType.Auto in types:
-            x = jax.lax.with_sharding_constraint(x, _only(sharding, AxisType.Auto))
-        return x
-
-    return jax.tree.map(constrain, tree, shardings)
+def _split(
+    tx: optax.GradientTransformation, params: optax.Params, zero_axis: str | None
+) -> _constraints.ByName:
+    split = _placement.split_params(tx, params, zero_axis)
+    return {name: _constraints.on_device(sharding) for name, sharding in split.items()}
 
 
-def _only(sharding: NamedSharding, axis_type: AxisType) -> NamedSharding:
-    """`sharding` without the axes of another type."""
-    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
-    entries = [
-        tuple(axis for axis in _placement.axes(entry) if types[axis] == axis_type) or None
-        for entry in sharding.spec
-    ]
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
-
-
-def _on_device(sharding: NamedSharding) -> NamedSharding:
-    return NamedSharding(sharding.mesh, sharding.spec)
+def _whole(params: optax.Params) -> _constraints.ByName:
+    described = named_leaves(_placement.describe(params))
+    return {name: _constraints.on_device(p.sharding) for name, p in described}

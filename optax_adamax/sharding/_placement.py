@@ -10,9 +10,17 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from optax_adamax._paths import named_leaves, path_name
+from optax_adamax.wrappers.packing import (
+    PackedState,
+    PackedTree,
+    is_packed_state,
+    is_packed_tree,
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class LeafSharding:
     """Where one leaf of the state belongs; no pytree node, so that a tree can have it as leaf."""
 
     sharding: NamedSharding
@@ -20,52 +28,72 @@ class Place:
     reason: str | None  # why it is not split as asked
 
 
-def places(
+def leaf_shardings(
     tx: optax.GradientTransformation,
     params: optax.Params,
     zero_axis: str | None,
     memory_kind: str | None,
 ) -> Any:
-    """A tree like the state, with a `Place` for each leaf."""
-    if not callable(getattr(tx, "init", None)):
-        raise TypeError(f"tx must be an optax transformation, but {tx!r} was given.")
+    """A tree like the state, with a `LeafSharding` for each leaf."""
     described = describe(params)
-    mesh = jax.tree.leaves(described)[0].sharding.mesh
-    _check_axis(mesh, zero_axis)
+    mesh = _mesh(described, zero_axis)
     if memory_kind is not None and not isinstance(memory_kind, str):
         raise TypeError(
             f"memory_kind must be a string such as 'pinned_host', but {memory_kind!r} was given."
         )
     replicated = NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
 
-    def find(match: _Match) -> Place:
+    def find(match: _Match) -> LeafSharding:
         if match.parameter is not None:
-            return place(match.leaf, match.parameter, zero_axis, memory_kind)
-        reason = "it belongs to no parameter" if match.leaf.ndim else None
-        return Place(replicated, match.leaf.size * match.leaf.dtype.itemsize, reason)
+            return _leaf_sharding(match.leaf, match.parameter, zero_axis, memory_kind)
+        reason = None
+        if match.packed is None:
+            reason = "it belongs to no parameter" if match.leaf.ndim else None
+        elif zero_axis is not None or any(axes(e) for p in match.packed for e in p.sharding.spec):
+            reason = "it is a buffer of pack_small_leaves, which is whole on each device"
+        return LeafSharding(replicated, match.leaf.size * match.leaf.dtype.itemsize, reason)
 
     return jax.tree.map(find, _match(tx, described))
+
+
+def split_params(
+    tx: optax.GradientTransformation, params: optax.Params, zero_axis: str | None
+) -> dict[str, NamedSharding]:
+    """Where gradients, parameters and updates are while the state is updated, by name."""
+    described = describe(params)
+    _mesh(described, zero_axis)
+    packed = {
+        at.path
+        for node in jax.tree.leaves(_abstract_state(tx, described), is_leaf=is_packed_state)
+        if is_packed_state(node)
+        for layout in node.layout
+        for at in layout
+        if at.buffer
+    }
+    return {
+        name: _leaf_sharding(p, p, None if name in packed else zero_axis, None).sharding
+        for name, p in named_leaves(described)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Match:
     leaf: jax.ShapeDtypeStruct
-    parameter: jax.ShapeDtypeStruct | None
+    parameter: jax.ShapeDtypeStruct | None = None
+    packed: tuple[jax.ShapeDtypeStruct, ...] | None = None  # of a buffer, its parameters
 
 
 def _match(tx: optax.GradientTransformation, described: Any) -> Any:
     """A tree like the state, with the parameter that each leaf is like."""
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), described)
-    state = jax.eval_shape(tx.init, shapes)
+    state = _abstract_state(tx, described)
     try:
-        return optax.tree.map_params(
-            tx,
-            # optax.masked and optax.partition leave a node where a parameter is not theirs.
-            lambda leaf, p: leaf if isinstance(leaf, optax.MaskedNode) else _Match(leaf, p),
-            state,
+        matched = optax.tree.map_params(
+            lambda params: _without_packed_states(tx.init(params)),
+            _match_leaf,
+            _without_packed_states(state),
             described,
-            transform_non_params=lambda leaf: _Match(leaf, None),
-            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+            transform_non_params=_Match,
+            is_leaf=_is_matched,
         )
     except Exception as error:
         raise TypeError(
@@ -73,10 +101,55 @@ def _match(tx: optax.GradientTransformation, described: Any) -> Any:
             "the init of the transformation does more than map over the tree that it is given "
             "(optax.lbfgs and optax.sm3 are such). Write its shardings by hand."
         ) from error
+    return jax.tree.map(
+        lambda node, inner: PackedState(node.layout, inner) if is_packed_state(node) else inner,
+        state,
+        matched,
+        is_leaf=is_packed_state,
+    )
 
 
-def place(leaf: Any, parameter: Any, zero_axis: str | None, memory_kind: str | None) -> Place:
-    """Where a leaf that stands in the place of `parameter` belongs."""
+def _match_leaf(leaf: Any, parameter: Any) -> Any:
+    if isinstance(leaf, optax.MaskedNode):
+        return leaf
+    if not is_packed_tree(leaf):
+        return _Match(leaf, parameter)
+    by_name = dict(named_leaves(parameter))  # all of them: a PackedTree stands for the whole tree
+    packed = tuple(p for name, p in by_name.items() if name not in leaf.alone)
+    return PackedTree(
+        alone={name: _Match(x, by_name[name]) for name, x in leaf.alone.items()},
+        flat={name: _Match(x, packed=packed) for name, x in leaf.flat.items()},
+    )
+
+
+def _is_matched(node: Any) -> bool:
+    # optax.masked and optax.partition leave a node where a parameter is not theirs.
+    return isinstance(node, optax.MaskedNode) or is_packed_tree(node)
+
+
+def _abstract_state(tx: optax.GradientTransformation, described: Any) -> Any:
+    if not callable(getattr(tx, "init", None)):
+        raise TypeError(f"tx must be an optax transformation, but {tx!r} was given.")
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), described)
+    return jax.eval_shape(tx.init, shapes)
+
+
+def _without_packed_states(state: Any) -> Any:
+    """A `PackedState` differs in its key from that of optax's placeholder."""
+    return jax.tree.map(
+        lambda node: node.inner_state if is_packed_state(node) else node,
+        state,
+        is_leaf=is_packed_state,
+    )
+
+
+def _leaf_sharding(
+    leaf: jax.ShapeDtypeStruct,
+    parameter: jax.ShapeDtypeStruct,
+    zero_axis: str | None,
+    memory_kind: str | None,
+) -> LeafSharding:
+    """Where a leaf of the state in the place of `parameter` belongs."""
     own: NamedSharding = parameter.sharding
     spec, reason = own.spec, None
     if leaf.shape != parameter.shape:
@@ -91,7 +164,7 @@ def place(leaf: Any, parameter: Any, zero_axis: str | None, memory_kind: str | N
     kind = own.memory_kind if memory_kind is None else memory_kind
     sharding = NamedSharding(own.mesh, spec, memory_kind=kind)
     size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return Place(sharding, size, reason)
+    return LeafSharding(sharding, size, reason)
 
 
 def _split(
@@ -151,18 +224,20 @@ def _describe_leaf(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_axis(mesh: Mesh | AbstractMesh, axis: str | None) -> None:
-    if axis is None:
-        return
-    if not isinstance(axis, str):
-        raise TypeError(f"zero_axis must be the name of one mesh axis, but {axis!r} was given.")
-    if axis not in mesh.axis_names:
+def _mesh(described: Any, zero_axis: str | None) -> Mesh | AbstractMesh:
+    mesh = jax.tree.leaves(described)[0].sharding.mesh
+    if zero_axis is not None and not isinstance(zero_axis, str):
+        raise TypeError(
+            f"zero_axis must be the name of one mesh axis, but {zero_axis!r} was given."
+        )
+    if zero_axis is not None and zero_axis not in mesh.axis_names:
         raise ValueError(
-            f"zero_axis is {axis!r}, but the mesh of the parameters has the axes "
+            f"zero_axis is {zero_axis!r}, but the mesh of the parameters has the axes "
             f"{mesh.axis_names}: name one of these."
         )
+    return mesh
 
 
 def leaf_name(path: Any) -> str:
     """How messages name a parameter."""
-    return f"params{jax.tree_util.keystr(path)}"
+    return f"params{path_name(path)}"

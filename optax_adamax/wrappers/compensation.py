@@ -1,11 +1,12 @@
-"""What a parameter of 16 bits cannot hold, kept beside it.
+"""What a parameter of bfloat16 cannot hold, kept beside it.
 
-A step rounds the ordinal of the true parameter (see `_ordinals`) to one that the parameter's dtype
-has, and what is left over is the residual.
+float32 is sign and magnitude, and bfloat16 is its upper half. So the true parameter, as an integer
+of 32 bits, is the bits of the stored one, and behind them a residual: `join` puts the two together,
+`split` takes them apart. Everything goes through integers, because XLA may leave out a cast
+to bfloat16 and back, but never this.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -14,9 +15,27 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax.wrappers import _ordinals
+from optax_adamax._numerics import compute_dtype, widen
+from optax_adamax.wrappers.packing import PackedTree
 
 T = TypeVar("T")
+
+
+class Int8Residual(NamedTuple):
+    """The residuals of 8 bits. The field's name keeps a checkpoint from another format apart."""
+
+    # shaped like the parameters, int8: 2**-8 units in the last place of the stored parameter, away
+    # from zero; optax.MaskedNode for parameters of 32 bits and up
+    int8: Any
+
+
+class Int16Residual(NamedTuple):
+    """The residuals of 16 bits. The field's name keeps a checkpoint from another format apart."""
+
+    int16: Any  # as in Int8Residual, but int16, in units of 2**-16
+
+
+_NODES = {"int8": Int8Residual, "int16": Int16Residual}
 
 
 class CompensateRoundingState(NamedTuple):
@@ -24,62 +43,65 @@ class CompensateRoundingState(NamedTuple):
 
     # shape=(), dtype=int32: steps taken, stops at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    # shaped like the parameters, int8 or int16: true minus stored parameter, in 2**-8 or 2**-16
-    # units in the last place; optax.MaskedNode for parameters of 32 bits and up
-    residual: Any
+    residual: Int8Residual | Int16Residual
+    inner_state: Any  # the state of the transformation inside, made for parameters of float32
 
 
 def compensate_rounding(
-    residual_dtype: DTypeLike = jnp.int8,
-) -> optax.GradientTransformation:
-    r"""Lets parameters of 16 bits add up updates that are smaller than they can show.
+    inner: optax.GradientTransformation, residual_dtype: DTypeLike = jnp.int8
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lets bfloat16 parameters add up updates that are smaller than they can show.
 
-    The true parameter is :math:`\theta = p + r`: the stored p, of bfloat16 or float16, is
-    :math:`\theta` rounded to the nearest (a tie is rounded up), and r, at most half a unit in the
-    last place of p, is kept in the state as an integer. To a step u,
+    The true parameter is :math:`\theta = p + r`: the stored p is :math:`\theta` rounded to the
+    nearest bfloat16, and r, at most half a unit in the last place of p, is kept in the state as an
+    integer. From the gradient to the stored parameter everything is of float32:
 
     .. math::
 
-        \theta_t = \theta_{t-1} + u_t, \qquad u_t' = \mathrm{round}(\theta_t) - p_{t-1}
+        u_t &= \mathrm{inner}(g_t, \theta_{t-1}) \\
+        \theta_t &= \theta_{t-1} + u_t, \qquad u_t' = \mathrm{round}(\theta_t) - p_{t-1}
 
-    It is the last link of a chain. For parameters of 16 bits its updates :math:`u'` are of float32,
-    such that :func:`optax.apply_updates` leaves the rounded true parameter, exactly. Parameters of
-    32 bits and up have no residual, and their updates pass unchanged.
+    `inner` is handed gradients widened to float32 (float64 stays) and the true parameters, so that
+    weight decay, trust ratios and norms see these. The returned :math:`u'` is of float32, such that
+    :func:`optax.apply_updates` leaves the rounded true parameter, exactly. (No :math:`u'` does so
+    for a sum without a cast, as in ``equinox.apply_updates``: in bfloat16 it would be exact only
+    where :math:`p'/2 \le p \le 2p'`.) Parameters of 32 bits and up have no residual, and their
+    updates are those of `inner`. It is the outermost wrapper: what comes after it must not change
+    :math:`u'`, and what comes before it sees the stored p.
 
-    int16 holds :math:`\theta` as float32 would. int8 holds 16 significant bits of it for bfloat16
-    (19 for float16); it is rounded to them up or down, by a threshold that walks with the count,
-    so that the mean over the steps is right however small they are.
+    int16 holds :math:`\theta` as float32 would. int8 holds 16 significant bits of it, and it is
+    rounded to them up or down, by a threshold that is a hash of the count and of the last bits of
+    the update: in the mean over the steps nothing is lost, however small they are.
 
-    In one step, :math:`\theta` is wrong by at most :math:`2^{-24}` (int8: :math:`2^{-15}`, in the
-    mean over steps nothing; for float16 :math:`2^{-18}`) of the larger of :math:`|p_{t-1}|` and
-    :math:`|\theta_t|`. Not followed are parameters below :math:`10^{-36}`, whose updates XLA
-    flushes to zero. A parameter or update that is not finite is added as it is.
-
-    Links before this one, such as :func:`optax.add_decayed_weights`, see the stored p, because the
-    caller hands it to all of them: the decay of bfloat16 parameters is that of :math:`\theta` up to
-    a factor of :math:`1 \pm 2^{-8}`, and it is added up without loss.
+    In one step, :math:`\theta` is wrong by at most :math:`2^{-15}` of the larger of
+    :math:`|p_{t-1}|` and :math:`|\theta_t|` with int8. With int16 it is float32's, except where a
+    step ends below :math:`2^{-16} |p_{t-1}|`, which may lie between the numbers that a sum can
+    reach (then the bound is :math:`2^{-24}`). Not followed are parameters below :math:`10^{-35}`,
+    whose updates XLA flushes to zero. A parameter or update that is not finite is added as it is.
 
     Args:
+      inner: the whole optimizer, for instance :func:`adamaxw`.
       residual_dtype: dtype of r: int8 or int16.
 
     Returns:
-      A transformation with state :class:`CompensateRoundingState`. Its ``update`` needs the
-      parameters. :func:`master_params` gives :math:`\theta`.
+      The transformation, with state :class:`CompensateRoundingState`. Its ``update`` needs the
+      parameters; further arguments reach `inner`. :func:`master_params` gives :math:`\theta`.
 
     Raises:
-      TypeError: another residual dtype; from ``init``, parameters of 8 bits; from ``update``,
-        parameters of other dtypes than those given to ``init``.
-      ValueError: from ``update``, no parameters.
+      TypeError: `inner` is no transformation, or another residual dtype; from ``init``, parameters
+        of float16 or of 8 bits; from ``update``, a state or parameters of other dtypes than those
+        given to ``init``.
+      ValueError: from ``update``, no parameters, or others than those given to ``init``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from optax_adamax import adamax, compensate_rounding
-      >>> tx = optax.chain(adamax(0.001), compensate_rounding())
+      >>> tx = compensate_rounding(adamax(0.001), residual_dtype="int16")
       >>> params = jnp.array(1.0, jnp.bfloat16)
       >>> state = tx.init(params)
       >>> with jax.numpy_dtype_promotion("standard"):  # as it is by default
       ...     for _ in range(8):
-      ...         updates, state = tx.update(jnp.array(1.0), state, params)
+      ...         updates, state = tx.update(jnp.array(1.0, jnp.bfloat16), state, params)
       ...         params = optax.apply_updates(params, updates)
       >>> print(params)  # 1 - 8 * 0.001; without the residual it would still be 1
       0.992188
@@ -88,87 +110,59 @@ def compensate_rounding(
       Gonzalez Ortiz et al., `FlashOptim <https://arxiv.org/abs/2602.23349>`_, 2026, splits master
       weights likewise.
     """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner must be an optax transformation, but it is a {type(inner).__name__}: write "
+            f"compensate_rounding(adamax(1e-3), residual_dtype='int8')."
+        )
     dtype = np.dtype(residual_dtype)
-    if dtype.name not in ("int8", "int16"):
+    if dtype.name not in _NODES:
         raise TypeError(f"residual_dtype must be int8 or int16, but {residual_dtype} was given.")
+    node = _NODES[dtype.name]
+    inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> CompensateRoundingState:
-        zeros = functools.partial(_zeros, dtype=dtype)
-        residual = jax.tree_util.tree_map_with_path(zeros, params)
-        return CompensateRoundingState(jnp.zeros((), jnp.int32), residual)
+        zeros = functools.partial(_zero_residual, dtype=dtype)
+        return CompensateRoundingState(
+            count=jnp.zeros((), jnp.int32),
+            residual=node(jax.tree_util.tree_map_with_path(zeros, params)),
+            inner_state=inner.init(jax.tree.map(_as_master, params)),
+        )
 
     def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, CompensateRoundingState]:
         if params is None:
             raise ValueError(
                 "compensate_rounding needs the parameters: call update(updates, state, params)."
             )
-        if not isinstance(state, CompensateRoundingState):
-            raise TypeError(
-                f"The state must be a CompensateRoundingState, but a {type(state).__name__} was "
-                f"given. The state of a chain goes to the update of that chain."
-            )
+        state = _check_state(state, node)
+        (residual,) = state.residual
+        treedef, residuals, stored = _flatten(residual, params)
+        for p, r in zip(stored, residuals, strict=True):
+            _check(p, r)
+        masters = treedef.unflatten(map(_master, stored, residuals))
+        wide = jax.tree.map(_widened, updates)
+        u, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
         count = jnp.asarray(optax.safe_increment(state.count))
-        gradients, treedef = jax.tree.flatten(updates)
-        trees = treedef.flatten_up_to(params), treedef.flatten_up_to(state.residual)
-        leaves = [_leaf(*x, count) for x in zip(gradients, *trees, strict=True)]
-        u, residual = (treedef.unflatten([x[i] for x in leaves]) for i in range(2))
-        return u, CompensateRoundingState(count, residual)
+        leaves = [
+            _update_leaf(*leaf, count)
+            for leaf in zip(treedef.flatten_up_to(u), stored, residuals, strict=True)
+        ]
+        u, residual = (treedef.unflatten([leaf[i] for leaf in leaves]) for i in range(2))
+        return u, CompensateRoundingState(count, node(residual), inner_state)
 
-    return optax.GradientTransformation(init, update)
-
-
-def _zeros(path: Any, p: Any, dtype: np.dtype) -> Any:
-    kind = jnp.result_type(p)
-    if kind in _ordinals.EXTRA:
-        return jnp.zeros_like(p, dtype=dtype)
-    if jnp.issubdtype(kind, jnp.floating) and kind.itemsize < 2:
-        raise TypeError(
-            f"{jax.tree_util.keystr(path) or 'The parameter'} is of dtype {kind}, but only "
-            f"bfloat16 and float16 can be compensated: keep it in one of these."
-        )
-    return optax.MaskedNode()
-
-
-def _leaf(u: jax.Array, p: Any, residual: Any, count: jax.Array) -> tuple[jax.Array, Any]:
-    """The update that leaves the rounded true parameter, and the new residual."""
-    _check(p, residual)
-    if _is_masked(residual):
-        return u, residual
-    p, u = jnp.asarray(p), u.astype(jnp.float32)
-    stored, moved = p.astype(jnp.float32), _ordinals.join(p, residual) + u
-    fine, top = _ordinals.round_twice(moved, p.dtype, residual.dtype, _threshold(count))
-    extra, width = _ordinals.EXTRA[p.dtype], _ordinals.width_of(p.dtype, residual.dtype)
-    # The way from p to a number below 2**-16 |p| may be none of float32: p ends beside it.
-    ends = stored + (_ordinals.from_ordinal(top << extra, p.dtype) - stored)
-    reached = jnp.abs(_ordinals.to_ordinal(ends, p.dtype) - (top << extra)) < 1 << (extra - 1)
-    left = (fine - (top << width)).astype(residual.dtype)
-    new_residual = left & -reached.astype(residual.dtype)
-    # `top << extra`, by way of the new residual: XLA on CPU then makes the residual first, and
-    # copies the old one, of 1 byte, rather than the parameter, before it is overwritten.
-    rounded = _ordinals.from_ordinal(
-        (fine - new_residual.astype(jnp.int32)) << (extra - width), p.dtype
-    )
-    finite = jnp.isfinite(moved) & jnp.isfinite(rounded)
-    return jnp.where(finite, rounded - stored, u), new_residual
-
-
-def _threshold(count: jax.Array) -> jax.Array:
-    """Multiples of 0.75487..., mod 1, in units of 2**-31: where in step t to round up.
-
-    The number is 1 / x with x**3 = x + 1. The int8 code of m walks with the golden ratio; were it
-    the same here, updates would be large in the very steps that round up, and their correlation
-    would move the parameter.
-    """
-    return ((count.astype(jnp.uint32) * np.uint32(3242174889)) >> 1).astype(jnp.int32)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def master_params(state: Any, params: T) -> T:
     """The true parameters, for evaluation, export and averages.
 
     Args:
-      state: the state of an optimizer with :func:`compensate_rounding` in it, as that of a chain.
+      state: the state of an optimizer with :func:`compensate_rounding` in it, in whatever memory.
       params: the stored parameters.
 
     Returns:
@@ -181,122 +175,211 @@ def master_params(state: Any, params: T) -> T:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from optax_adamax import compensate_rounding, master_params
-      >>> tx, params = compensate_rounding(), jnp.array(1.0, jnp.bfloat16)
-      >>> _, state = tx.update(jnp.array(-0.001), tx.init(params), params)
-      >>> print(master_params(state, params))
-      0.9990082
+      >>> from optax_adamax import adamax, compensate_rounding, master_params
+      >>> tx = compensate_rounding(adamax(0.001), "int16")
+      >>> params = jnp.array(1.0, jnp.bfloat16)
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> print(params, master_params(state, params))
+      1 0.999
     """
 
-    for found in _states(state):
-        params = _map(_true, found.residual, params)
+    def is_state(x: Any) -> bool:
+        return isinstance(x, CompensateRoundingState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
+    if not found:
+        raise ValueError(
+            "There is no CompensateRoundingState in the state: give the state of an optimizer that "
+            "is compensate_rounding(...), or has it inside."
+        )
+    for each in found:
+        (residual,) = each.residual
+        treedef, residuals, stored = _flatten(residual, params)
+        for p, r in zip(stored, residuals, strict=True):
+            if not _is_masked(r):  # of several residuals, as in optax.partition, others have it
+                _check(p, r)
+        params = treedef.unflatten(map(_master, stored, residuals))
     return params
 
 
-def split_master_params(state: Any, params: T, masters: T) -> tuple[Any, T]:
-    """Splits true parameters into stored ones and residuals: the inverse of :func:`master_params`.
+@jax.jit
+def join(p: jax.Array, residual: jax.Array) -> jax.Array:
+    """The true parameter, of float32, whose upper bits are those of p.
+
+    Beside 0, infinity and NaN there is no residual, whatever is stored as such: a parameter that
+    somebody has set to zero (as pruning does) stays there.
+    """
+    bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
+    lost = 16 - jnp.iinfo(residual.dtype).bits
+    behind = (residual.astype(jnp.int32) << lost).astype(jnp.uint32)
+    has_residual = (bits & 0x7FFF) - 1 < 0x7F7F  # wraps at 0
+    joined = (bits << 16) + jnp.where(has_residual, behind, 0)
+    return jax.lax.bitcast_convert_type(joined, jnp.float32)
+
+
+def split(
+    theta: jax.Array, residual_dtype: np.dtype, threshold: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """The true parameter to the residual's precision, as an integer, and its residual.
 
     Args:
-      state: the state of an optimizer with :func:`compensate_rounding` in it.
-      params: parameters whose dtypes are wanted; their values are not used.
-      masters: true parameters of float32, a tree like `params`.
-
-    Returns:
-      The state with new residuals, and the stored parameters: `masters` rounded to nearest.
-
-    Raises:
-      ValueError, TypeError: as :func:`master_params`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from optax_adamax import compensate_rounding, master_params, split_master_params
-      >>> tx, params = compensate_rounding("int16"), jnp.array(0.0, jnp.bfloat16)
-      >>> state, params = split_master_params(tx.init(params), params, jnp.float32(0.1))
-      >>> print(params, master_params(state, params))
-      0.100098 0.1
+      theta: float32, finite.
+      residual_dtype: int8 or int16.
+      threshold: uint32, where int8 rounds up: below 2**8, and 2**7 rounds to the nearest.
     """
-
-    stored = masters
-    for found in _states(state):
-        stored = _map(_store, found.residual, params, stored)
-
-    def renew(node: Any) -> Any:
-        if not isinstance(node, CompensateRoundingState):
-            return node
-        return node._replace(residual=_map(_leave, node.residual, params, masters))
-
-    return jax.tree.map(renew, state, is_leaf=_is_state), stored
+    width = jnp.iinfo(residual_dtype).bits
+    # Beyond its largest numbers, bfloat16 would round up to infinity.
+    largest = np.uint32(0x7F7F7FFF if width == 16 else 0x7F7F7F00).view(np.float32)
+    bits = _bits(jnp.clip(theta, -largest, largest))
+    fine = bits if width == 16 else (bits + threshold) >> (16 - width)
+    upper = (fine + (1 << (width - 1))) >> width
+    return fine, (fine - (upper << width)).astype(residual_dtype)
 
 
-def _true(residual: Any, p: Any) -> Any:
-    """p and what it cannot hold."""
+def stored_part(fine: jax.Array, residual: jax.Array) -> jax.Array:
+    """The stored parameter, as float32, whose residual is known."""
+    width = jnp.iinfo(residual.dtype).bits
+    upper = (fine - residual.astype(jnp.int32).astype(jnp.uint32) + (1 << (width - 1))) >> width
+    return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+
+
+def _update_leaf(u: Any, p: Any, residual: Any, count: jax.Array) -> tuple[Any, Any]:
+    """The update that leaves the rounded true parameter, and the new residual."""
+    if _is_masked(residual):
+        return u, residual
+    return _compensated(jnp.asarray(u).astype(jnp.float32), jnp.asarray(p), residual, count)
+
+
+@jax.jit  # traced once for all leaves of one shape
+def _compensated(
+    u: jax.Array, p: jax.Array, residual: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    # XLA computes the sum in more than one kernel: in each of them it must be the same, and u is
+    # a product, which a kernel may contract with it. That the count is above 0 it does not know.
+    u_bits = jax.lax.bitcast_convert_type(u, jnp.int32) | jnp.minimum(count, 0)
+    moved = join(p, residual) + jax.lax.bitcast_convert_type(u_bits, jnp.float32)
+    fine, left = split(moved, residual.dtype, _threshold(count, u_bits))
+    stored, rounded = p.astype(jnp.float32), stored_part(fine, left)
+    # The way from p to a number below 2**-16 |p| may be none of float32: p then ends beside it, by
+    # more than the half unit in the last place that a cast to bfloat16 mends.
+    beside = _bits(stored + (rounded - stored)) - _bits(rounded)
+    reached = beside + 0x7FFF < 0xFFFF
+    finite = jnp.isfinite(moved)
+    new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
+    # By way of the new residual: XLA on CPU then writes the residual first, and copies the old one
+    # rather than the parameter, before it is overwritten.
+    return jnp.where(finite, stored_part(fine, new_residual) - stored, u), new_residual
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.uint32)
+
+
+def _threshold(count: jax.Array, u_bits: jax.Array) -> jax.Array:
+    """Where to round up in this step, of uint32 in [0, 2**8).
+
+    A hash of the count, because it has to be independent of the update, which may be periodic, and
+    which comes from an m that was rounded by another hash of the count. The bits of u keep the
+    elements from sharing one threshold; an index would, but would change with the sharding.
+    """
+    x = count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9)
+    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    return ((x ^ (x >> 14)) + (u_bits.astype(jnp.uint32) << 9)) >> 24
+
+
+def _zero_residual(path: Any, p: Any, dtype: np.dtype) -> Any:
+    kind = jnp.result_type(p)
+    if kind == jnp.bfloat16:
+        return jnp.zeros_like(p, dtype=dtype)
+    if jnp.issubdtype(kind, jnp.floating) and kind.itemsize <= 2:
+        raise TypeError(
+            f"{jax.tree_util.keystr(path) or 'The parameter'} is of dtype {kind}, but only "
+            f"bfloat16 can be compensated: cast it to bfloat16, or keep it in float32."
+        )
+    return optax.MaskedNode()
+
+
+def _as_master(p: Any) -> Any:
+    """A parameter whose residual is zero, as `inner` is to see it."""
+    if jnp.result_type(p) != jnp.bfloat16:
+        return p
+    if isinstance(p, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding)
+    return jnp.asarray(p).astype(jnp.float32)
+
+
+def _master(p: Any, residual: Any) -> Any:
     if _is_masked(residual):
         return p
-    _check(p, residual)
-    return _ordinals.join(jnp.asarray(p), residual)
+    p = jnp.asarray(p)
+    space = jax.typeof(p).memory_space
+    if jax.typeof(residual).memory_space != space:
+        residual = jax.device_put(residual, space)
+    return join(p, residual)
 
 
-def _store(residual: Any, p: Any, master: Any) -> Any:
-    """`master` as p keeps it."""
-    if _is_masked(residual):
-        return master
-    _check(p, residual)
-    master = jnp.asarray(master, jnp.float32)
-    _, top = _ordinals.round_twice(master, p.dtype, residual.dtype, _ordinals.HALF)
-    rounded = _ordinals.from_ordinal(top << _ordinals.EXTRA[p.dtype], p.dtype)
-    return jnp.where(jnp.isfinite(master), rounded, master).astype(p.dtype)
-
-
-def _leave(residual: Any, p: Any, master: Any) -> Any:
-    """What p cannot hold of `master`."""
-    if _is_masked(residual):
-        return residual
-    master = jnp.asarray(master, jnp.float32)
-    fine, top = _ordinals.round_twice(master, p.dtype, residual.dtype, _ordinals.HALF)
-    finite = jnp.isfinite(_store(residual, p, master))
-    left = fine - (top << _ordinals.width_of(p.dtype, residual.dtype))
-    return jnp.where(finite, left, 0).astype(residual.dtype)
+def _widened(g: Any) -> Any:
+    if not jnp.issubdtype(jnp.result_type(g), jnp.inexact):
+        return g
+    return widen(jnp.asarray(g), compute_dtype(g))
 
 
 def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _is_state(x: Any) -> bool:
-    return isinstance(x, CompensateRoundingState)
-
-
-def _states(state: Any) -> list[CompensateRoundingState]:
-    found = [x for x in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(x)]
-    if not found:
+def _flatten(residual: Any, params: Any) -> tuple[Any, list[Any], list[Any]]:
+    """The common structure, and the leaves of both; a masked residual may stand for a subtree."""
+    residuals, treedef = jax.tree.flatten(residual, is_leaf=_is_masked)
+    if isinstance(residual, PackedTree) and not isinstance(params, PackedTree):
         raise ValueError(
-            "There is no CompensateRoundingState in the state: give the state of a chain that "
-            "ends in compensate_rounding()."
+            "The residuals are in the buffers of pack_small_leaves, which is around "
+            "compensate_rounding: put it inside, compensate_rounding(pack_small_leaves(...))."
         )
-    return found
-
-
-def _map(function: Callable[..., Any], residual: Any, *trees: Any) -> Any:
-    """`jax.tree.map` over trees like the parameters, parts of which may be masked in `residual`."""
     try:
-        return jax.tree.map(function, residual, *trees, is_leaf=_is_masked)
+        return treedef, residuals, treedef.flatten_up_to(params)
     except ValueError as error:
         raise ValueError(
-            "The residuals in the state are not of the tree of these parameters. Inside of "
-            "pack_small_leaves they belong to its buffers: put compensate_rounding after it."
+            f"The state of compensate_rounding was made for another tree of parameters: {error} "
+            f"Call init again with these parameters."
         ) from error
 
 
 def _check(p: Any, residual: Any) -> None:
     """Refuses a parameter that the residual was not made for."""
-    if (jnp.result_type(p) in _ordinals.EXTRA) == _is_masked(residual):
-        kept = "none" if _is_masked(residual) else residual.dtype
+    dtype = jnp.result_type(p) if not _is_masked(p) else None
+    if _is_masked(residual):
+        if dtype == jnp.bfloat16:
+            raise TypeError(
+                "A parameter is of dtype bfloat16, but its residual is none: the state was made "
+                "for a parameter of 32 bits. Call init again with these parameters."
+            )
+        return
+    if dtype != jnp.bfloat16:
         raise TypeError(
-            f"A parameter is of dtype {jnp.result_type(p)}, but its residual is {kept}: the state "
-            f"was made for parameters of another dtype. Call init again with these parameters."
+            f"A parameter is of dtype {dtype}, but its residual is {residual.dtype}, for one of "
+            f"bfloat16. If it was bfloat16 before the last step, the updates were added without a "
+            f"cast back (p + u, as equinox.apply_updates does): add them by optax.apply_updates, "
+            f"with Equinox between eqx.partition(model, eqx.is_inexact_array) and eqx.combine."
         )
-    if not _is_masked(residual) and jnp.shape(p) != residual.shape:
+    if jnp.shape(p) != residual.shape:
         raise ValueError(
             f"A parameter has shape {jnp.shape(p)}, but its residual {residual.shape}: the state "
             f"was made for other parameters. Call init again with these."
         )
+
+
+def _check_state(state: Any, node: type) -> CompensateRoundingState:
+    if not isinstance(state, CompensateRoundingState):
+        raise TypeError(
+            f"The state must be a CompensateRoundingState, but a {type(state).__name__} was given: "
+            f"to continue a run that had no residuals, write "
+            f"init(params)._replace(inner_state=state)."
+        )
+    if not isinstance(state.residual, node):
+        raise TypeError(
+            f"The state keeps residuals as {type(state.residual).__name__}, but the transformation "
+            f"as {node.__name__}: give residual_dtype as it was when the state was made."
+        )
+    return state

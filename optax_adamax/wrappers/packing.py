@@ -1,22 +1,20 @@
 """Many small leaves as few buffers.
 
 A jitted step of a thousand leaves spends its time on handing over buffers: parameter, m and v of
-each leaf, in and out. Here those of the state become a few. What is left to do well is compiling:
-a slice at an offset that XLA knows is a kernel of its own for each leaf, ten milliseconds of
-compiling each on CPU. `_unpack` hides the offsets, and one kernel serves all leaves of a size.
+each leaf, in and out. Here those of the state become a few. How leaves are joined and cut is in
+`_buffers`.
 """
 
-import functools
-import itertools
 import math
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
+
+from optax_adamax._paths import named_leaves
+from optax_adamax.wrappers import _buffers
 
 
 class PackedTree(NamedTuple):
@@ -29,7 +27,7 @@ class PackedTree(NamedTuple):
 class PackedLeaf(NamedTuple):
     """Where a leaf is kept."""
 
-    path: str
+    path: str  # as jax.tree_util.keystr writes it, without a box of Flax
     shape: tuple[int, ...]
     buffer: str  # its key in PackedTree.flat, or "" for a leaf in PackedTree.alone
 
@@ -51,25 +49,28 @@ def pack_small_leaves(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps the state of small leaves in a few flat buffers; the results are the same bit for bit.
 
-    For models of hundreds of small parameters, as scales and biases are, where a step spends more
-    time on passing buffers than on arithmetic. In ``update`` the gradients (and the parameters, if
-    given) of the small leaves are joined to one flat array for each dtype of the parameters, and
-    the updates of `inner` are cut up again. Which leaves are packed, and where, follows from the
-    paths, shapes and dtypes of the parameters alone, so that a checkpoint is stable. (The bits are
-    the same for the same gradients. Where XLA fuses ``update`` with what computes them, it may
-    contract a product and a sum in one program and not in the other.)
+    For models of hundreds of small parameters, as scales and biases are, where a step on CPU spends
+    more time on passing buffers than on arithmetic. (On TPU and GPU it does not make a step faster,
+    by the count of their compilers.) In ``update`` the gradients (and the parameters, if given) of
+    the small leaves are joined to one flat array for each dtype of the parameters, and the updates
+    of `inner` are cut up again. (The bits are the same for the same gradients. Where XLA fuses
+    ``update`` with what computes them, it may contract a product and a sum in one program and not
+    in the other.)
+
+    Which leaves are packed, and where, follows from the paths, shapes and dtypes of the parameters
+    alone: not from their sharding, nor from a box of Flax around them. So a checkpoint fits as long
+    as these and `max_size` are the same; :func:`unpack_state` and :func:`repack_state` carry a
+    state over a change. The buffers are whole on each device: a small leaf that is split over
+    devices is gathered in each step. :mod:`optax_adamax.sharding` knows them.
 
     `inner` must be elementwise, as :func:`adamax` and :func:`adamaxw` are in every storage
     format. It sees a :class:`PackedTree` in place of the parameters: norms of leaves (LARS,
     LAMB, adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of `adamaxw`)
     mean nothing there. Put them around this transformation, or beside it in a chain. Nor can
-    :func:`optax.tree.map_params` and :mod:`optax_adamax.sharding` tell what of this state is
-    like a parameter.
+    :func:`optax.tree.map_params` map over this state: unpack it first.
 
-    Left alone, whatever their size, are leaves of other numbers than real floats, leaves that are
-    split over explicit axes of a mesh (JAX does not show how a leaf is split over automatic axes: a
-    small one may be gathered in each step), and leaves of one element, which XLA does not always
-    round as it rounds arrays.
+    Left alone, whatever their size, are leaves of other numbers than real floats, and leaves of one
+    element, which XLA does not always round as it rounds arrays.
 
     Args:
       inner: an elementwise optax transformation.
@@ -123,29 +124,126 @@ def pack_small_leaves(
         gradients = _packed(updates, layout)
         parameters = None if params is None else _packed(params, layout)
         packed, inner_state = inner.update(gradients, state.inner_state, parameters, **extra_args)
-        return _unpacked(packed, updates, layout), PackedState(state.layout, inner_state)
+        found = jax.tree.map(_buffers.reshard_like, _unpacked(packed, updates, layout), updates)
+        return found, PackedState(state.layout, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
+    """The state without packing: what the same transformation without `pack_small_leaves` keeps.
+
+    It takes a state over a change of `max_size`, of the package, or to what does not know packing::
+
+        state = repack_state(unpack_state(old, params), like=tx.init(params))
+
+    Args:
+      state: a state with any number of :class:`PackedState` in it, or with none.
+      params: the parameters that it belongs to; only the tree and its paths are used.
+
+    Returns:
+      The state, with the inner state of each :class:`PackedState` in its place, and in that a tree
+      like `params` for each :class:`PackedTree`. Parameters that do not belong to it (as in
+      `optax.masked`) are ``optax.MaskedNode()`` there, as in the unpacked state.
+
+    Raises:
+      ValueError: the state is packed for parameters that are not in `params`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_adamax import adamax, pack_small_leaves, unpack_state
+      >>> params = {"bias": jnp.zeros(2), "scale": jnp.ones(2)}
+      >>> state = pack_small_leaves(adamax(0.002)).init(params)
+      >>> print(sorted(unpack_state(state, params)[0].m))
+      ['bias', 'scale']
+    """
+    names = [name for name, _ in named_leaves(params)]
+
+    def unpack(node: Any) -> Any:
+        if not isinstance(node, PackedState):
+            return node
+        (layout,) = node.layout
+        unknown = [at.path for at in layout if at.path not in names]
+        if unknown:
+            raise ValueError(
+                f"The state is packed for {unknown}, which are not in params. Give the parameters "
+                f"that it was initialized for."
+            )
+        return jax.tree.map(
+            lambda x: _unpacked(x, params, layout) if is_packed_tree(x) else x,
+            node.inner_state,
+            is_leaf=is_packed_tree,
+        )
+
+    return jax.tree.map(unpack, state, is_leaf=is_packed_state)
+
+
+def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
+    """The state in the layout of another: the inverse of :func:`unpack_state`.
+
+    Args:
+      state: a state without packing.
+      like: the packed state whose layout it shall have, of arrays or of shapes:
+        ``tx.init(params)``, or ``jax.eval_shape(tx.init, params)``.
+
+    Returns:
+      A state of the structure of `like`.
+
+    Raises:
+      ValueError: the two states are not of the same transformation, or not for the same parameters.
+    """
+
+    def repack(target: Any, node: Any) -> Any:
+        if not isinstance(target, PackedState):
+            return node
+        (layout,) = target.layout
+        inner_state = jax.tree.map(
+            lambda t, x: _packed(x, layout) if is_packed_tree(t) else x,
+            target.inner_state,
+            node,
+            is_leaf=is_packed_tree,
+        )
+        return PackedState(target.layout, inner_state)
+
+    repacked = jax.tree.map(repack, like, state, is_leaf=is_packed_state)
+    _check_like(repacked, like)
+    return repacked
+
+
+def _check_like(state: optax.OptState, like: optax.OptState) -> None:
+    if jax.tree.structure(state) != jax.tree.structure(like):
+        raise ValueError(
+            f"The state is not of the transformation that `like` is of. It would be "
+            f"{jax.tree.structure(state)}, but `like` is {jax.tree.structure(like)}."
+        )
+    for (path, leaf), wanted in zip(named_leaves(state), jax.tree.leaves(like), strict=True):
+        found = jnp.shape(leaf), jnp.result_type(leaf)
+        if found != (wanted.shape, wanted.dtype):
+            raise ValueError(
+                f"{path} has shape and dtype {found[0]}, {found[1]}, but in `like` "
+                f"{wanted.shape}, {wanted.dtype}. Give `like` for the same parameters, and convert "
+                f"the state with encode_state before, if the formats differ."
+            )
+
+
+def is_packed_state(node: Any) -> bool:
+    return isinstance(node, PackedState)
+
+
+def is_packed_tree(node: Any) -> bool:
+    return isinstance(node, PackedTree)
+
+
 def _layout(params: optax.Params, max_size: int) -> Layout:
-    def place(path: Any, leaf: Any) -> PackedLeaf:
+    def kept(path: str, leaf: Any) -> PackedLeaf:
         try:
             dtype = jnp.result_type(leaf)
         except TypeError:  # no array, which is for `inner` to judge
-            return PackedLeaf(jax.tree_util.keystr(path), (), "")
-        small = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
-        packed = small and not _is_split(leaf)
-        return PackedLeaf(jax.tree_util.keystr(path), np.shape(leaf), dtype.name if packed else "")
+            return PackedLeaf(path, (), "")
+        packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
+        return PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
 
-    return tuple(place(*item) for item in jax.tree_util.tree_leaves_with_path(params))
-
-
-def _is_split(leaf: Any) -> bool:
-    """Whether the type of an array says that it is split over devices."""
-    if not isinstance(leaf, jax.Array):
-        return False
-    return any(entry is not None for entry in jax.typeof(leaf).sharding.spec)
+    return tuple(kept(*item) for item in named_leaves(params))
 
 
 def _order(layout: Layout) -> dict[str, list[int]]:
@@ -157,17 +255,19 @@ def _order(layout: Layout) -> dict[str, list[int]]:
     return order
 
 
-def _packed(tree: Any, layout: Layout) -> PackedTree:
+def _packed(tree: Any, layout: Layout) -> Any:
     leaves = _checked_leaves(tree, layout)
+    if not layout:  # the placeholder of optax.tree.map_params is such a tree
+        return tree
     order = _order(layout)
     return PackedTree(
         alone={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
-        flat={name: _join([leaves[i] for i in order[name]]) for name in order},
+        flat={name: _buffers.join([leaves[i] for i in order[name]]) for name in order},
     )
 
 
 def _checked_leaves(tree: Any, layout: Layout) -> list[Any]:
-    given = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    given = dict(named_leaves(tree))
     known = {at.path: at.shape for at in layout}
     if list(given) != list(known):
         missing = [path for path in known if path not in given]
@@ -187,58 +287,11 @@ def _checked_leaves(tree: Any, layout: Layout) -> list[Any]:
 
 
 def _unpacked(packed: Any, like: Any, layout: Layout) -> Any:
-    found = {i: packed.alone[at.path] for i, at in enumerate(layout) if not at.buffer}
+    if not layout:
+        return packed
+    found = {at.path: packed.alone[at.path] for at in layout if not at.buffer}
     for name, indices in _order(layout).items():
-        shapes = tuple(layout[i].shape for i in indices)
-        found.update(zip(indices, _cut(packed.flat[name], shapes), strict=True))
-    return jax.tree.structure(like).unflatten([found[i] for i in range(len(layout))])
-
-
-def _join(leaves: list[Any]) -> Any:
-    dtypes = {jnp.result_type(x) for x in leaves}
-    if len(dtypes) > 1:
-        raise TypeError(
-            f"The gradients of leaves in one buffer are {' and '.join(sorted(map(str, dtypes)))}: "
-            f"cast them to one dtype. Leaves are in one buffer if their parameters have one dtype."
-        )
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
-        return jax.ShapeDtypeStruct((sum(x.size for x in leaves),), *dtypes)
-    return _concatenate(leaves)
-
-
-@jax.jit
-def _concatenate(leaves: list[ArrayLike]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(x) for x in leaves])
-
-
-@functools.partial(jax.jit, static_argnames="shapes")
-def _cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """The arrays of these shapes that follow each other in `flat`, equal sizes together."""
-    sizes = [math.prod(shape) for shape in shapes]
-    base = math.isqrt(max(Counter(sizes).values())) + 1
-    flat, digits = _with_digits(flat, base)
-    start, leaves = 0, []
-    for size, run in itertools.groupby(shapes, math.prod):
-        for row, shape in enumerate(run):
-            offset = start + size * (base * digits[row // base] + digits[row % base])
-            leaf = jax.lax.dynamic_slice(flat, (offset,), (size,), allow_negative_indices=False)
-            leaves.append(leaf.reshape(shape))
-        start = sum(sizes[: len(leaves)])
-    return leaves
-
-
-def _with_digits(flat: jax.Array, base: int) -> tuple[jax.Array, list[jax.Array]]:
-    """`flat` and the numbers below `base`; on CPU in a form into which XLA does not see.
-
-    It does not look into a branch, and does not ask whether both are the same: it computes `flat`
-    once, instead of a piece in each kernel, and does not know the numbers. Seen in jaxlib 0.10.2.
-    On a GPU a branch would make the host wait.
-    """
-
-    def known(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        return flat, [jnp.int32(i) for i in range(base)]
-
-    def hidden(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        return jax.lax.cond(flat[0] == 0, known, known, flat)
-
-    return jax.lax.platform_dependent(flat, cpu=hidden, default=known)
+        leaves = _buffers.cut(packed.flat[name], tuple(layout[i].shape for i in indices))
+        found.update(zip((layout[i].path for i in indices), leaves, strict=True))
+    leaves = [found.get(name, optax.MaskedNode()) for name, _ in named_leaves(like)]
+    return jax.tree.structure(like).unflatten(leaves)

@@ -93,3 +93,50 @@ def test_what_a_copied_line_carries_is_taken():
     with pytest.raises(TypeError, match="betas"):
         lucid.adamax(groups=[{"betas": (0.9, 0.999)}])
     lucid.adamax(groups=[{"beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1}])
+
+
+def test_a_group_is_a_list_of_paths():
+    groups = [{"params": ["head/kernel", "head/bias"], "lr": 0.3}, {"lr": 0.1}]
+    tx = torch.adamax(groups=groups)
+    updates, _ = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.3, rtol=1e-6)
+    np.testing.assert_allclose(updates["body"]["bias"], -0.1, rtol=1e-6)
+
+
+NO_MATCH = [
+    ("biass$", r"groups\[0\] has the pattern 'biass\$', which no parameter matches: .*/bias'"),
+    (["head/weight"], r"groups\[0\] has 'head/weight', which is no parameter: .*'head/kernel'"),
+    (["head.kernel"], r"'head.kernel', which is no parameter: near it are \['head/kernel'"),
+]
+
+
+@pytest.mark.parametrize(("chosen", "match"), NO_MATCH)
+def test_a_group_of_no_parameter_shows_near_names(chosen, match):
+    with pytest.raises(ValueError, match=match):
+        torch.adamax(groups=[{"params": chosen}, {}]).init(PARAMS)
+
+
+def test_paths_that_collide_are_refused():
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}}
+    for groups in ([{"params": "a"}, {}], [{"params": ["a/b"]}, {}]):
+        with pytest.raises(ValueError, match="Several parameters have the path 'a/b'"):
+            torch.adamax(groups=groups).init(params)
+
+
+@pytest.mark.parametrize("module", [torch, lucid])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((PARAMS,), {"lr": 0.1}),
+        ((PARAMS,), {}),
+        ((iter([jnp.ones(2)]),), {}),
+        (([{"params": [jnp.ones(2)], "lr": 0.1}],), {"weight_decay": 0.1}),
+        ((jnp.ones(2),), {"lr": 0.1}),
+    ],
+)
+def test_parameters_are_told_to_go(module, arguments):
+    args, kwargs = arguments
+    with pytest.raises(TypeError, match=r"The first argument is lr, .* leave them out"):
+        module.adamax(*args, **kwargs)
+    for lr in (0.1, jnp.asarray(0.1), np.float32(0.1), lambda count: 0.1):
+        module.adamax(lr)

@@ -124,3 +124,54 @@ def test_bfloat16_is_read():
     state = compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
     v = optax.tree.get(state, "ScaleByAdamaxState").v["w"]
     np.testing.assert_array_equal(v, optimizer.state["w"]["v"].astype(mx.float32))
+
+
+def test_the_state_of_adam_is_refused_where_it_can_be_told():
+    rng = np.random.default_rng(0)
+    params = {"w": np.zeros(50, np.float32)}
+    optimizer = mlx_optimizers.Adam(learning_rate=0.01)
+    for g in 0.1 * rng.standard_normal((20, 50)):
+        optimizer.apply_gradients({"w": mx.array(g.astype("f4"))}, {"w": mx.zeros(50)})
+    with pytest.raises(ValueError, match=r"no state of Adamax: .* The state of Adam"):
+        compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
+
+
+def test_a_parameter_without_a_gradient_starts_at_zero_on_request():
+    params = {"w": np.ones(3, np.float32), "x": np.ones(2, np.float32)}
+    optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
+    tx = compat_mlx.adamax(0.01)
+    fresh = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
+    jax.tree.map(np.testing.assert_array_equal, fresh, tx.init(params))
+    optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    with pytest.raises(ValueError, match=r"There is nothing for 'x'.* missing='zero'"):
+        compat_mlx.load_state(optimizer.state, params, tx)
+    state = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
+    assert np.all(optax.tree.get(state, "m")["x"] == 0)
+    assert int(optax.tree.get(state, "count")) == 1
+
+
+def test_the_state_of_a_multi_optimizer_is_named():
+    params = {"w": np.ones(3, np.float32), "x": np.ones(2, np.float32)}
+    both = [mlx_optimizers.Adamax(learning_rate=rate) for rate in (0.01, 0.1)]
+    optimizer = mlx_optimizers.MultiOptimizer(both, [lambda path, _: path == "w"])
+    for i in range(3):
+        grads = {k: mx.full(x.shape, i + 1.0) for k, x in params.items()}
+        optimizer.apply_gradients(grads, jax.tree.map(mx.array, params))
+    tx = optax.partition(
+        {"a": compat_mlx.adamax(0.01), "b": compat_mlx.adamax(0.1)}, {"w": "a", "x": "b"}
+    )
+    flat = dict(mlx_utils.tree_flatten(optimizer.state))
+    for state in (optimizer.state, flat):
+        with pytest.raises(ValueError, match=r"a MultiOptimizer: .*optimizers\[i\]\.state"):
+            compat_mlx.load_state(state, params, tx)
+    merged = {}
+    for adamax in optimizer.optimizers:
+        merged |= dict(mlx_utils.tree_flatten(adamax.state))
+    state = compat_mlx.load_state(merged, params, tx)
+    for label, name in (("a", "w"), ("b", "x")):
+        node = state.inner_states[label].inner_state[0]
+        assert int(node.count) == 3
+        np.testing.assert_array_equal(node.v[name], 3.0)
+    one = optax.partition({"a": compat_mlx.adamax(0.01), "b": optax.sgd(0.1)}, {"w": "a", "x": "b"})
+    state = compat_mlx.load_state(optimizer.optimizers[0].state, params, one)
+    assert int(optax.tree.get(state, "count")) == 3

@@ -56,15 +56,23 @@ def run_alone(script, folder, timeout=240):
 
 def run_together(script, config, folder, timeout):
     """Runs `config["processes"]` workers that know of each other; fails unless all end well."""
-    config = {**config, "port": free_port()}
-    logs = [folder / f"process_{i}.log" for i in range(config["processes"])]
+    config = json.dumps({**config, "port": free_port()})
+    processes = json.loads(config)["processes"]
+    return run_all(script, [(config, i) for i in range(processes)], folder, timeout)
+
+
+def run_all(script, arguments, folder, timeout):
+    """Runs one worker for each entry of `arguments`, and returns what they print."""
+    logs = [folder / f"process_{i}.log" for i in range(len(arguments))]
     workers = []
     try:
-        for i, log in enumerate(logs):
-            workers.append(start(script, json.dumps(config), i, log=log))
+        for each, log in zip(arguments, logs, strict=True):
+            workers.append(start(script, *each, log=log))
         codes = [worker.wait(timeout) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    assert codes == [0] * len(workers), "\n".join(log.read_text() for log in logs)
+    printed = [log.read_text() for log in logs]
+    assert codes == [0] * len(workers), "\n".join(printed)
+    return printed

@@ -54,7 +54,7 @@ def test_no_leaf_is_ever_whole_on_one_device(name, types, options, parts):
     params = big_structs(mesh_of(AXIS_TYPES[types]))
     tx = optax_adamax.scale_by_adamax(**FORMATS[name])
     compiled = (
-        sharding._sharded_init(tx, params, OPTIONS[options].get("zero_axis"), None)
+        jax.jit(tx.init, out_shardings=sharding.state_shardings(tx, params, **OPTIONS[options]))
         .lower(params)
         .compile()
     )
@@ -87,5 +87,6 @@ def test_a_state_that_holds_copies_of_the_parameters():
     assert_same_bits(state.z, params)
     for leaf in jax.tree.leaves(state.z):
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // 8}
-    compiled = sharding._sharded_init(tx, params, "data", None).lower(params).compile()
+    shardings = sharding.state_shardings(tx, params, zero_axis="data")
+    compiled = jax.jit(tx.init, out_shardings=shardings).lower(params).compile()
     assert collectives(compiled) == []

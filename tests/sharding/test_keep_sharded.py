@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax_boxes import nnx, unboxed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -226,3 +227,90 @@ def test_extra_arguments_reach_the_transformation():
     updates, _ = jax.jit(kept.update)(params, state, value=jnp.float32(3.0))
     alone, _ = jax.jit(optax_adamax.scale_by_adamax().update)(params, state[0])
     assert_same_bits(updates, jax.tree.map(lambda u: u * 3.0, alone))
+
+
+@pytest.mark.parametrize("name", ["float32", "2 bytes"])
+def test_a_zero_step_costs_no_more_than_the_choice_of_the_partitioner(name):
+    """Without `sharding`, `out_shardings` say where XLA shall leave the results."""
+    params, batch, loss = network(mesh_of())
+    tx = optax_adamax.adamax(1e-3, **FORMATS[name])
+    state = state_structs(tx, params, zero_axis="data")
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
+    kept = sharding.keep_sharded(tx, params, zero_axis="data")
+
+    def update_by_hand(tx, gradients, state, params):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def compile(update_params, **options):
+        def step(params, state, batch):
+            return update_params(jax.grad(loss)(params, batch), state, params)
+
+        step = jax.jit(step, donate_argnums=(0, 1), **options)
+        return step.lower(params, state, batch).compile()
+
+    ours = compile(sharding.make_update_params(tx, params, zero_axis="data"))
+    choice = compile(partial(update_by_hand, tx), out_shardings=shardings)
+    updates_gathered = compile(partial(update_by_hand, kept))
+    assert collectives(ours) == collectives(choice)
+    assert temporaries(ours) <= temporaries(choice)
+    assert bytes_accessed(ours) <= bytes_accessed(choice)
+    assert bytes_accessed(ours) < bytes_accessed(updates_gathered)
+    assert jax.tree.all(jax.tree.map(equivalent, ours.output_shardings, shardings, (params, state)))
+
+
+def equivalent(got, wanted, x):
+    return got.is_equivalent_to(wanted, x.ndim)
+
+
+def temporaries(compiled):
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def bytes_accessed(compiled):
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+@pytest.mark.parametrize("options", ["zero", pytest.param("zero and host", marks=HOST_MEMORY)])
+def test_update_params(types, options, on_one_device):
+    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
+    tx = exact_adamaxw("2 bytes")
+    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    update_params = jax.jit(sharding.make_update_params(tx, params, **OPTIONS[options]))
+    history, last_state = on_one_device["2 bytes"]
+    for t in range(STEPS):
+        params, state = update_params(random_like(params, t), state, params)
+        assert_same_bits(params, history[t][0])
+    assert_same_bits(state, last_state)
+    wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
+    assert jax.tree.all(jax.tree.map(is_at, state, wanted))
+    own = structs(mesh_of(AXIS_TYPES[types]))
+    assert all(is_at(x, own[name].sharding) for name, x in params.items())
+
+
+@pytest.mark.parametrize("boxed", [True, False])
+def test_boxes_of_flax(boxed):
+    """nnx.Optimizer gives boxed parameters to init and arrays to update."""
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    split = nnx.with_partitioning(nnx.initializers.ones, (None, "data"))
+    with jax.set_mesh(mesh):
+        params = nnx.state(nnx.Linear(8, 4, rngs=nnx.Rngs(0), kernel_init=split), nnx.Param)
+        params = jax.tree.map(lambda p: jax.device_put(p, NamedSharding(mesh, P())), params)
+        tx = optax_adamax.scale_by_adamax()
+        kept = sharding.keep_sharded(tx, params, zero_axis="data")
+        state = sharding.init_sharded(tx, params, zero_axis="data")
+        given = (params, state) if boxed else unboxed((params, state))
+        updates, state = jax.jit(kept.update)(*given)
+    assert jax.tree.structure((updates, state)) == jax.tree.structure(given)
+    assert all(u.sharding.is_fully_replicated for u in jax.tree.leaves(updates))
+    assert all(m.sharding.spec[0] == "data" for m in jax.tree.leaves(state.m))
+    report = sharding.unsplit_leaves(tx, params)
+    assert report == []
+
+
+def test_other_parameters_than_those_kept():
+    params = random_like({"wide": structs(mesh_of())["wide"]}, 0)
+    kept = sharding.keep_sharded(optax_adamax.adamax(0.1), params, zero_axis="data")
+    with pytest.raises(ValueError, match=r"leaves \[\"\['wide'\]\"\], but here are .*\['bias'\]"):
+        kept.update(params | {"bias": params["wide"]}, kept.init(params))

@@ -1,6 +1,7 @@
 """2 and 4 processes with collectives over loopback: the bits of one process with one device."""
 
 import pickle
+import re
 
 import orbax.checkpoint as ocp
 import pytest
@@ -13,7 +14,7 @@ from sharding.common import (
     state_structs,
     structs,
 )
-from sharding.processes import CAN_AVOID_CONTRACTION, run_together
+from sharding.processes import CAN_AVOID_CONTRACTION, free_port, run_all, run_together
 
 # For each layout: processes, devices of each, mesh of data x model, and what to run.
 LAYOUTS = {
@@ -63,3 +64,12 @@ def test_four_processes_and_their_checkpoint(on_one_device, tmp_path):
             restored = checkpointer.restore(tmp_path / "saved" / "2 bytes", target)
         _, params, state = results["2 bytes"]
         assert_same_bits(restored, {"params": params, "state": state})
+
+
+def test_the_program_of_the_guide(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    printed = run_all("train.py", [(address, 2, i) for i in range(2)], tmp_path, TIMEOUT)
+    losses = [re.search(r"process (\d) of 2: loss (\S+)", text).groups() for text in printed]
+    assert [index for index, _ in losses] == ["0", "1"]
+    assert losses[0][1] == losses[1][1]
+    assert float(losses[0][1]) < 1e-2

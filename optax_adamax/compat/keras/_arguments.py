@@ -1,6 +1,5 @@
 """The arguments of Keras' optimizers, each as the check or the link that it asks for."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import jax
 import optax
 
 from optax_adamax import _checks
-from optax_adamax.compat import _keras_links
+from optax_adamax.compat import _mapping
+from optax_adamax.compat.keras import _links
 
 Exclusion = Sequence[str] | Callable[[optax.Params], Any] | Any
 
@@ -70,7 +70,7 @@ def limit(
 ) -> list[optax.GradientTransformation]:
     """The link that limits the gradient, if there is one."""
     links = {
-        "clipnorm": (clipnorm, _keras_links.clip_each),
+        "clipnorm": (clipnorm, _links.clip_each),
         "clipvalue": (clipvalue, optax.clip),
         "global_clipnorm": (global_clipnorm, optax.clip_by_global_norm),
     }
@@ -93,11 +93,17 @@ def decay(
     def decayed(params: optax.Params) -> Any:
         excluded = exclude(params) if callable(exclude) else exclude
         patterns = _patterns(excluded)
-        if patterns is not None:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, _: not any(re.search(p, _own_name(path)) for p in patterns), params
-            )
-        return jax.tree.map(lambda flag: not flag, excluded)
+        if patterns is None:
+            return jax.tree.map(lambda flag: not flag, excluded)
+        if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
+            return params
+        found = [
+            _mapping.matching("exclude_from_weight_decay", x, params, _mapping.last_part)
+            for x in patterns
+        ]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not any(_mapping.path_name(path) in paths for paths in found), params
+        )
 
     return [optax.add_decayed_weights(weight_decay, decayed)]
 
@@ -108,10 +114,6 @@ def _patterns(exclude: Any) -> list[str] | None:
     if isinstance(exclude, (list, tuple)) and all(isinstance(x, str) for x in exclude):
         return list(exclude)
     return None
-
-
-def _own_name(path: Any) -> str:
-    return jax.tree_util.keystr(path[-1:], simple=True)
 
 
 def by_updates(learning_rate: Any, steps: int) -> Any:

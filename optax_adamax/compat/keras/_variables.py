@@ -8,8 +8,8 @@ import numpy as np
 import optax
 
 from optax_adamax.compat import _arrays, _mapping, _state
-from optax_adamax.compat._keras_links import AccumulateState, AverageState
-from optax_adamax.compat._state import Labelled, Theirs
+from optax_adamax.compat._state import PeerMoments, PeerValue
+from optax_adamax.compat.keras._links import AccumulateState, AverageState
 
 Kind = TypeVar("Kind", AccumulateState, AverageState)
 
@@ -37,16 +37,26 @@ class Layout(NamedTuple):
 class KerasVariables(NamedTuple):
     """The variables by what they are."""
 
-    iteration: Labelled
-    moments: dict[_mapping.Key, Theirs | None]
-    averages: dict[str, Labelled]
-    sums: dict[str, Labelled]
+    iteration: PeerValue
+    moments: dict[_mapping.Key, PeerMoments | None]
+    averages: dict[str, PeerValue]
+    sums: dict[str, PeerValue]
 
 
 def find(state: optax.OptState, kind: type[Kind]) -> Kind | None:
-    """The one state of this kind within a state, if there is one."""
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    return next((x for x in leaves if isinstance(x, kind)), None)
+    """The state of this kind within a state, if there is one.
+
+    Raises:
+      ValueError: there are several.
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+    found = [x for x in nodes if isinstance(x, kind)]
+    if len(found) > 1:
+        raise ValueError(
+            f"There are {len(found)} {kind.__name__} in this state, but an optimizer of Keras has "
+            f"one: give the state of each compat.keras.adamax by itself."
+        )
+    return found[0] if found else None
 
 
 def replace(state: optax.OptState, kind: type[Kind], **fields: Any) -> optax.OptState:
@@ -64,6 +74,7 @@ def read(variables: Any, state: optax.OptState, order: Sequence[str]) -> KerasVa
     Raises:
       ValueError: too many or too few of them, or one of another name.
     """
+    _mapping.check_order(order)
     values = _in_order(variables)
     layout = Layout(
         learning_rate=True,
@@ -80,41 +91,57 @@ def read(variables: Any, state: optax.OptState, order: Sequence[str]) -> KerasVa
             f"{kinds} has {len(slots)}, or one less where the learning rate is a schedule: give "
             f"`tx` the arguments and `order` the names of the parameters that Keras' had."
         )
-    named: dict[tuple[str, str], Labelled] = {}
+    named: dict[tuple[str, str], PeerValue] = {}
     for i, ((kind, name), value) in enumerate(zip(slots, values, strict=True)):
         label = f"variables[{i}] ({kind}" + (f" of {name!r})" if name else ")")
-        known = getattr(value, "name", None)
-        if isinstance(known, str) and not known.endswith(kind):
-            raise ValueError(f"{label} is called {known!r}.")
-        named[kind, name] = Labelled(label, value)
+        _check_name(label, kind, name, value, order)
+        named[kind, name] = PeerValue(label, value)
     step = named["iteration", ""]
     return KerasVariables(
         iteration=step,
-        moments={k: Theirs(named["momentum", k], named["norm", k], step) for k in order},
+        moments={k: PeerMoments(named["momentum", k], named["norm", k], step) for k in order},
         averages={k: named["average", k] for k in order if layout.average},
         sums={k: named["gradient_accumulator", k] for k in order if layout.gradient_accumulator},
     )
 
 
-def load_trees(
-    tree: Any, theirs: Mapping[str, Labelled], route: Mapping[_mapping.Key, _mapping.Place]
+def load_tree(
+    tree: Any,
+    variables: Mapping[str, PeerValue],
+    targets: Mapping[_mapping.Key, _mapping.Target],
 ) -> Any:
     """`tree` with the peer's arrays."""
     ours = _mapping.paths(tree)
     arrays = {}
-    for key, (label, value) in theirs.items():
-        place = route[key]
-        array = _arrays.read_array(label, value)
-        arrays[place.path] = Labelled(label, place.ours(label, array, ours[place.path].shape))
+    for key, (label, value) in variables.items():
+        path = targets[key].path
+        array = targets[key].to_ours(label, _arrays.read_array(label, value), ours[path].shape)
+        arrays[path] = PeerValue(label, array)
     return _state.put_arrays(tree, arrays, "value")
 
 
 def dump_tree(
-    tree: Any, order: Sequence[str], route: Mapping[_mapping.Key, _mapping.Place]
+    tree: Any, order: Sequence[str], targets: Mapping[_mapping.Key, _mapping.Target]
 ) -> dict[str, np.ndarray]:
     """The arrays of `tree` by the peer's names and in its layout."""
     ours = _mapping.paths(tree)
-    return {key: route[key].theirs(np.asarray(ours[route[key].path])) for key in order}
+    return {key: targets[key].to_peer(np.asarray(ours[targets[key].path])) for key in order}
+
+
+def _check_name(label: str, kind: str, name: str, value: Any, order: Sequence[str]) -> None:
+    """Refuses a variable that Keras calls otherwise; arrays, and those in a file, have no names."""
+    called = getattr(value, "name", None)
+    if not isinstance(called, str) or not hasattr(value, "path"):
+        return
+    if not called.endswith(kind):
+        raise ValueError(f"{label} is called {called!r}.")
+    param_name = called.removesuffix(f"_{kind}")
+    names = {x.replace("/", "_"): x for x in order}
+    if name and param_name in names and names[param_name] != name:
+        raise ValueError(
+            f"{label} is called {called!r}, so it is that of {names[param_name]!r}: give `order` "
+            f"as the optimizer got the variables, [v.path for v in model.trainable_variables]."
+        )
 
 
 def _in_order(variables: Any) -> list[Any]:

@@ -13,7 +13,9 @@ State = TypeVar("State")
 class AccumulateState(NamedTuple):
     """State of `accumulate`."""
 
-    micro_step: jax.Array  # shape=(), dtype=int32: calls since the last update, below `steps`
+    micro_step: jax.Array  # shape=(), dtype=int32: calls since the last update
+    # shape=(), dtype=int32, constant: calls to an update, which the count of calls is made of
+    gradient_accumulation_steps: jax.Array
     # shaped like the parameters, float32 or wider: sum of the gradients of these calls
     gradient_accumulator: optax.Updates
     inner_state: optax.OptState
@@ -48,6 +50,7 @@ def accumulate(
     def init(params: optax.Params) -> AccumulateState:
         return AccumulateState(
             micro_step=jnp.zeros((), jnp.int32),
+            gradient_accumulation_steps=jnp.asarray(steps, jnp.int32),
             gradient_accumulator=jax.tree.map(_zeros, params),
             inner_state=wrapped.init(params),
         )
@@ -73,7 +76,11 @@ def accumulate(
 
         last = state.micro_step == steps - 1
         updates, total, inner_state = jax.lax.cond(last, step, wait, total, state.inner_state)
-        return updates, AccumulateState((state.micro_step + 1) % steps, total, inner_state)
+        return updates, state._replace(
+            micro_step=(state.micro_step + 1) % steps,
+            gradient_accumulator=total,
+            inner_state=inner_state,
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 

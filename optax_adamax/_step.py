@@ -1,0 +1,181 @@
+"""The hyperparameters, and what they make of step t: scalars, the same for all parameters."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from optax_adamax import _checks, _frame
+from optax_adamax._m_formats import MFormat
+from optax_adamax._numerics import hash_uint32, one_minus_power
+from optax_adamax._v_formats import VFormat
+
+EpsPlacement = Literal["max", "denominator"]
+
+
+class Step(NamedTuple):
+    """Step t; the floats are of the dtype of the arithmetic.
+
+    v is in the units of its frame (see `_frame`), where it has one, and so is what is kept as a
+    ratio to it. The scalars contain what that takes, for on TPU a loop that reads more than eight
+    of them is a slow one.
+    """
+
+    t: jax.Array  # int32: 1 at the first step
+    b1: jax.Array  # times s_t / s_{t-1} where m is a ratio
+    a1: jax.Array  # 1 - b1, times s_t where m is a ratio
+    b2: jax.Array
+    shift: jax.Array  # int32: octaves by which the frame is folded back
+    scale: jax.Array | None  # s_t; None: there is no frame
+    eps_in_max: jax.Array | None
+    eps_in_denominator: jax.Array | None  # times s_t
+    bias: jax.Array  # 1 - b1**t, or 1 without bias correction; over s_t where m is no ratio
+    b1_ahead: jax.Array | None  # with Nesterov momentum, b1 (1 - b1**t) / (1 - b1**(t + 1))
+    bound: jax.Array | None  # of |u_t|, where what is stored may take it beyond
+    threshold: jax.Array  # uint32: a hash of t, by which it is decided what is rounded up
+    phase: jax.Array  # uint32: that of the frame after the step
+    grads_finite: jax.Array | None  # bool: whether the step is taken; None: nobody asked
+
+
+class Hyperparameters(NamedTuple):
+    """What `scale_by_adamax` is told, and where it is said what each one means."""
+
+    b1: ArrayLike
+    b2: ArrayLike
+    eps: ArrayLike
+    eps_placement: EpsPlacement
+    bias_correction: bool
+    nesterov: bool
+
+    def check(self) -> None:
+        """Refuses what cannot be a hyperparameter of Adamax."""
+        _checks.check_decay("b1", self.b1, closed=False)
+        _checks.check_decay("b2", self.b2, closed=True)
+        _checks.check_scalar("eps", self.eps, 0.0, float("inf"))
+        _checks.check_choice("eps_placement", self.eps_placement, ("max", "denominator"))
+        _checks.check_flag("bias_correction", self.bias_correction)
+        _checks.check_flag("nesterov", self.nesterov)
+
+    @property
+    def largest_ratio(self) -> float | None:
+        """K >= |m_t| / v_t in exact arithmetic for constant b1 and b2; None if one is traced."""
+        b1, b2 = _checks.number(self.b1), _checks.number(self.b2)
+        if b1 is None or b2 is None:
+            return None
+        return (1 - b1) / (1 - b1 / b2) if b1 < b2 else float("inf")
+
+    def at(
+        self,
+        t: ArrayLike,
+        phase: jax.Array,
+        dtype: np.dtype,
+        *,
+        m_format: MFormat,
+        v_format: VFormat,
+        grads_finite: jax.Array | None = None,
+    ) -> Step:
+        """Step t = 1, 2, ...
+
+        Args:
+          t: its number, int32.
+          phase: of v's frame before the step, uint32.
+          dtype: of the arithmetic, float32 or float64.
+          m_format: how m is kept.
+          v_format: how v is kept.
+          grads_finite: see `_nonfinite.handle_nonfinite`.
+        """
+        rounded = m_format.is_rounded or v_format.is_rounded
+        return _step(
+            t,
+            phase,
+            grads_finite,
+            self.b1,
+            1 - self.b1,
+            self.b2,
+            _frame.octaves(self.b2),
+            self.eps,
+            eps_in_max=self.eps_placement == "max",
+            bias_correction=self.bias_correction,
+            nesterov=self.nesterov,
+            bounded=rounded and self.largest_ratio not in (None, float("inf")),
+            m_is_ratio=m_format.is_ratio,
+            v_is_framed=v_format.is_framed,
+            dtype=dtype,
+        )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "eps_in_max",
+        "bias_correction",
+        "nesterov",
+        "bounded",
+        "m_is_ratio",
+        "v_is_framed",
+        "dtype",
+    ),
+)
+def _step(
+    t: ArrayLike,
+    phase: jax.Array,
+    grads_finite: jax.Array | None,
+    b1: ArrayLike,
+    a1: ArrayLike,
+    b2: ArrayLike,
+    octaves: ArrayLike,
+    eps: ArrayLike,
+    *,
+    eps_in_max: bool,
+    bias_correction: bool,
+    nesterov: bool,
+    bounded: bool,
+    m_is_ratio: bool,
+    v_is_framed: bool,
+    dtype: np.dtype,
+) -> Step:
+    b1, a1, b2, eps, count = (jnp.asarray(x, dtype) for x in (b1, a1, b2, eps, t))
+    bias = one_minus_power(a1, count) if bias_correction else jnp.ones((), dtype)
+    next_bias = one_minus_power(a1, count + 1) if bias_correction else bias
+    frame = _frame.advance(phase, octaves)
+    scale, rescale = frame.scale.astype(dtype), frame.rescale.astype(dtype)
+    if not v_is_framed:
+        scale = rescale = jnp.ones((), dtype)
+    bound = _bound(count, b1, a1, b2, bias, next_bias if nesterov else None) if bounded else None
+    return Step(
+        t=jnp.asarray(t),
+        b1=b1 * rescale if m_is_ratio else b1,
+        a1=a1 * scale if m_is_ratio else a1,
+        b2=b2,
+        shift=frame.shift,
+        scale=scale if v_is_framed else None,
+        eps_in_max=eps if eps_in_max else None,
+        eps_in_denominator=None if eps_in_max else eps * scale,
+        bias=bias if m_is_ratio else bias / scale,
+        b1_ahead=b1 * (bias / next_bias) if nesterov else None,
+        bound=bound,
+        threshold=hash_uint32(jnp.asarray(t, np.uint32)),
+        phase=frame.phase,
+        grads_finite=grads_finite,
+    )
+
+
+def _bound(
+    t: jax.Array,
+    b1: jax.Array,
+    a1: jax.Array,
+    b2: jax.Array,
+    bias: jax.Array,
+    next_bias: jax.Array | None,
+) -> jax.Array:
+    """The largest |u_t| of exact arithmetic, for constant b1 < b2.
+
+    It is C_t = sum (b1/b2)^k / sum b1^k over k < t, which tends to (1 - b1) / (1 - b1/b2): the
+    gradients |g_k| = b2^k reach it, and none go beyond.
+    """
+    a = (b2 - b1) / b2
+    ratio = a1 * one_minus_power(a, t) / a  # of m / v
+    return ratio / bias if next_bias is None else b1 * ratio / next_bias + a1 / bias

@@ -1,0 +1,133 @@
+"""How v may be kept: a maximum that decays, in a moving frame where it is kept in few bits.
+
+Here v is in the units of its frame, w = s v: what is kept as it was computed has none, and s = 1.
+"""
+
+import abc
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_adamax._formats import Format, Wide, bits, bits_of, from_bits, undifferentiable
+from optax_adamax._numerics import narrow
+
+
+class VFormat(Format):
+    """How v is kept."""
+
+    range: tuple[float, float]  # of v within which `relative_error` holds
+    relative_error: float  # of v in this range, at most, after any number of steps
+
+    @property
+    def is_framed(self) -> bool:
+        """Whether there is a frame, of which the state then holds the phase."""
+        return self.node is not None
+
+    @abc.abstractmethod
+    def decode(self, w: jax.Array) -> jax.Array:
+        """The float that is stored as w."""
+
+    @abc.abstractmethod
+    def encode(self, w: jax.Array) -> jax.Array:
+        """The float w as it is stored."""
+
+    @abc.abstractmethod
+    def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
+        """max(b2 v, |g|), from what is stored to what is stored."""
+
+
+class WideV(Wide, VFormat):
+    """v kept as it was computed."""
+
+    range = (0.0, float("inf"))
+    relative_error = 0.0
+
+    def decode(self, w: jax.Array) -> jax.Array:
+        return w
+
+    def encode(self, w: jax.Array) -> jax.Array:
+        return w
+
+    def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
+        del shift
+        return jnp.maximum(b2 * w.astype(b2.dtype), abs_g)
+
+
+class FramedBfloat16(NamedTuple):
+    """v kept as bfloat16 in a frame: it is ``framed_bfloat16 / 2**(phase / 2**32 - 1)``."""
+
+    framed_bfloat16: Any  # a tree like the parameters
+    phase: jax.Array  # shape=(), dtype=uint32: fraction of an octave, in units of 2**-32
+
+
+class Bfloat16V(VFormat):
+    """Rounded to the nearest bfloat16 when it is set, and halved exactly from then on."""
+
+    dtype = np.dtype(jnp.bfloat16)
+    node = FramedBfloat16
+    range = (2.0**-120, 2.0**127)
+    relative_error = 2.0**-8
+
+    def decode(self, w: jax.Array) -> jax.Array:
+        return w.astype(jnp.float32)
+
+    def encode(self, w: jax.Array) -> jax.Array:
+        w = narrow(undifferentiable(w), np.dtype(np.float32))
+        # Not a cast alone: XLA may leave out a cast to bfloat16 and back, but never this.
+        return jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7).astype(self.dtype)
+
+    def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
+        del b2
+        folded = self.decode(w) * from_bits((127 - shift) << 23)
+        return self.encode(jnp.maximum(folded, narrow(abs_g, np.dtype(np.float32))))
+
+
+class FramedUint8(NamedTuple):
+    """v kept as codes in a frame; `Uint8V` says what they mean."""
+
+    framed_uint8: Any  # a tree like the parameters
+    phase: jax.Array  # shape=(), dtype=uint32: fraction of an octave, in units of 2**-32
+
+
+class Uint8V(VFormat):
+    """The nearest of 256 codes, six to an octave and equally spaced within it.
+
+    They are cut from the bits of a float, so that a fold by an octave moves every code by the same
+    integer. What is below the range takes code 0, what is above it the last one.
+    """
+
+    dtype = np.dtype(np.uint8)
+    node = FramedUint8
+    CODES_PER_OCTAVE: ClassVar[int] = 6
+    SPACING: ClassVar[int] = (1 << 23) // CODES_PER_OCTAVE  # of codes, in a float's last places
+    FLOOR: ClassVar[float] = 2.0**-30  # w of code 0
+    CEILING: ClassVar[float] = 1.5 * 2.0**12  # w of code 255
+    range = (2 * FLOOR, CEILING)  # w is v at one end of an octave of decay, and v / 2 at the other
+    relative_error = 1 / (2 * CODES_PER_OCTAVE)
+
+    def decode(self, w: jax.Array) -> jax.Array:
+        return from_bits(w.astype(jnp.int32) * self.SPACING + bits_of(self.FLOOR))
+
+    def encode(self, w: jax.Array) -> jax.Array:
+        w = jnp.clip(narrow(undifferentiable(w), np.dtype(np.float32)), self.FLOOR, self.CEILING)
+        # (bits(w) - bits_of(FLOOR)) / SPACING to the nearest: modulo 2**32 the products wrap, and
+        # their difference is right.
+        half = (1 << 22) - self.CODES_PER_OCTAVE * bits_of(self.FLOOR)
+        code = bits(w).astype(jnp.uint32) * self.CODES_PER_OCTAVE + np.uint32(half % (1 << 32))
+        return (code >> 23).astype(self.dtype)
+
+    def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
+        del b2
+        down = jnp.minimum(shift * self.CODES_PER_OCTAVE, 255).astype(self.dtype)
+        return jnp.maximum(jnp.maximum(w, down) - down, self.encode(abs_g))
+
+
+V_FORMATS: dict[str | None, VFormat] = {
+    None: WideV(None),
+    "float32": WideV(np.dtype(np.float32)),
+    "float64": WideV(np.dtype(np.float64)),
+    "bfloat16": Bfloat16V(),
+    "uint8": Uint8V(),
+}

@@ -1,0 +1,106 @@
+"""What is done for a compiler, and for nothing else.
+
+Each function is named after its intent, and says where it is needed and in which versions that was
+seen. `tests/test_xla.py` has a test for each that fails when it has become needless.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def all_finite(x: jax.Array) -> jax.Array:
+    """Whether all elements are finite, in one pass over them.
+
+    On CPU XLA writes a mask to memory before `jnp.all` reads it, and `jnp.max` of many float32
+    loses NaN; a sum of zeros, or NaN, does neither. Seen in jaxlib 0.10.2.
+    """
+    return jnp.isfinite(jnp.sum(x - x))
+
+
+Add = Callable[[jax.Array, jax.Array], jax.Array]
+
+# Fewer elements than these may be copied; a branch would take longer.
+LARGE = 1 << 16
+
+
+def store(
+    next_m: Callable[[jax.Array, jax.Array, jax.Array, Add], jax.Array],
+    next_v: Callable[[jax.Array, jax.Array], jax.Array],
+    m: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    t: jax.Array,
+    *,
+    rounds_m: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """``next_m(m, v, g, add), next_v(v, g)``, to be read from where they are stored.
+
+    On CPU XLA repeats what ends in a cast wherever the result is used: the updates would be
+    computed from the old m and v, which would have to be copied before they are overwritten. So
+    what is rounded is computed in a branch, into which XLA does not look (it does not know that
+    t > 0), and v after m, which is computed from it. Seen in jaxlib 0.10.2.
+
+    Elsewhere nothing is done: in each of these ways a step would take longer on TPU.
+
+    Args:
+      next_m: computes m as it is stored; `add` is what adds two products.
+      next_v: computes v as it is stored.
+      m: as it is stored.
+      v: likewise.
+      g: the gradient.
+      t: int32, the number of the step, at least 1.
+      rounds_m: whether m is stored in fewer bits than the arithmetic has; else v is.
+    """
+
+    def on_cpu(
+        m: jax.Array, v: jax.Array, g: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        add: Add = functools.partial(add_without_fma, t=t) if rounds_m else jnp.add
+        if g.size < LARGE:
+            return next_m(m, v, g, add), next_v(v, g)
+        if not rounds_m:
+            new_v = jax.lax.cond(t > 0, next_v, lambda v, g: v, _varying_as(v, g), g)
+            return next_m(m, v, g, add), new_v
+        new_m = jax.lax.cond(
+            t > 0, lambda m, v, g: next_m(m, v, g, add), lambda m, v, g: m, _varying_as(m, g), v, g
+        )
+        new_v = next_v(v, g)
+        return new_m, jnp.where(t < 0, new_m.astype(new_v.dtype), new_v)
+
+    def elsewhere(
+        m: jax.Array, v: jax.Array, g: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        del t
+        return next_m(m, v, g, jnp.add), next_v(v, g)
+
+    return jax.lax.platform_dependent(m, v, g, t, cpu=on_cpu, default=elsewhere)
+
+
+def add_without_fma(x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
+    """x + y of two products, each of them rounded.
+
+    On CPU XLA contracts a product and a sum to a fused multiply-add in one program and not in
+    another, and what is rounded to few bits afterwards would differ by a code between the two. It
+    does not see through an `or` with the bits of min(t, 0). Seen in jaxlib 0.7 to 0.12.
+    """
+
+    def opaque(x: jax.Array) -> jax.Array:
+        integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
+        bits = jax.lax.bitcast_convert_type(x, integer) | jnp.minimum(t, 0).astype(integer)
+        return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+    return opaque(x) + opaque(y)
+
+
+def _varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, over the mesh axes of a `jax.shard_map` over which `other` varies, as branches must be."""
+    axes = varying_axes(other) - varying_axes(x)
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which a value inside of `jax.shard_map` differs between devices."""
+    return getattr(jax.typeof(x), "vma", frozenset())

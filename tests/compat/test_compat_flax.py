@@ -1,0 +1,112 @@
+"""Parameters in Flax's boxes, and a loaded state in `nnx.Optimizer`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+linen = pytest.importorskip("flax.linen")
+nnx = pytest.importorskip("flax.nnx")
+
+from optax_adamax.compat import keras, torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def as_flax_computes():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class Linen(linen.Module):
+    """One layer, whose kernel is boxed and whose bias is not."""
+
+    @linen.compact
+    def __call__(self, x):
+        init = linen.with_partitioning(linen.initializers.ones, ("in", "out"))
+        return linen.Dense(3, kernel_init=init, bias_init=linen.initializers.ones)(x)
+
+
+def boxed_linen():
+    params = Linen().init(jax.random.key(0), jnp.ones((1, 2)))
+    # The bias is boxed by hand, for with_partitioning of a bias needs a mesh of one axis.
+    dense = params["params"]["Dense_0"]
+    dense["bias"] = linen.Partitioned(dense["bias"], names=("out",))
+    return params
+
+
+def plain(tree):
+    is_box = lambda x: isinstance(x, linen.Partitioned)  # noqa: E731
+    tree = jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+    return tree["params"]["Dense_0"]
+
+
+def test_patterns_find_boxed_parameters_of_linen():
+    params = boxed_linen()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    tx = keras.adamax(0.1, weight_decay=1.0, exclude_from_weight_decay=["^bias$"])
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert np.all(plain(updates)["bias"] == 0) and np.all(plain(updates)["kernel"] < 0)
+
+    tx = torch.adamax(0.1, groups=[{"params": "bias$", "lr": 0.2}, {}])
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(plain(updates)["bias"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(plain(updates)["kernel"], -0.1, rtol=1e-6)
+
+
+def saved_by_torch():
+    """The state dict of `torch.nn.Linear(2, 3)`."""
+    moments = [np.linspace(0.1, 0.6, 6, dtype=np.float32).reshape(3, 2), np.full(3, 0.3, "f4")]
+    entries = {i: {"step": 5.0, "exp_avg": x / 2, "exp_inf": x} for i, x in enumerate(moments)}
+    return {"state": entries, "param_groups": [{"params": [0, 1]}]}
+
+
+ORDER = ["Dense_0.weight", "Dense_0.bias"]
+
+
+def test_boxed_parameters_of_linen_are_loaded_and_dumped():
+    params, tx = boxed_linen(), torch.adamax(0.1)
+    names = torch.flax_names(params)
+    assert names["Dense_0.weight"] == ("params/Dense_0/kernel", (1, 0))
+    state = torch.load_state(saved_by_torch(), params, tx, names, order=ORDER)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+    groups = saved_by_torch()["param_groups"]
+    dumped = torch.dump_state(state, params, groups, names, order=ORDER)
+    jax.tree.map(np.testing.assert_array_equal, dumped["state"], saved_by_torch()["state"])
+    arrays = {"Dense_0.weight": np.full((3, 2), 2.0), "Dense_0.bias": np.full(3, 3.0)}
+    loaded = torch.load_params(arrays, params, names)
+    assert isinstance(loaded["params"]["Dense_0"]["kernel"], linen.Partitioned)
+    np.testing.assert_array_equal(torch.dump_params(loaded, names)["Dense_0.bias"], 3.0)
+
+
+class Model(nnx.Module):
+    """One layer."""
+
+    def __init__(self):
+        self.Dense_0 = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.Dense_0(x)
+
+
+@pytest.mark.parametrize("formats", [{}, {"m_dtype": "int8", "v_dtype": "uint8"}], ids=str)
+@pytest.mark.parametrize("groups", [None, [{"params": "bias$", "lr": 0.2}, {}]])
+def test_a_loaded_state_gets_into_the_optimizer_of_nnx(groups, formats):
+    # moving.md shows this way.
+    model = Model()
+    tx = torch.adamax(0.1, groups=groups, **formats)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    names = torch.flax_names(params)
+    state = torch.load_state(saved_by_torch(), params, tx, names, order=ORDER)
+    nnx.update(optimizer.opt_state, nnx.state(state))
+    grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
+    optimizer.update(model, grads)
+
+    updates, state = tx.update(nnx.as_pure(grads), state, params)
+    expected = optax.apply_updates(params, updates)
+    after = nnx.as_pure(nnx.state(model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+    kept = nnx.as_pure(optimizer.opt_state)
+    assert {int(n) for _, n in optax.tree.get_all_with_path(kept, "count")} == {6}
+    jax.tree.map(np.testing.assert_array_equal, kept, state)

@@ -1,0 +1,165 @@
+"""What `load_state` refuses because it cannot be right, and what it carries through wrappers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from optax_adamax import pack_small_leaves
+from optax_adamax.compat import keras, mlx, torch
+from optax_adamax.compat import optax as compat_optax
+
+COLLIDING = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+DOTTED = {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+
+
+def state_dict(m, v, step=5.0):
+    return {
+        "state": {0: {"step": step, "exp_avg": np.asarray(m), "exp_inf": np.asarray(v)}},
+        "param_groups": [{"params": [0]}],
+    }
+
+
+def load(m, v, **options):
+    params = {"w": jnp.zeros(np.shape(v))}
+    return torch.load_state(state_dict(m, v), params, torch.adamax(**options), order=["w"])
+
+
+def test_paths_that_collide_are_refused():
+    refused = pytest.raises(ValueError, match="Several parameters have the path 'a/b'")
+    with refused:
+        torch.dump_params(COLLIDING)
+    with refused:
+        torch.load_params({"a/b": np.ones(2)}, COLLIDING)
+    tx = torch.adamax()
+    with refused:
+        torch.load_state(state_dict(np.ones(2), np.ones(2)), COLLIDING, tx, order=["a/b"])
+    with refused:
+        torch.dump_state(tx.init(COLLIDING), COLLIDING, [{"params": [0]}], order=["a/b"])
+
+
+def test_names_that_collide_are_refused():
+    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `names`"):
+        torch.dump_params(DOTTED)
+    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `names`"):
+        mlx.dump_state(mlx.adamax(0.1).init(DOTTED), DOTTED, learning_rate=0.1)
+    names = {"one": "a.b", "two": "a/b"}
+    assert set(torch.dump_params(DOTTED, names)) == {"one", "two"}
+
+
+def test_a_name_twice_in_the_order_is_refused():
+    params = {"w": jnp.ones(2), "x": jnp.ones(2)}
+    saved = state_dict(np.ones(2), np.ones(2))
+    saved["state"][1] = saved["state"][0]
+    saved["param_groups"][0]["params"] = [0, 1]
+    with pytest.raises(ValueError, match="'w' twice"):
+        torch.load_state(saved, params, torch.adamax(), order=["w", "w"])
+    with pytest.raises(ValueError, match="'w' twice"):
+        torch.dump_state(torch.adamax().init(params), params, [{"params": [0, 1]}], order=["w"] * 2)
+    variables = [5, 0.1, *[np.ones(2)] * 4]
+    with pytest.raises(ValueError, match="'w' twice"):
+        keras.load_state(variables, params, keras.adamax(), order=["w", "w"])
+
+
+@pytest.mark.parametrize("largest", [1e6, 6e3, 1e-9, 1e-12])
+def test_a_norm_out_of_the_range_of_uint8_is_refused(largest):
+    v = largest * np.array([1.0, 0.5, 1e-3])
+    with pytest.raises(ValueError, match=r"of 'w' is .* 1.9e-09 to 5.79e\+03.*optax.scale"):
+        load(0.1 * v, v, m_dtype="int8", v_dtype="uint8")
+    for options in ({}, {"v_dtype": "bfloat16"}):
+        state = load(0.1 * v, v, **options)
+        assert int(optax.tree.get(state, "count")) == 5
+
+
+@pytest.mark.parametrize("v", [[5.7e3, 1e-12, 0.0], [2e-9, 0.0, 0.0], [0.0, 0.0, 0.0]])
+def test_a_norm_that_fits_is_taken(v):
+    state = load(0.1 * np.array(v), v, m_dtype="int8", v_dtype="uint8")
+    assert jax.tree.leaves(state)[0].shape == ()
+
+
+def test_a_uint8_state_from_optax_is_refused_out_of_the_range():
+    params, tx = {"w": jnp.ones(2)}, optax.adamax(0.1)
+    with jax.numpy_dtype_promotion("standard"):
+        _, theirs = tx.update({"w": jnp.full(2, 1e6)}, tx.init(params))
+    with pytest.raises(ValueError, match="'w' is 1e\\+06"):
+        compat_optax.load_state(theirs, params, compat_optax.adamax(0.1, v_dtype="uint8"))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1])
+def test_the_state_of_adam_is_told_from_that_of_adamax(scale):
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.zeros(200)}
+    for theirs, is_refused in ((optax.adam(0.1), True), (optax.adamax(0.1), False)):
+        state = theirs.init(params)
+        for g in rng.standard_normal((30, 200)):
+            with jax.numpy_dtype_promotion("standard"):
+                _, state = theirs.update({"w": jnp.asarray(scale * g, jnp.float32)}, state)
+        if not is_refused:
+            compat_optax.load_state(state, params, compat_optax.adamax(0.1))
+            continue
+        with pytest.raises(ValueError, match=r"no state of Adamax: .* The state of Adam"):
+            compat_optax.load_state(state, params, compat_optax.adamax(0.1))
+
+
+@pytest.mark.parametrize("b1", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("b2", [0.0, 0.9, 0.99, 0.999])
+def test_no_state_of_adamax_is_taken_for_one_of_adam(b1, b2):
+    rng = np.random.default_rng(2)
+    m = v = np.zeros(200)
+    for g in rng.standard_t(2, (100, 200)):
+        m, v = b1 * m + (1 - b1) * g, np.maximum(b2 * v, np.abs(g))
+    load(m, v)
+
+
+def test_what_never_had_a_gradient_starts_at_zero_on_request():
+    params = {"w": jnp.ones(2), "x": jnp.ones(3)}
+    saved = state_dict(np.ones(2), np.ones(2))
+    saved["param_groups"][0]["params"] = [0, 1]
+    how = {"order": ["w", "x"]}
+    with pytest.raises(ValueError, match=r"nothing for 'x' \(there 'x'\).* give missing='zero'"):
+        torch.load_state(saved, params, torch.adamax(), **how)
+    with pytest.raises(ValueError, match="missing must be"):
+        torch.load_state(saved, params, torch.adamax(), **how, missing="one")
+    state = torch.load_state(saved, params, torch.adamax(), **how, missing="zero")
+    assert int(optax.tree.get(state, "count")) == 5
+    assert np.all(optax.tree.get(state, "m")["x"] == 0)
+    tx = torch.adamax(groups=[{"params": "x"}, {}])
+    state = torch.load_state(saved, params, tx, **how, missing="zero")
+    counts = {name: int(optax.tree.get(s, "count")) for name, s in state.inner_states.items()}
+    assert counts == {0: 0, 1: 5}
+
+
+@pytest.mark.parametrize("formats", [{}, {"m_dtype": "int8", "v_dtype": "uint8"}], ids=str)
+def test_packed_small_leaves_are_carried(formats):
+    params = {"w": jnp.ones((40, 40)), "b": jnp.ones(4), "s": jnp.ones(3)}
+    rng = np.random.default_rng(4)
+    saved = {"state": {}, "param_groups": [{"params": [0, 1, 2]}]}
+    for i, x in enumerate(params.values()):
+        v = rng.uniform(0.5, 2, x.shape).astype(np.float32)
+        saved["state"][i] = {"step": 5.0, "exp_avg": v / 2, "exp_inf": v}
+    plain, how = torch.adamax(**formats), {"order": list(params)}
+    packed = optax.chain(optax.clip(1.0), pack_small_leaves(plain))
+    state = torch.load_state(saved, params, packed, **how)
+    assert jax.tree.structure(state) == jax.tree.structure(packed.init(params))
+    bare = torch.load_state(saved, params, plain, **how)
+    both = [torch.dump_state(s, params, saved["param_groups"], **how) for s in (state, bare)]
+    jax.tree.map(np.testing.assert_array_equal, *both)
+    updates = [tx.update(params, s, params)[0] for tx, s in ((packed, state), (plain, bare))]
+    jax.tree.map(np.testing.assert_array_equal, *updates)
+    theirs = compat_optax.dump_state(state, params, pack_small_leaves(optax.adamax(0.1)))
+    again = compat_optax.load_state(theirs, params, packed)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_two_moments_of_one_parameter_are_refused():
+    tx = optax.chain(torch.adamax(), torch.adamax())
+    with pytest.raises(ValueError, match="two ScaleByAdamaxState with moments of 'w'"):
+        torch.load_state(state_dict([1.0], [1.0]), {"w": jnp.ones(1)}, tx, order=["w"])
+
+
+def test_the_error_names_m_and_v():
+    params = {"w": jnp.ones(2)}
+    for theirs in (optax.adamax(0.1), optax.sgd(0.1)):
+        with pytest.raises(ValueError, match="m and v of Adamax are mu and nu in optax's"):
+            torch.dump_state(theirs.init(params), params, [{"params": [0]}], order=["w"])

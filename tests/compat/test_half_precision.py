@@ -1,0 +1,127 @@
+"""The constructors compute in float32 whatever the dtypes of gradients and parameters.
+
+A step in half precision is compared with the same step from the same numbers in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optax_adamax.compat import keras, lucid, mlx, torch
+
+CONSTRUCTORS = {
+    "torch": lambda: torch.adamax(lr=0.1, weight_decay=0.1, maximize=True),
+    "lucid": lambda: lucid.adamax(lr=0.1, weight_decay=0.1),
+    "mlx": lambda: mlx.adamax(0.1),
+    "clipnorm": lambda: keras.adamax(0.1, clipnorm=1.0),
+    "global_clipnorm": lambda: keras.adamax(0.1, global_clipnorm=1.0),
+    "clipvalue": lambda: keras.adamax(0.1, clipvalue=1.0),
+    "decay": lambda: keras.adamax(0.1, weight_decay=0.1),
+    "loss_scale_factor": lambda: keras.adamax(0.1, loss_scale_factor=2.0**14),
+    "accumulation": lambda: keras.adamax(0.1, gradient_accumulation_steps=2),
+}
+
+
+def steps(tx, params, grads):
+    """The updates at these gradients, with the parameters held."""
+    state, found = tx.init(params), []
+    update = jax.jit(tx.update)
+    for g in grads:
+        updates, state = update(g, state, params)
+        found.append(updates)
+    return found, state
+
+
+def draw(dtype):
+    rng = np.random.default_rng(3)
+    params = {"w": jnp.asarray(rng.standard_normal(500), dtype)}
+    grads = [{"w": jnp.asarray(rng.standard_normal(500), dtype)} for _ in range(4)]
+    return params, grads
+
+
+def widened(tree, dtype=jnp.float32):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_step_is_rounded_once(dtype, name):
+    tx, (params, grads) = CONSTRUCTORS[name](), draw(dtype)
+    found, _ = steps(tx, params, grads)
+    expected, _ = steps(tx, widened(params), widened(grads))
+    # Half an ulp, beside what XLA's contraction of products may change in float32: 2 ulps of 0.1.
+    kind = jnp.finfo(dtype)
+    atol = 0.1 * 2**-22 + float(kind.smallest_subnormal) / 2
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours["w"].dtype == dtype
+        x = ours["w"].astype(np.float32)
+        np.testing.assert_allclose(x, exact["w"], rtol=float(kind.eps) / 2, atol=atol)
+
+
+@pytest.mark.parametrize("limit", ["clipnorm", "global_clipnorm"])
+def test_a_norm_above_256_is_no_zero_step_in_float16(limit):
+    params = {"w": jnp.ones(100, jnp.float16)}
+    grads = {"w": jnp.full(100, 60.0, jnp.float16)}  # a norm of 600, whose square overflows
+    tx = keras.adamax(0.1, **{limit: 1.0})
+    (updates,), state = steps(tx, params, [grads])
+    np.testing.assert_allclose(updates["w"].astype(np.float32), -0.1, rtol=2**-10)
+    m = next(x for x in jax.tree.leaves(state) if x.shape == (100,))
+    np.testing.assert_allclose(m, 0.1 * 0.1, rtol=1e-3)  # (1 - beta_1) times 1 / sqrt(100)
+
+
+def test_what_a_loss_scale_saves_is_kept_in_float16():
+    # 1e-4 / 2**14 is 0 in float16, whose smallest number is 6e-8.
+    params = {"w": jnp.ones(3, jnp.float16)}
+    tx = keras.adamax(0.1, epsilon=1e-12, loss_scale_factor=2.0**14)
+    (updates,), _ = steps(tx, params, [{"w": jnp.full(3, 1e-4, jnp.float16)}])
+    np.testing.assert_allclose(updates["w"].astype(np.float32), -0.1, rtol=2**-10)
+
+
+@pytest.mark.parametrize("name", ["torch", "mlx", "accumulation"])
+@pytest.mark.parametrize(
+    ("gradient", "parameter", "wider"),
+    [
+        (jnp.bfloat16, jnp.float32, jnp.float32),
+        (jnp.float32, jnp.bfloat16, jnp.float32),
+        (jnp.float16, jnp.bfloat16, jnp.bfloat16),
+        (jnp.float16, jnp.float16, jnp.float16),
+    ],
+)
+def test_updates_have_the_wider_dtype(gradient, parameter, wider, name):
+    (params, _), (_, grads) = draw(parameter), draw(gradient)
+    found, state = steps(CONSTRUCTORS[name](), params, grads)
+    assert {x["w"].dtype for x in found} == {np.dtype(wider)}
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(
+        lambda x: x.dtype, CONSTRUCTORS[name]().init(params)
+    )
+
+
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        (params, _), (_, grads) = draw(jnp.float64), draw(jnp.float32)
+        for name, make in CONSTRUCTORS.items():
+            found, _ = steps(make(), params, grads)
+            assert found[-1]["w"].dtype == np.float64, name
+
+
+def test_parameters_are_not_needed_where_nothing_decays():
+    grads = {"w": jnp.ones(3, jnp.bfloat16)}
+    for tx in (torch.adamax(), lucid.adamax(), mlx.adamax(0.1), keras.adamax(clipnorm=1.0)):
+        updates, _ = tx.update(grads, tx.init(grads))
+        assert updates["w"].dtype == jnp.bfloat16
+
+
+def test_what_the_core_refuses_is_refused_still():
+    params = {"w": jnp.ones(3), "z": jnp.ones(2, jnp.complex64)}
+    tx = torch.adamax()
+    state = tx.init(params)
+    for bad, error in (
+        ({"w": jnp.ones(3, jnp.int32), "z": params["z"]}, TypeError),
+        ({"w": "gradient", "z": params["z"]}, TypeError),
+        ({"w": params["w"]}, ValueError),
+        ({"w": jnp.ones(4), "z": params["z"]}, ValueError),
+        ({"w": jnp.ones(3, jnp.complex64), "z": params["z"]}, ValueError),
+    ):
+        with pytest.raises(error):
+            tx.update(bad, state, params)
