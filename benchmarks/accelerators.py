@@ -41,8 +41,8 @@ FEW = ("float32, float32", "bfloat16, bfloat16", "int8, uint8")
 Make = Callable[..., optax.GradientTransformationExtraArgs]  # called with the format's dtypes
 
 
-def _compensated(**dtypes: Any) -> optax.GradientTransformation:
-    return optax.chain(adamax(RATE, **dtypes), compensate_rounding("int8"))
+def _compensated(**dtypes: Any) -> optax.GradientTransformationExtraArgs:
+    return compensate_rounding(adamax(RATE, **dtypes), "int8")
 
 
 def _injected(function: Make, **hyperparameters: Any) -> Make:
@@ -61,8 +61,8 @@ OPTIONS: dict[str, Make] = {
     "all injected, with decay": _injected(
         adamaxw, learning_rate=RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4
     ),
-    "skip_element": functools.partial(adamax, RATE, nonfinite="skip_element"),
-    "skip_step": functools.partial(adamax, RATE, nonfinite="skip_step"),
+    "nonfinite zero": functools.partial(adamax, RATE, nonfinite="zero"),
+    "nonfinite skip_step": functools.partial(adamax, RATE, nonfinite="skip_step"),
     "clip by global norm": lambda **x: optax.chain(
         optax.clip_by_global_norm(1.0), adamax(RATE, **x)
     ),

@@ -138,7 +138,8 @@ def read(compiled: Any, large: int) -> Report:
     types: dict[str, str] = {}
     loops = traffic = cycles = 0
     for line in entry.splitlines():
-        # Layouts, metadata and configurations stand in braces, and may hold anything.
+        # S(1) is memory on the chip. Other layouts, metadata and configurations stand in braces.
+        line = re.sub(r"\w+\[[\d,]*\]\{[^{}]*S\(1\)\}", "on-chip", line)
         found = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)", _without_braces(line))
         if not found:
             continue
@@ -149,7 +150,7 @@ def read(compiled: Any, large: int) -> Report:
             continue
         read = [types[x] for x in dict.fromkeys(re.findall(r"%([\w.-]+)", operands)) if x in types]
         touched = sum(_bytes(x, large) for x in [types[name], *read])
-        loops += touched > 0
+        loops += touched > 0 and not opcode.endswith("-start")  # those copy beside the loops
         traffic += touched
     return Report(loops, traffic, compiled.memory_analysis().temp_size_in_bytes, cycles or None)
 

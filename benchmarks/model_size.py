@@ -49,15 +49,13 @@ WAYS = {
     "optax.adamax, bfloat16 with float32 masters": Way(
         lambda: optax.adamax(RATE), compute=jnp.bfloat16
     ),
-    "4 bytes of state, float32": Way(
-        lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16")
-    ),
+    "4 bytes of state, float32": Way(lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16")),
     "2 bytes of state, float32": Way(lambda: adamax(RATE, **TWO_BYTES)),
     "2 bytes of state, bfloat16 with float32 masters": Way(
         lambda: adamax(RATE, **TWO_BYTES), compute=jnp.bfloat16
     ),
     "7 bytes for all: bfloat16, int8 residual, 2 bytes of state": Way(
-        lambda: optax.chain(adamax(RATE, **TWO_BYTES), compensate_rounding("int8")),
+        lambda: compensate_rounding(adamax(RATE, **TWO_BYTES), "int8"),
         jnp.bfloat16,
         jnp.bfloat16,
     ),
@@ -192,7 +190,9 @@ def main() -> None:
         made = reporting.provenance(
             "benchmarks.model_size", dtype="float32", seeds=(), packages=["libtpu"]
         )
-        reporting.write_json(reporting.RESULTS / "model_size.json", {"provenance": made, "rows": rows})
+        reporting.write_json(
+            reporting.RESULTS / "model_size.json", {"provenance": made, "rows": rows}
+        )
         draw(rows)
 
 

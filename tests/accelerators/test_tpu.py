@@ -33,11 +33,11 @@ FOUR_BYTES = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "s16": 2, "f32": 4, "s32": 4, "u32": 4}
 
-NONFINITE_BY_ELEMENT = "skip_element"
+NONFINITE_BY_ELEMENT = "zero"
 
 
 def compensated(inner):
-    return optax.chain(inner, compensate_rounding("int8"))
+    return compensate_rounding(inner, "int8")
 
 
 def injected(**hyperparameters):
