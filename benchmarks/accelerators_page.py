@@ -85,11 +85,29 @@ def model_size(results: dict[str, Any]) -> str:
     return table([*header, "unrolled"], lines)
 
 
+def accelerators_chips(results: dict[str, Any]) -> str:
+    """The sharded steps."""
+    lines = []
+    for name, row in results["rows"].items():
+        kinds = [
+            f"{x['count']} {kind}, {x['bytes'] / 1e6:.3g} MB"
+            for kind, x in row["collectives"].items()
+        ]
+        held = f"{row['state_bytes'] / 1e6:.2f} ({row['state_bytes_predicted'] / 1e6:.2f})"
+        temporaries = f"{row['temporaries'] / 1e6:.0f}"
+        lines.append(
+            [name, "; ".join(kinds) or "none", f"{row['cycles'] / 1e6:.2f}", temporaries, held]
+        )
+    header = ["", "collectives", "million cycles", "MB of temporaries"]
+    return table([*header, "MB of state (by shapes)"], lines)
+
+
 # The file of results and the function for each table of the page.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accelerators": ("accelerators", accelerators),
     "accelerators_options": ("accelerators", accelerators_options),
     "accelerators_shapes": ("accelerators", accelerators_shapes),
+    "accelerators_chips": ("accelerators_chips", accelerators_chips),
     "model_size": ("model_size", model_size),
 }
 
@@ -103,8 +121,10 @@ def filled(text: str) -> str:
         if not path.exists():
             return match[0]
         results = json.loads(path.read_text("utf-8"))
-        versions = ", ".join(f"{k} {v}" for k, v in results["provenance"]["versions"].items())
-        note = f"<sub>Estimated by the compiler, `python -m benchmarks.{file}`; {versions}.</sub>"
+        made = results["provenance"]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        note = f"<sub>Estimated by the compiler, `python -m benchmarks.{file}`, commit "
+        note += f"{made['commit'][:8]}; {versions}.</sub>"
         return f"<!-- table: {match[1]} -->\n{write(results)}\n\n{note}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
