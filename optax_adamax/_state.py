@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from optax_adamax import _frame
 from optax_adamax._formats import in_node, is_kept, named, tree_of
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._numerics import narrow
+from optax_adamax._numerics import narrow, on_device
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 T = TypeVar("T")
@@ -40,7 +40,8 @@ def decode_state(state: T) -> T:
 
     Returns:
       The tree with each m and v as a tree of float32 arrays shaped like the parameters; moments
-      that were float32 or float64 (or complex) already are left as they are.
+      that were float32 or float64 (or complex) already are left as they are. What was in the
+      memory of the host is there again.
 
     Raises:
       TypeError: there is no :class:`ScaleByAdamaxState` in `state`.
@@ -71,7 +72,7 @@ def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike 
 
     Returns:
       The tree in the new formats, ready for a transformation that was built with the same
-      ``m_dtype`` and ``v_dtype``.
+      ``m_dtype`` and ``v_dtype``. What was in the memory of the host is there again.
 
     Raises:
       ValueError: a dtype in which a moment cannot be kept.
@@ -129,7 +130,7 @@ def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     m_format, v = _m_format(state.m), _decode_v(state.v)
     m = tree_of(state.m, m_format)
     if m_format.is_rounded:
-        m = jax.tree.map(m_format.decode, m, v)
+        m = jax.tree.map(on_device(m_format.decode), m, v)
     return ScaleByAdamaxState(state.count, m, v)
 
 
@@ -138,13 +139,14 @@ def _decode_v(v: Any) -> Any:
     if not v_format.is_framed:
         return v
 
-    def decode(codes: jax.Array) -> jax.Array:
+    @on_device
+    def decode(codes: jax.Array, phase: jax.Array) -> jax.Array:
         # In a state made by `jax.vmap` there is a phase for each row.
-        phase = v.phase.reshape(v.phase.shape + (1,) * (codes.ndim - v.phase.ndim))
+        phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
         w = v_format.decode(codes)
         return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
 
-    return jax.tree.map(decode, tree_of(v, v_format))
+    return jax.tree.map(lambda codes: decode(codes, v.phase), tree_of(v, v_format))
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -153,6 +155,7 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
     keeps_m = is_kept(state.m, m_format, M_FORMATS)
     v = state.v if keeps_v else _encode_v(floats, v_format)
 
+    @on_device
     def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
         dtype = m.dtype if m_format.dtype is None else m_format.stored_dtype(m, real=False)
         return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
@@ -164,14 +167,15 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
 
 
 def _encode_v(floats: ScaleByAdamaxState, v_format: VFormat) -> Any:
-    phase = jnp.zeros_like(floats.count, jnp.uint32)
+    phase = on_device(lambda count: jnp.zeros_like(count, jnp.uint32))(floats.count)
 
-    def encode(m: jax.Array, v: jax.Array) -> jax.Array:
+    @on_device
+    def encode(v: jax.Array, m: jax.Array) -> jax.Array:
         if v_format.dtype is not None:
             v_format.stored_dtype(m, real=True)  # refuses complex parameters in few bits
         return v_format.encode(v * _frame.scale_at(jnp.uint32(0)) if v_format.is_framed else v)
 
-    return in_node(jax.tree.map(encode, floats.m, floats.v), v_format, phase)
+    return in_node(jax.tree.map(encode, floats.v, floats.m), v_format, phase)
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
