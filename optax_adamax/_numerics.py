@@ -86,6 +86,6 @@ def _in_memory_of(like: jax.Array, x: jax.Array) -> jax.Array:
         return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
     # To `jax.typeof` (JAX 0.10.2) what is in unpinned_host is on the device.
     kind = like.sharding.memory_kind
-    if x.sharding.memory_kind == kind:
+    if kind is None or x.sharding.memory_kind == kind:
         return x
     return jax.device_put(x, x.sharding.with_memory_kind(kind))
