@@ -1,5 +1,6 @@
 """The state of the transformation, and its conversion between storage formats."""
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -100,6 +101,11 @@ def v_format_of(dtype: DTypeLike | None) -> VFormat:
     return named(V_FORMATS, "v_dtype", dtype)
 
 
+def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
+    """How a state keeps m and v."""
+    return _m_format(state.m), _v_format(state.v)
+
+
 def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | None]:
     """The `m_dtype` and `v_dtype` of a state; None where a moment is as wide as the arithmetic."""
     return _m_format(state.m).dtype, _v_format(state.v).dtype
@@ -113,17 +119,29 @@ def _v_format(v: Any) -> VFormat:
     return next(f for f in V_FORMATS.values() if is_kept(v, f, V_FORMATS))
 
 
-def _map_states(function: Any, tree: T) -> T:
-    def is_state(x: Any) -> bool:
-        return isinstance(x, ScaleByAdamaxState)
+def states_in(tree: Any) -> list[ScaleByAdamaxState]:
+    """The states of `scale_by_adamax` in a tree, at least one.
 
-    if not any(is_state(x) for x in jax.tree.leaves(tree, is_leaf=is_state)):
+    Raises:
+      TypeError: there is none.
+    """
+    found = [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
+    if not found:
         raise TypeError(
             f"There is no ScaleByAdamaxState in this {type(tree).__name__}: give the state of a "
             f"transformation of optax_adamax. compat.optax.load_state makes one of the state of "
             f"optax.adamax."
         )
-    return jax.tree.map(lambda x: function(x) if is_state(x) else x, tree, is_leaf=is_state)
+    return found
+
+
+def _map_states(function: Any, tree: T) -> T:
+    states_in(tree)  # refuses a tree without one
+    return jax.tree.map(lambda x: function(x) if _is_state(x) else x, tree, is_leaf=_is_state)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, ScaleByAdamaxState)
 
 
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
@@ -139,14 +157,16 @@ def _decode_v(v: Any) -> Any:
     if not v_format.is_framed:
         return v
 
-    @on_device
-    def decode(codes: jax.Array, phase: jax.Array) -> jax.Array:
-        # In a state made by `jax.vmap` there is a phase for each row.
-        phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
-        w = v_format.decode(codes)
-        return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
-
+    decode = on_device(functools.partial(decode_framed, v_format=v_format))
     return jax.tree.map(lambda codes: decode(codes, v.phase), tree_of(v, v_format))
+
+
+def decode_framed(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.Array:
+    """v of one leaf that is kept in a frame of this phase."""
+    # In a state made by `jax.vmap` there is a phase for each row.
+    phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
+    w = v_format.decode(codes)
+    return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
