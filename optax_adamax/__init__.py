@@ -14,6 +14,7 @@ Around an optimizer:
 
 State:
   decode_state, encode_state: from a storage format to float32, and back.
+  describe_state: does the format fit the gradients? A table, leaf by leaf.
 
 Submodules, imported when they are asked for:
   sharding: the state beside its parameters, split further (ZeRO-1), or in host memory.
@@ -34,6 +35,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from optax_adamax._alias import adamax, adamaxw
+from optax_adamax._describe import LeafDescription, StateDescription, describe_state
 from optax_adamax._m_formats import RatioInt8
 from optax_adamax._nonfinite import HandleNonfiniteState
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
@@ -77,16 +79,19 @@ __all__ = [
     "HandleNonfiniteState",
     "Int8Residual",
     "Int16Residual",
+    "LeafDescription",
     "LimitSpikesState",
     "PackedState",
     "PackedTree",
     "RatioInt8",
     "ScaleByAdamaxState",
+    "StateDescription",
     "adamax",
     "adamax_step",
     "adamaxw",
     "compensate_rounding",
     "decode_state",
+    "describe_state",
     "encode_state",
     "limit_spikes",
     "master_params",

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
@@ -77,3 +78,26 @@ def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
     if not jnp.iscomplexobj(arrays[0]):
         return linear(*arrays)
     return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))
+
+
+def on_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`function` of arrays in any memory: the result lies where the first argument does."""
+
+    def call(first: Any, *rest: Any) -> jax.Array:
+        first = jnp.asarray(first)
+        device = jnp.zeros(())
+        arrays = (first, *map(jnp.asarray, rest))
+        return _in_memory_of(first, function(*(_in_memory_of(device, x) for x in arrays)))
+
+    return call
+
+
+def _in_memory_of(like: jax.Array, x: jax.Array) -> jax.Array:
+    if isinstance(like, Tracer) or isinstance(x, Tracer):
+        space = jax.typeof(like).memory_space
+        return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+    # To `jax.typeof` (JAX 0.10.2) what is in unpinned_host is on the device.
+    kind = like.sharding.memory_kind
+    if kind is None or x.sharding.memory_kind == kind:
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind(kind))

@@ -1,5 +1,6 @@
 """The state of the transformation, and its conversion between storage formats."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 from optax_adamax import _frame
 from optax_adamax._formats import Format, in_node, is_kept, named, tree_of
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._numerics import narrow
+from optax_adamax._numerics import narrow, on_device
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 T = TypeVar("T")
@@ -41,7 +42,8 @@ def decode_state(state: T) -> T:
 
     Returns:
       The tree with each m and v as a tree of float32 arrays shaped like the parameters; moments
-      that were float32 or float64 (or complex) already are left as they are.
+      that were float32 or float64 (or complex) already are left as they are. What was in the
+      memory of the host is there again.
 
     Raises:
       TypeError: there is no :class:`ScaleByAdamaxState` in `state`.
@@ -72,7 +74,7 @@ def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike 
 
     Returns:
       The tree in the new formats, ready for a transformation that was built with the same
-      ``m_dtype`` and ``v_dtype``.
+      ``m_dtype`` and ``v_dtype``. What was in the memory of the host is there again.
 
     Raises:
       ValueError: a dtype in which a moment cannot be kept.
@@ -100,6 +102,11 @@ def v_format_of(dtype: DTypeLike | None) -> VFormat:
     return named(V_FORMATS, "v_dtype", dtype)
 
 
+def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
+    """How a state keeps m and v."""
+    return _m_format(state.m), _v_format(state.v)
+
+
 def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | None]:
     """The `m_dtype` and `v_dtype` of a state; None where a moment is as wide as the arithmetic."""
     return _m_format(state.m).dtype, _v_format(state.v).dtype
@@ -113,24 +120,36 @@ def _v_format(v: Any) -> VFormat:
     return next(f for f in V_FORMATS.values() if is_kept(v, f, V_FORMATS))
 
 
-def _map_states(function: Any, tree: T) -> T:
-    def is_state(x: Any) -> bool:
-        return isinstance(x, ScaleByAdamaxState)
+def states_in(tree: Any) -> list[ScaleByAdamaxState]:
+    """The states of `scale_by_adamax` in a tree, at least one.
 
-    if not any(is_state(x) for x in jax.tree.leaves(tree, is_leaf=is_state)):
+    Raises:
+      TypeError: there is none.
+    """
+    found = [x for x in jax.tree.leaves(tree, is_leaf=_is_state) if _is_state(x)]
+    if not found:
         raise TypeError(
             f"There is no ScaleByAdamaxState in this {type(tree).__name__}: give the state of a "
             f"transformation of optax_adamax. compat.optax.load_state makes one of the state of "
             f"optax.adamax."
         )
-    return jax.tree.map(lambda x: function(x) if is_state(x) else x, tree, is_leaf=is_state)
+    return found
+
+
+def _map_states(function: Any, tree: T) -> T:
+    states_in(tree)  # refuses a tree without one
+    return jax.tree.map(lambda x: function(x) if _is_state(x) else x, tree, is_leaf=_is_state)
+
+
+def _is_state(x: Any) -> bool:
+    return isinstance(x, ScaleByAdamaxState)
 
 
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     m_format, v = _m_format(state.m), _decode_v(state.v)
     m = tree_of(state.m, m_format)
     if m_format.is_rounded:
-        m = jax.tree.map(m_format.decode, m, v)
+        m = jax.tree.map(on_device(m_format.decode), m, v)
     return ScaleByAdamaxState(state.count, m, v)
 
 
@@ -139,13 +158,16 @@ def _decode_v(v: Any) -> Any:
     if not v_format.is_framed:
         return v
 
-    def decode(codes: jax.Array) -> jax.Array:
-        # In a state made by `jax.vmap` there is a phase for each row.
-        phase = v.phase.reshape(v.phase.shape + (1,) * (codes.ndim - v.phase.ndim))
-        w = v_format.decode(codes)
-        return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
+    decode = on_device(functools.partial(decode_framed, v_format=v_format))
+    return jax.tree.map(lambda codes: decode(codes, v.phase), tree_of(v, v_format))
 
-    return jax.tree.map(decode, tree_of(v, v_format))
+
+def decode_framed(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.Array:
+    """v of one leaf that is kept in a frame of this phase."""
+    # In a state made by `jax.vmap` there is a phase for each row.
+    phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
+    w = v_format.decode(codes)
+    return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -154,6 +176,7 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
     keeps_m = is_kept(state.m, m_format, M_FORMATS)
     v = state.v if keeps_v else _encode_v(floats, v_format)
 
+    @on_device
     def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
         dtype = m.dtype if m_format.dtype is None else m_format.stored_dtype(m, real=False)
         return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
@@ -165,14 +188,15 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
 
 
 def _encode_v(floats: ScaleByAdamaxState, v_format: VFormat) -> Any:
-    phase = jnp.zeros_like(floats.count, jnp.uint32)
+    phase = on_device(lambda count: jnp.zeros_like(count, jnp.uint32))(floats.count)
 
-    def encode(m: jax.Array, v: jax.Array) -> jax.Array:
+    @on_device
+    def encode(v: jax.Array, m: jax.Array) -> jax.Array:
         if v_format.dtype is not None:
             v_format.stored_dtype(m, real=True)  # refuses complex parameters in few bits
         return v_format.encode(v * _frame.scale_at(jnp.uint32(0)) if v_format.is_framed else v)
 
-    return in_node(jax.tree.map(encode, floats.m, floats.v), v_format, phase)
+    return in_node(jax.tree.map(encode, floats.v, floats.m), v_format, phase)
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:

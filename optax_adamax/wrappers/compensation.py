@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax._numerics import compute_dtype, hash_uint32, widen
+from optax_adamax._numerics import compute_dtype, hash_uint32, on_device, widen
 from optax_adamax._xla import without_fma
 from optax_adamax.wrappers.packing import PackedTree
 
@@ -310,11 +310,7 @@ def _as_master(p: Any) -> Any:
 def _master(p: Any, residual: Any) -> Any:
     if _is_masked(residual):
         return p
-    p = jnp.asarray(p)
-    space = jax.typeof(p).memory_space
-    if jax.typeof(residual).memory_space != space:
-        residual = jax.device_put(residual, space)
-    return join(p, residual)
+    return on_device(join)(p, residual)
 
 
 def _widened(g: Any) -> Any:

@@ -1,0 +1,168 @@
+"""A checkpoint is restored into the format that was saved; into any other it is refused."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+
+from optax_adamax import (
+    ScaleByAdamaxState,
+    compensate_rounding,
+    encode_state,
+    pack_small_leaves,
+    scale_by_adamax,
+)
+
+FORMATS = list(itertools.product(("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")))
+PAIRS = list(itertools.permutations(FORMATS, 2))
+ORBAX = re.compile("structure", re.IGNORECASE)  # what the errors of each library speak of
+FLAX = re.compile("keys|field names")
+PARAMS = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"c": jnp.ones((2, 3))}}
+
+
+def is_harmless(saved, wanted):
+    """Whether the two differ in nothing but m as float32 or bfloat16, which a cast converts."""
+    return saved[1] == wanted[1] and "int8" not in (saved[0], wanted[0])
+
+
+def as_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def assert_same_bits(got, wanted):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(*map(jax.tree.leaves, (as_numpy(got), as_numpy(wanted))), strict=True):
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+def cast_like(state, wanted):
+    return jax.tree.map(lambda x, like: np.asarray(x).astype(like.dtype), state, wanted)
+
+
+@pytest.fixture(scope="module")
+def states():
+    """One state in the nine formats, with m and v of many magnitudes."""
+    rng = np.random.default_rng(0)
+    v = jax.tree.map(lambda p: jnp.exp(jnp.asarray(rng.normal(size=p.shape), p.dtype)), PARAMS)
+    m = jax.tree.map(lambda v: v * jnp.asarray(rng.uniform(-1, 1, v.shape), v.dtype), v)
+    exact = ScaleByAdamaxState(jnp.int32(7), m, v)
+    return {format: encode_state(exact, *format) for format in FORMATS}
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """Where Orbax has saved each of them."""
+    folder = tmp_path_factory.mktemp("states")
+    paths = {format: folder / "-".join(format) for format in FORMATS}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for format in FORMATS:
+            checkpointer.save(paths[format], states[format])
+    return paths
+
+
+def restore_standard(path, target):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, target)
+
+
+def restore_pytree(path, target):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        return checkpointer.restore(path, item=target, restore_args=arguments)
+
+
+@pytest.mark.parametrize("restore", [restore_standard, restore_pytree])
+def test_orbax_refuses_every_pair_that_differs_in_a_coded_moment(restore, states, saved):
+    for source, destination in PAIRS:
+        target = jax.eval_shape(
+            scale_by_adamax(m_dtype=destination[0], v_dtype=destination[1]).init, PARAMS
+        )
+        if is_harmless(source, destination):
+            restored = restore(saved[source], target)
+            assert_same_bits(restored, cast_like(states[source], target))
+        else:
+            with pytest.raises(ValueError, match=ORBAX):
+                restore(saved[source], target)
+
+
+def test_flax_refuses_every_pair_that_differs_in_a_coded_moment(states):
+    data = {format: serialization.to_bytes(states[format]) for format in FORMATS}
+    for source, destination in PAIRS:
+        if is_harmless(source, destination):  # flax does not cast: what was saved comes back
+            restored = serialization.from_bytes(states[destination], data[source])
+            assert_same_bits(restored, states[source])
+        else:
+            with pytest.raises(ValueError, match=FLAX):
+                serialization.from_bytes(states[destination], data[source])
+
+
+@pytest.mark.parametrize("source, destination", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_what_flax_restores_in_another_dtype_of_m_is_refused_until_it_is_converted(
+    source, destination, states
+):
+    tx = scale_by_adamax(m_dtype=destination, v_dtype="uint8")
+    data = serialization.to_bytes(states[source, "uint8"])
+    restored = serialization.from_bytes(tx.init(PARAMS), data)
+    with pytest.raises(TypeError, match="encode_state"):
+        tx.update(PARAMS, restored)
+    tx.update(PARAMS, encode_state(restored, destination, "uint8"))
+
+
+def test_every_format_is_converted_from_what_was_saved(states, saved):
+    """The documented way: restore into the saved format, then one call of `encode_state`."""
+    for source, destination in PAIRS:
+        restored = restore_standard(saved[source], jax.eval_shape(lambda s=source: states[s]))
+        assert_same_bits(restored, states[source])
+        tx = scale_by_adamax(m_dtype=destination[0], v_dtype=destination[1])
+        converted = encode_state(restored, *destination)
+        wanted = jax.eval_shape(tx.init, PARAMS)
+        assert jax.tree.map(jnp.result_type, converted) == jax.tree.map(jnp.result_type, wanted)
+
+
+@pytest.mark.parametrize("wrap", [optax.chain, pack_small_leaves])
+def test_inside_of_a_chain_or_packed(wrap, tmp_path):
+    saved, other = (wrap(scale_by_adamax(m_dtype="int8", v_dtype=v)) for v in ("uint8", "bfloat16"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", saved.init(PARAMS))
+    with pytest.raises(ValueError, match=ORBAX):
+        restore_standard(tmp_path / "state", jax.eval_shape(other.init, PARAMS))
+    with pytest.raises(ValueError, match=FLAX):
+        serialization.from_bytes(other.init(PARAMS), serialization.to_bytes(saved.init(PARAMS)))
+
+
+@pytest.mark.parametrize("source, destination", [("int8", "int16"), ("int16", "int8")])
+def test_residuals_of_another_size_are_refused(source, destination, tmp_path):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    txs = [compensate_rounding(optax.sgd(0.1), dtype) for dtype in (source, destination)]
+    state, other = (tx.init(params) for tx in txs)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+    assert_same_bits(restore_standard(tmp_path / "state", jax.eval_shape(lambda: state)), state)
+    with pytest.raises(ValueError, match=ORBAX):
+        restore_standard(tmp_path / "state", jax.eval_shape(lambda: other))
+    with pytest.raises(ValueError, match=FLAX):
+        serialization.from_bytes(other, serialization.to_bytes(state))
+
+
+def test_a_single_array_as_parameter(tmp_path):
+    """Flax gives a dict for the node where a leaf is wanted: `update` refuses it."""
+    params = jnp.ones(4)
+    coded, exact = scale_by_adamax(m_dtype="int8", v_dtype="uint8"), scale_by_adamax()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "coded", coded.init(params))
+        checkpointer.save(tmp_path / "exact", exact.init(params))
+    for path, other in (("coded", exact), ("exact", coded)):
+        with pytest.raises(ValueError, match=ORBAX):
+            restore_standard(tmp_path / path, jax.eval_shape(other.init, params))
+    data = serialization.to_bytes(coded.init(params))
+    with pytest.raises(TypeError, match="restored into the structure"):
+        exact.update(params, serialization.from_bytes(exact.init(params), data))
+    with pytest.raises((ValueError, AttributeError)):
+        data = serialization.to_bytes(exact.init(params))
+        serialization.from_bytes(coded.init(params), data)
