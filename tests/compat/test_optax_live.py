@@ -41,7 +41,9 @@ def bias_fault(dtype, b1=0.9):
     return np.abs((1 - power) / (1 - b1**t) - 1)
 
 
-@pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else " ".join(x)
+)
 @pytest.mark.parametrize("learning_rate", [0.1, lambda t: jnp.where(t < 20, 0.1, 0.01)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_every_step_is_that_of_optax(dtype, learning_rate, name, options):
