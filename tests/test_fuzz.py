@@ -156,7 +156,7 @@ class Run(RuleBasedStateMachine):
 
     @rule(form=formats)
     def change_format(self, form):
-        v_kept = np.asarray(decode(self.core).v, np.float64)
+        v_kept = np.where(self.poisoned, 0, np.float64(decode(self.core).v))
         self.state, old, self.form = encode(self.state, *form), self.form, form
         if form[1] != old[1]:
             self.v_error += v_octaves(old[1])
