@@ -83,6 +83,7 @@ class Bfloat16V(VFormat):
 
     def encode(self, w: jax.Array) -> jax.Array:
         w = narrow(undifferentiable(w), np.dtype(np.float32))
+        w = jnp.minimum(w, float(jnp.finfo(self.dtype).max))  # else it may be rounded to infinity
         # Not a cast alone: XLA may leave out a cast to bfloat16 and back, but never this.
         return jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7).astype(self.dtype)
 
