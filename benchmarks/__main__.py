@@ -6,7 +6,8 @@ Each prints its table, writes benchmarks/results/NAME.json and draws its figure 
 benchmarks/figures. `--quick` runs the code on small sizes in a minute or two, and writes nothing;
 the two that know no small size, dtypes and state_bytes, are left out.
 With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
-long ones run only when named: quality, compensation, reliability. Then
+long ones run only when named: quality, compensation, reliability, and accelerators and model_size,
+which need the extra `tpu`. Then
 `python -m benchmarks.readme` puts the results into README.md.
 """
 
@@ -28,7 +29,7 @@ SHORT = (
     "gpu",
 )
 NO_QUICK = ("dtypes", "state_bytes")
-LONG = ("quality", "compensation", "reliability")
+LONG = ("quality", "compensation", "reliability", "accelerators", "model_size")
 ROOT = Path(__file__).parent.parent
 
 

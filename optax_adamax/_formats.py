@@ -155,3 +155,8 @@ def from_bits(bits: jax.Array) -> jax.Array:
 def bits_of(number: float) -> int:
     """The bits of a number as float32."""
     return int(np.float32(number).view(np.int32))
+
+
+def float_of(bits: int) -> float:
+    """The float32 of these bits, as a Python number."""
+    return float(np.int32(bits).view(np.float32))

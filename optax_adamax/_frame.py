@@ -23,7 +23,6 @@ class Frame(NamedTuple):
     phase: jax.Array  # uint32: after the step
     shift: jax.Array  # int32: k, the octaves by which s is folded back
     scale: jax.Array  # float32: s_t
-    rescale: jax.Array  # float32: s_t / s_{t-1}
 
 
 def octaves(b2: ArrayLike) -> jax.Array | np.floating:
@@ -48,10 +47,8 @@ def advance(phase: jax.Array, octaves: ArrayLike) -> Frame:
     ticks = jnp.minimum(jnp.round(fraction * 2.0**32), 2.0**32 - 256)
     new_phase = phase + ticks.astype(jnp.uint32)
     carry = (new_phase < phase).astype(jnp.int32)
-    scale = scale_at(new_phase)
     return Frame(
         phase=new_phase,
         shift=jnp.minimum(whole.astype(jnp.int32) + carry, 127),
-        scale=scale,
-        rescale=scale / scale_at(phase),
+        scale=scale_at(new_phase),
     )

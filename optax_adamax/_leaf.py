@@ -50,10 +50,15 @@ def update_leaf(
 
     def next_m(m: jax.Array, v: jax.Array, g: jax.Array, add: _xla.Add) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
-        m_prev = m_format.decode(m, decode_v(v))
-        m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), _gradient(g, step), m_prev)
+        m_prev = m_format.decode(m, decode_v(v_format.fold(v, step.shift)))
+        m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
         new_m = m_format.encode(m_t, decode_v(next_v(v, g)), _threshold(g, step))
         return _if_taken(step, narrow(new_m, m.dtype), m)
+
+    def g_t(g: jax.Array) -> jax.Array:
+        """The gradient in the units in which m is kept."""
+        g = _gradient(g, step)
+        return g * step.scale if m_format.is_ratio and step.scale is not None else g
 
     def decode_v(v: jax.Array) -> jax.Array:
         return v_format.decode(v).astype(step.b1.dtype)
@@ -68,9 +73,9 @@ def update_leaf(
     if step.b1_ahead is None:
         u = m_format.ratio(new_m, v_t, step.bias, step.eps_in_denominator)
     else:
-        u = _look_ahead(_gradient(g, step), m_format.decode(new_m, v_t), v_t, step)
+        u = _look_ahead(g_t(g), m_format.decode(new_m, v_t), v_t, step)
     if step.bound is not None:
-        u = jnp.clip(u, -step.bound, step.bound)
+        u = jnp.where(jnp.isfinite(u), jnp.clip(u, -step.bound, step.bound), jnp.nan)
     return narrow(u, dtype), new_m, new_v
 
 

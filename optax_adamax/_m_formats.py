@@ -124,7 +124,8 @@ class Int8M(MFormat):
     def ratio(
         self, m: jax.Array, v: jax.Array, bias: jax.Array, eps: jax.Array | None
     ) -> jax.Array:
-        ratio = self.ratio_of(m).astype(v.dtype) / bias
+        # A division would be dear to XLA, which then keeps its result instead of the code.
+        ratio = self.ratio_of(m).astype(v.dtype) * (1 / bias)
         return ratio if eps is None else ratio * divide(v, v + eps)
 
 

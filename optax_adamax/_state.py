@@ -1,6 +1,7 @@
 """The state of the transformation, and its conversion between storage formats."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax import _frame
-from optax_adamax._formats import in_node, is_kept, named, tree_of
+from optax_adamax._formats import Format, in_node, is_kept, named, tree_of
 from optax_adamax._m_formats import M_FORMATS, MFormat
 from optax_adamax._numerics import narrow, on_device
 from optax_adamax._v_formats import V_FORMATS, VFormat
@@ -207,12 +208,11 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
         ("v", v_format, V_FORMATS, state.v),
     ):
         if not is_kept(moment, format, table):
-            dtypes = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(moment)})
             raise TypeError(
-                f"The state keeps {name} as a {type(moment).__name__} of {' and '.join(dtypes)}, "
-                f"but the transformation was built with {name}_dtype={format.dtype}: convert the "
-                f"state with optax_adamax.encode_state(state, m_dtype, v_dtype). A checkpoint must "
-                f"be restored into the structure and the dtypes that init returns."
+                f"The state keeps {name} as {_how(moment, table)}, but the transformation was "
+                f"built with {name}_dtype={format.dtype}: convert the state with "
+                f"optax_adamax.encode_state(state, m_dtype, v_dtype), and restore a checkpoint "
+                f"into the structure and the dtypes that init returns."
             )
     scalars: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
     if v_format.is_framed:
@@ -225,6 +225,13 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
     if jax.tree.structure(m) != jax.tree.structure(v) or shapes[0] != shapes[1]:
         raise ValueError(f"The state has m and v of different trees or shapes: {_RESTORE}")
     return state
+
+
+def _how(moment: Any, table: Mapping[str | None, Format]) -> str:
+    """The dtype in which m or v of a state is kept, and the node, if it is one of a format."""
+    nodes = [format.node for format in table.values() if type(moment) is format.node]
+    dtypes = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(moment)} - {"uint32"})
+    return " and ".join(dtypes) + (f" in a {nodes[0].__name__}" if nodes and nodes[0] else "")
 
 
 def _what_it_is(state: Any) -> str:

@@ -25,8 +25,8 @@ class Step(NamedTuple):
     """
 
     t: jax.Array  # int32: 1 at the first step
-    b1: jax.Array  # times s_t / s_{t-1} where m is a ratio
-    a1: jax.Array  # 1 - b1, times s_t where m is a ratio
+    b1: jax.Array  # over b2 where m is a ratio in the frame, which decays by itself
+    a1: jax.Array  # 1 - b1
     b2: jax.Array
     shift: jax.Array  # int32: octaves by which the frame is folded back
     scale: jax.Array | None  # s_t; None: there is no frame
@@ -141,14 +141,12 @@ def _step(
     bias = one_minus_power(a1, count) if bias_correction else jnp.ones((), dtype)
     next_bias = one_minus_power(a1, count + 1) if bias_correction else bias
     frame = _frame.advance(phase, octaves)
-    scale, rescale = frame.scale.astype(dtype), frame.rescale.astype(dtype)
-    if not v_is_framed:
-        scale = rescale = jnp.ones((), dtype)
+    scale = frame.scale.astype(dtype) if v_is_framed else jnp.ones((), dtype)
     bound = _bound(count, b1, a1, b2, bias, next_bias if nesterov else None) if bounded else None
     return Step(
         t=jnp.asarray(t),
-        b1=b1 * rescale if m_is_ratio else b1,
-        a1=a1 * scale if m_is_ratio else a1,
+        b1=b1 / jnp.where(b2 == 0, 1, b2) if m_is_ratio and v_is_framed else b1,
+        a1=a1,
         b2=b2,
         shift=frame.shift,
         scale=scale if v_is_framed else None,

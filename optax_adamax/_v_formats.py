@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamax._formats import Format, Wide, bits, bits_of, from_bits, undifferentiable
+from optax_adamax._formats import Format, Wide, bits, bits_of, float_of, from_bits, undifferentiable
 from optax_adamax._numerics import narrow
 
 
@@ -34,6 +34,10 @@ class VFormat(Format):
         """The float w as it is stored."""
 
     @abc.abstractmethod
+    def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
+        """What is stored, in the units of the next step's frame but for a factor of 1 / b2."""
+
+    @abc.abstractmethod
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
         """max(b2 v, |g|), from what is stored to what is stored."""
 
@@ -48,6 +52,10 @@ class WideV(Wide, VFormat):
         return w
 
     def encode(self, w: jax.Array) -> jax.Array:
+        return w
+
+    def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
+        del shift
         return w
 
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
@@ -83,6 +91,9 @@ class Bfloat16V(VFormat):
         folded = self.decode(w) * from_bits((127 - shift) << 23)
         return self.encode(jnp.maximum(folded, narrow(abs_g, np.dtype(np.float32))))
 
+    def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
+        return (self.decode(w) * from_bits((127 - shift) << 23)).astype(self.dtype)
+
 
 class FramedUint8(NamedTuple):
     """v kept as codes in a frame; `Uint8V` says what they mean."""
@@ -103,7 +114,7 @@ class Uint8V(VFormat):
     CODES_PER_OCTAVE: ClassVar[int] = 6
     SPACING: ClassVar[int] = (1 << 23) // CODES_PER_OCTAVE  # of codes, in a float's last places
     FLOOR: ClassVar[float] = 2.0**-30  # w of code 0
-    CEILING: ClassVar[float] = 1.5 * 2.0**12  # w of code 255
+    CEILING: ClassVar[float] = float_of(bits_of(FLOOR) + 255 * SPACING)  # w of code 255: 6144
     range = (2 * FLOOR, CEILING)  # w is v at one end of an octave of decay, and v / 2 at the other
     relative_error = 1 / (2 * CODES_PER_OCTAVE)
 
@@ -120,8 +131,11 @@ class Uint8V(VFormat):
 
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
         del b2
+        return jnp.maximum(self.fold(w, shift), self.encode(abs_g))
+
+    def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
         down = jnp.minimum(shift * self.CODES_PER_OCTAVE, 255).astype(self.dtype)
-        return jnp.maximum(jnp.maximum(w, down) - down, self.encode(abs_g))
+        return jnp.maximum(w, down) - down
 
 
 V_FORMATS: dict[str | None, VFormat] = {

@@ -4,8 +4,8 @@ Each function is named after its intent, and says where it is needed and in whic
 seen. `tests/test_xla.py` has a test for each that fails when it has become needless.
 """
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,9 @@ def store(
     def on_cpu(
         m: jax.Array, v: jax.Array, g: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        add: Add = functools.partial(add_without_fma, t=t) if rounds_m else jnp.add
+        def add(x: jax.Array, y: jax.Array) -> jax.Array:
+            return without_fma(x, t) + without_fma(y, t) if rounds_m else x + y
+
         if g.size < LARGE:
             return next_m(m, v, g, add), next_v(v, g)
         if not rounds_m:
@@ -79,20 +81,17 @@ def store(
     return jax.lax.platform_dependent(m, v, g, t, cpu=on_cpu, default=elsewhere)
 
 
-def add_without_fma(x: jax.Array, y: jax.Array, t: jax.Array) -> jax.Array:
-    """x + y of two products, each of them rounded.
+def without_fma(x: jax.Array, t: jax.Array) -> jax.Array:
+    """x, for t >= 0: a product that is rounded before something is added to it.
 
     On CPU XLA contracts a product and a sum to a fused multiply-add in one program and not in
     another, and what is rounded to few bits afterwards would differ by a code between the two. It
-    does not see through an `or` with the bits of min(t, 0). Seen in jaxlib 0.7 to 0.12.
+    does not see through an `or` with the bits of min(t, 0). Only for CPU: there are no such
+    contractions on TPU, where this takes the loop its pipelining. Seen in jaxlib 0.7 to 0.12.
     """
-
-    def opaque(x: jax.Array) -> jax.Array:
-        integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
-        bits = jax.lax.bitcast_convert_type(x, integer) | jnp.minimum(t, 0).astype(integer)
-        return jax.lax.bitcast_convert_type(bits, x.dtype)
-
-    return opaque(x) + opaque(y)
+    integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
+    bits = jax.lax.bitcast_convert_type(x, integer) | jnp.minimum(t, 0).astype(integer)
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
@@ -103,4 +102,7 @@ def _varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
     """The mesh axes over which a value inside of `jax.shard_map` differs between devices."""
-    return getattr(jax.typeof(x), "vma", frozenset())
+    kind: Any = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):  # in JAX 0.10; `vma` before it
+        return kind.manual_axis_type.varying
+    return getattr(kind, "vma", frozenset())

@@ -8,6 +8,8 @@ import optax.tree
 import pytest
 
 from optax_adamax import adamax, decode_state, scale_by_adamax
+from optax_adamax._formats import tree_of
+from optax_adamax._state import dtypes_of, m_format_of, v_format_of
 
 LOW_BIT = [("bfloat16", "bfloat16"), ("int8", "uint8"), ("int8", "bfloat16"), (None, "uint8")]
 FORMATS = pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
@@ -33,8 +35,9 @@ def run(tx, sequence, params=PARAMS):
 
 def codes(state):
     """The trees of m and of what is kept of v."""
-    v = optax.tree.get(state, "codes")
-    return optax.tree.get(state, "m"), v
+    core = optax.tree.get(state, "ScaleByAdamaxState")
+    m_dtype, v_dtype = dtypes_of(core)
+    return tree_of(core.m, m_format_of(m_dtype)), tree_of(core.v, v_format_of(v_dtype))
 
 
 def assert_same_codes(state, other):

@@ -183,7 +183,6 @@ def keep_sharded(
       >>> print(optax.apply_updates(params, updates))
       [0.998 1.998]
     """
-    inner = optax.with_extra_args_support(tx)
     split_update = _split_update(tx, params, zero_axis, memory_kind)
     whole = _whole(params)
 
@@ -196,7 +195,7 @@ def keep_sharded(
         updates, state = split_update(updates, state, params, **extra_args)
         return _constraints.constrain(updates, whole), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def make_update_params(

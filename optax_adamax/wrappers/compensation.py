@@ -15,7 +15,8 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax._numerics import compute_dtype, on_device, widen
+from optax_adamax._numerics import compute_dtype, hash_uint32, on_device, widen
+from optax_adamax._xla import without_fma
 from optax_adamax.wrappers.packing import PackedTree
 
 T = TypeVar("T")
@@ -254,11 +255,10 @@ def _update_leaf(u: Any, p: Any, residual: Any, count: jax.Array) -> tuple[Any, 
 def _compensated(
     u: jax.Array, p: jax.Array, residual: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    # XLA computes the sum in more than one kernel: in each of them it must be the same, and u is
-    # a product, which a kernel may contract with it. That the count is above 0 it does not know.
-    u_bits = jax.lax.bitcast_convert_type(u, jnp.int32) | jnp.minimum(count, 0)
-    moved = join(p, residual) + jax.lax.bitcast_convert_type(u_bits, jnp.float32)
-    fine, left = split(moved, residual.dtype, _threshold(count, u_bits))
+    # XLA computes the sum in more than one kernel, and u is a product: in each it must be rounded.
+    u = jax.lax.platform_dependent(u, count, cpu=without_fma, default=lambda u, count: u)
+    moved = join(p, residual) + u
+    fine, left = split(moved, residual.dtype, _threshold(count, _bits(u)))
     stored, rounded = p.astype(jnp.float32), stored_part(fine, left)
     # The way from p to a number below 2**-16 |p| may be none of float32: p then ends beside it, by
     # more than the half unit in the last place that a cast to bfloat16 mends.
@@ -282,10 +282,8 @@ def _threshold(count: jax.Array, u_bits: jax.Array) -> jax.Array:
     which comes from an m that was rounded by another hash of the count. The bits of u keep the
     elements from sharing one threshold; an index would, but would change with the sharding.
     """
-    x = count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9)
-    for shift, factor in ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB)):
-        x = (x ^ (x >> shift)) * np.uint32(factor)
-    return ((x ^ (x >> 14)) + (u_bits.astype(jnp.uint32) << 9)) >> 24
+    x = hash_uint32(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
+    return (x + (u_bits << 9)) >> 24
 
 
 def _zero_residual(path: Any, p: Any, dtype: np.dtype) -> Any:

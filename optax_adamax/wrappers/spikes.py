@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from optax_adamax import _checks
 from optax_adamax._numerics import compute_dtype, narrow, one_minus_power, widen
+from optax_adamax._xla import varying_axes
 
 AxisName = str | tuple[str, ...]
 
@@ -160,21 +161,13 @@ def _global_norm(updates: optax.Updates, axis_name: AxisName | None) -> jax.Arra
 
 def _is_split(x: jax.Array, axis: str) -> bool:
     """Whether x differs between the devices of an axis, as far as JAX knows; if not, it may."""
-    known = axis in _varying(jax.lax.axis_index(axis))  # not under pmap, nor without check_vma
-    return axis in _varying(x) or not known
-
-
-def _varying(x: Any) -> frozenset[str]:
-    """The axes of shard_map between whose devices JAX knows x to differ."""
-    kind = jax.typeof(x)
-    if hasattr(kind, "manual_axis_type"):  # in JAX 0.10; `vma` before it
-        return kind.manual_axis_type.varying
-    return getattr(kind, "vma", frozenset())
+    known = axis in varying_axes(jax.lax.axis_index(axis))  # not under pmap, nor without check_vma
+    return axis in varying_axes(x) or not known
 
 
 def _check_agreement(norm: jax.Array, state: LimitSpikesState) -> None:
     """Refuses devices that would judge the same step differently and share one state."""
-    unnamed = sorted(_varying(norm) - _varying(state.mean_norm))
+    unnamed = sorted(varying_axes(norm) - varying_axes(state.mean_norm))
     if unnamed:
         raise ValueError(
             f"The gradients differ between the devices of {unnamed}, but the state of limit_spikes "

@@ -223,3 +223,36 @@ def test_groups_are_handed_over_with_steps_of_their_own():
     peer_grid.assert_equal_trees(back.train(their_grads[-5:]).arrays(), whole.arrays(), np.float32)
     with pytest.raises(ValueError, match="different numbers of steps"):
         compat_torch.load_state(peer.saved(), params, compat_torch.adamax(), names, order=order)
+
+
+def test_a_group_copied_from_torch_is_taken():
+    leaves = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": leaves[:1], "lr": 0.1}, {"params": leaves[1:], "eps": 1e-3}]
+    optimizer = torch.optim.Adamax(groups, lr=0.01, weight_decay=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # which adds initial_lr
+    assert "initial_lr" in optimizer.param_groups[0]
+    copied = [
+        {**group, "params": [name]}
+        for group, name in zip(optimizer.param_groups, "ab", strict=True)
+    ]
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = compat_torch.adamax(groups=copied)
+    params, _ = peer_grid.train(tx, params, tx.init(params), [params])
+    for leaf in leaves:
+        leaf.grad = torch.ones(2)
+    optimizer.step()
+    for ours, theirs in zip(params.values(), leaves, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["refuse", "zero"])
+def test_a_fresh_optimizer_of_torch(missing):
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    leaves = [torch.nn.Parameter(torch.ones(n)) for n in (2, 3)]
+    saved, tx = torch.optim.Adamax(leaves).state_dict(), compat_torch.adamax()
+    if missing == "refuse":
+        with pytest.raises(ValueError, match=r"nothing for 'a' .*, 'b' .* missing='zero'"):
+            compat_torch.load_state(saved, params, tx, order=list(params))
+        return
+    state = compat_torch.load_state(saved, params, tx, order=list(params), missing=missing)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))

@@ -18,6 +18,7 @@ FUNCTIONS = {
     "unsplit_leaves": sharding.unsplit_leaves,
     "init_sharded": sharding.init_sharded,
     "keep_sharded": sharding.keep_sharded,
+    "make_update_params": sharding.make_update_params,
 }
 
 

@@ -130,17 +130,18 @@ def dump_tree(
 
 def _check_name(label: str, kind: str, name: str, value: Any, order: Sequence[str]) -> None:
     """Refuses a variable that Keras calls otherwise; arrays, and those in a file, have no names."""
-    called = getattr(value, "name", None)
-    if not isinstance(called, str) or not hasattr(value, "path"):
+    variable_name = getattr(value, "name", None)
+    if not isinstance(variable_name, str) or not hasattr(value, "path"):
         return
-    if not called.endswith(kind):
-        raise ValueError(f"{label} is called {called!r}.")
-    param_name = called.removesuffix(f"_{kind}")
+    if not variable_name.endswith(kind):
+        raise ValueError(f"{label} is called {variable_name!r}.")
+    param_name = variable_name.removesuffix(f"_{kind}")
     names = {x.replace("/", "_"): x for x in order}
     if name and param_name in names and names[param_name] != name:
         raise ValueError(
-            f"{label} is called {called!r}, so it is that of {names[param_name]!r}: give `order` "
-            f"as the optimizer got the variables, [v.path for v in model.trainable_variables]."
+            f"{label} is called {variable_name!r}, so it is that of {names[param_name]!r}: give "
+            f"`order` as the optimizer got the variables, [v.path for v in "
+            f"model.trainable_variables]."
         )
 
 

@@ -1,0 +1,192 @@
+"""Every step beside the bound of its bytes on TPU and GPU, estimated by the compiler.
+
+    python -m benchmarks.accelerators [--targets v5e ...] [--quick]
+
+Needs libtpu (extra `tpu`); the GPUs need JAX's plugin for CUDA (extra `cuda`), and are left out
+without it. No accelerator is needed: see `accelerators_compiler`. One leaf of `SIZE` elements
+unless the case says otherwise, parameters and state donated, gradients given. The bound is the
+time in which a loop of additions moves the bytes of the case once: parameters and state in and
+out, gradients in. Takes two minutes a target; the rows of targets that are not named stay.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from benchmarks import reporting
+from benchmarks.accelerators_compiler import TARGETS, Target, compile_step, cycles_per_byte
+from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, pack_small_leaves
+
+SIZE = 1 << 28  # beyond what a chip keeps beside its arithmetic units
+RATE = 1e-3
+SCHEDULE = optax.cosine_decay_schedule(RATE, 1000)
+B2_SCHEDULE = optax.linear_schedule(0.9, 0.999, 1000)
+PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
+OPTAX = "optax.adamax"
+
+M_DTYPES, V_DTYPES = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")
+FORMATS = {f"{m}, {v}": {"m_dtype": m, "v_dtype": v} for m in M_DTYPES for v in V_DTYPES}
+FEW = ("float32, float32", "bfloat16, bfloat16", "int8, uint8")
+
+Make = Callable[..., optax.GradientTransformationExtraArgs]  # called with the format's dtypes
+
+
+def _compensated(**dtypes: Any) -> optax.GradientTransformationExtraArgs:
+    return compensate_rounding(adamax(RATE, **dtypes), "int8")
+
+
+def _injected(function: Make, **hyperparameters: Any) -> Make:
+    inject = optax.inject_hyperparams(function, hyperparam_dtype=jnp.float32)
+    return functools.partial(inject, **hyperparameters)
+
+
+OPTIONS: dict[str, Make] = {
+    "nesterov": functools.partial(adamax, RATE, nesterov=True),
+    "decoupled decay, masked": functools.partial(
+        adamaxw, RATE, mask=functools.partial(jax.tree.map, lambda p: p.ndim > 0)
+    ),
+    "schedule of the rate": functools.partial(adamax, SCHEDULE),
+    "schedule of b2": _injected(adamax, learning_rate=RATE, b2=B2_SCHEDULE),
+    "all injected": _injected(adamax, learning_rate=RATE, b1=0.9, b2=0.999, eps=1e-8),
+    "all injected, with decay": _injected(
+        adamaxw, learning_rate=RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4
+    ),
+    "nonfinite zero": functools.partial(adamax, RATE, nonfinite="zero"),
+    "nonfinite skip_step": functools.partial(adamax, RATE, nonfinite="skip_step"),
+    "clip by global norm": lambda **x: optax.chain(
+        optax.clip_by_global_norm(1.0), adamax(RATE, **x)
+    ),
+    "limit_spikes, clip": lambda **x: limit_spikes(adamax(RATE, **x), 5.0, action="clip"),
+    "MultiSteps": lambda **x: optax.MultiSteps(adamax(RATE, **x), 4).gradient_transformation(),
+    "pack_small_leaves": lambda **x: pack_small_leaves(adamax(RATE, **x)),
+}
+SHAPES = ((268_435_399,), (16_381, 16_385), (4096, 11008), (50257, 768), (768,), (3, 3, 64, 128))
+SHAPES += ((32, 4096, 4096),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A step to compile: a row of the results."""
+
+    what: str
+    state: str  # "m_dtype, v_dtype", or OPTAX
+    make: Callable[[], Any]
+    dtype: str = "float32"  # of the parameters
+    grad_dtype: str = "float32"
+    shape: tuple[int, ...] = (SIZE,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} · {self.state} · {self.dtype}, {self.grad_dtype} · {self.shape}"
+
+
+def cases() -> list[Case]:
+    """All of them; the first of each dtypes and shape is optax's, to which the others compare."""
+    rows = []
+    for dtypes in (("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")):
+        rows.append(Case("plain", OPTAX, lambda: optax.adamax(RATE), *dtypes))
+        for state in FORMATS if dtypes[0] == dtypes[1] else FEW:
+            make = functools.partial(adamax, RATE, **FORMATS[state])
+            rows.append(Case("plain", state, make, *dtypes))
+    for state in FEW:
+        chosen = FORMATS[state]
+        make = functools.partial(_compensated, **chosen)
+        rows.append(Case("compensation", state, make, "bfloat16", "bfloat16"))
+        rows += [
+            Case(what, state, functools.partial(make, **chosen)) for what, make in OPTIONS.items()
+        ]
+    for shape in SHAPES:
+        rows.append(Case("shape", OPTAX, lambda: optax.adamax(RATE), shape=shape))
+        for state in FEW:
+            make = functools.partial(adamax, RATE, **FORMATS[state])
+            rows.append(Case("shape", state, make, shape=shape))
+    return rows
+
+
+def compile_case(target: Target, case: Case) -> dict[str, Any]:
+    """The report on a case, with the bytes of one pass and the time that these take."""
+    tx = case.make()
+    params = jax.ShapeDtypeStruct(case.shape, case.dtype)
+    gradient = jax.ShapeDtypeStruct(case.shape, case.grad_dtype)
+    state = jax.eval_shape(tx.init, params)
+
+    def step(params: Any, state: Any, gradient: Any) -> Any:
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    report = compile_step(target, step, (params, state, gradient))
+    size = math.prod(case.shape)
+    arrays = [x for x in jax.tree.leaves((params, state)) if x.size == size]
+    one_pass = 2 * sum(x.dtype.itemsize for x in arrays) + gradient.dtype.itemsize
+    cost = cycles_per_byte(target, size)
+    return {
+        "target": target.name,
+        "what": case.what,
+        "state": case.state,
+        "dtypes": [case.dtype, case.grad_dtype],
+        "shape": list(case.shape),
+        **dataclasses.asdict(report),
+        "bytes_a_parameter": report.bytes / size,
+        "bytes_of_one_pass": one_pass,
+        "to_bound": report.cycles / (cost * one_pass * size) if report.cycles and cost else None,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row its ratio to optax.adamax on the same chip, dtypes and shape."""
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["target"], *row["dtypes"], *row["shape"]
+
+    reference = {key(row): row["cycles"] for row in rows if row["state"] == OPTAX}
+    for row in rows:
+        row["to_optax"] = row["cycles"] / reference[key(row)] if row["cycles"] else None
+
+
+def main() -> None:
+    """Compiles every case for every target, prints the rows and writes the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="v5e alone, the formats alone")
+    arguments = parser.parse_args()
+    chosen, every = [TARGETS[name] for name in arguments.targets], cases()
+    if arguments.quick:
+        chosen, every = [TARGETS["v5e"]], [x for x in every if x.what == "plain"][:10]
+    path = reporting.RESULTS / "accelerators.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    for target in chosen:
+        if not importlib.util.find_spec(PLUGINS[target.platform]):
+            tqdm.write(f"{target.name}: left out, {PLUGINS[target.platform]} is not installed")
+            continue
+        progress = tqdm(every, desc=f"{target.name}, estimated by the compiler")
+        rows = [compile_case(target, case) for case in progress]
+        compare(rows)
+        for case, row in zip(every, rows, strict=True):
+            bound = "" if row["to_bound"] is None else f"{row['to_bound']:.2f} of the bound"
+            tqdm.write(
+                f"{target.name:5}{case.name:75}{row['loops']} loops "
+                f"{row['bytes_a_parameter']:5.1f} B {row['temporaries'] / 1e6:6.0f} MB  {bound}"
+            )
+        kept = [row for row in kept if row["target"] != target.name] + rows
+        if not arguments.quick:
+            packages = [PLUGINS["tpu"]] if importlib.util.find_spec("libtpu") else []
+            made = reporting.provenance(
+                "benchmarks.accelerators", dtype="float32", seeds=(), packages=packages
+            )
+            reporting.write_json(path, {"provenance": made, "rows": kept})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Writes the tables of docs/guide/accelerators.md and draws figures/accelerators.png.
+
+python -m benchmarks.accelerators_page [--check]
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import reporting
+from benchmarks.readme import ROOT, table
+
+PAGE = ROOT / "docs" / "guide" / "accelerators.md"
+BYTES = {"float32, float32": "8", "bfloat16, bfloat16": "4", "int8, uint8": "2"}
+Rows = list[dict[str, Any]]
+
+
+def _targets(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["target"] for row in rows))
+
+
+def _text(row: dict[str, Any] | None, against: str) -> str:
+    """A ratio; for GPUs, of which the compiler estimates no cycles, the loops and bytes."""
+    if row is None:
+        return ""
+    loops = "" if row["loops"] == 1 else f", {row['loops']} loops"
+    if row[against] is None:
+        return f"{row['loops']} x, {row['bytes_a_parameter']:.0f} B"
+    return f"{row[against]:.2f}{loops}"
+
+
+def accelerators(results: dict[str, Any]) -> str:
+    """Every format beside optax.adamax, a column a chip."""
+    rows = [x for x in results["rows"] if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
+    found = {(row["state"], row["target"]): row for row in rows}
+    lines = []
+    for state in dict.fromkeys(row["state"] for row in rows):
+        bound = next(x["bytes_of_one_pass"] for x in rows if x["state"] == state)
+        cells = [_text(found.get((state, target)), "to_optax") for target in _targets(rows)]
+        lines.append([state, bound, f"{bound / 28:.2f}", *cells])
+    return table(["m, v", "bytes of a step", "bound", *_targets(rows)], lines)
+
+
+def accelerators_options(results: dict[str, Any]) -> str:
+    """What else is asked of a step, beside the bound of its bytes."""
+    rows = [row for row in results["rows"] if row["what"] not in ("plain", "shape")]
+    found = {(row["what"], row["state"], row["target"]): row for row in rows}
+    names = [(state, target) for state in BYTES for target in _targets(rows)]
+    lines = [
+        [what, *(_text(found.get((what, *name)), "to_bound") for name in names)]
+        for what in dict.fromkeys(row["what"] for row in rows)
+    ]
+    header = [f"{BYTES[state]} bytes, {target}" for state, target in names]
+    return table(["", *header], lines)
+
+
+def accelerators_shapes(results: dict[str, Any]) -> str:
+    """Shapes of leaves, beside the bound of their bytes."""
+    rows = [row for row in results["rows"] if row["what"] == "shape" and row["state"] in BYTES]
+    found = {(tuple(row["shape"]), row["state"], row["target"]): row for row in rows}
+    names = [(state, target) for state in BYTES for target in _targets(rows)]
+    lines = [
+        [shape, *(_text(found.get((shape, *name)), "to_bound") for name in names)]
+        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)
+    ]
+    header = [f"{BYTES[state]} bytes, {target}" for state, target in names]
+    return table(["shape", *header], lines)
+
+
+def model_size(results: dict[str, Any]) -> str:
+    """The largest model of each way, and what a parameter takes."""
+    lines = [
+        [
+            row["way"],
+            f"{row['parameters'] / 1e9:.2f}",
+            f"{row['scanned']:.1f}",
+            f"{row['unrolled']:.1f}",
+        ]
+        for row in results["rows"]
+    ]
+    header = ["parameters and state", "largest model, billions", "bytes a parameter, scanned"]
+    return table([*header, "unrolled"], lines)
+
+
+def accelerators_chips(results: dict[str, Any]) -> str:
+    """The sharded steps."""
+    lines = []
+    for name, row in results["rows"].items():
+        kinds = [
+            f"{x['count']} {kind}, {x['bytes'] / 1e6:.3g} MB"
+            for kind, x in row["collectives"].items()
+        ]
+        held = f"{row['state_bytes'] / 1e6:.2f} ({row['state_bytes_predicted'] / 1e6:.2f})"
+        temporaries = f"{row['temporaries'] / 1e6:.0f}"
+        lines.append(
+            [name, "; ".join(kinds) or "none", f"{row['cycles'] / 1e6:.2f}", temporaries, held]
+        )
+    header = ["", "collectives", "million cycles", "MB of temporaries"]
+    return table([*header, "MB of state (by shapes)"], lines)
+
+
+# The file of results and the function for each table of the page.
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "accelerators": ("accelerators", accelerators),
+    "accelerators_options": ("accelerators", accelerators_options),
+    "accelerators_shapes": ("accelerators", accelerators_shapes),
+    "accelerators_chips": ("accelerators_chips", accelerators_chips),
+    "model_size": ("model_size", model_size),
+}
+
+
+def filled(text: str) -> str:
+    """The page with each table whose results are there, and below it where they come from."""
+
+    def fill(match: re.Match[str]) -> str:
+        file, write = TABLES[match[1]]
+        path = reporting.RESULTS / f"{file}.json"
+        if not path.exists():
+            return match[0]
+        results = json.loads(path.read_text("utf-8"))
+        made = results["provenance"]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        note = f"<sub>Estimated by the compiler, `python -m benchmarks.{file}`, commit "
+        note += f"{made['commit'][:8]}; {versions}.</sub>"
+        return f"<!-- table: {match[1]} -->\n{write(results)}\n\n{note}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def draw(rows: Rows) -> None:
+    """A panel a chip: the cycles of each format, and the mark of its bytes."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    rows = [x for x in rows if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
+    targets = [x for x in _targets(rows) if any(r["to_optax"] for r in rows if r["target"] == x)]
+    figure, panels = plt.subplots(
+        1, len(targets), sharey=True, squeeze=False, figsize=(2.6 + 2.2 * len(targets), 3.6),
+        layout="constrained", dpi=110,
+    )  # fmt: skip
+    for panel, target in zip(panels[0], targets, strict=True):
+        shown = [row for row in rows if row["target"] == target]
+        names = [row["state"] for row in shown]
+        colors = ["#5B6770" if name.startswith("optax") else "#0072B2" for name in names]
+        panel.barh(names, [row["to_optax"] for row in shown], color=colors)
+        bounds = [row["bytes_of_one_pass"] / 28 for row in shown]
+        panel.plot(bounds, names, "|", color="#D55E00", markersize=14, markeredgewidth=2)
+        panel.set_title(f"TPU {target}", loc="left")
+    panels[0, 0].invert_yaxis()
+    figure.suptitle(
+        "Cycles of a step beside optax.adamax, estimated by the compiler; | is what the bytes take",
+        x=0.01, ha="left", fontsize=11,
+    )  # fmt: skip
+    figure.savefig(reporting.FIGURES / "accelerators.png")
+
+
+def main() -> int:
+    """Fills the tables in and draws, or only says whether they are as the JSON files have them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    text = PAGE.read_text("utf-8")
+    if parser.parse_args().check:
+        return int(text != filled(text))
+    PAGE.write_text(filled(text), "utf-8")
+    draw(json.loads((reporting.RESULTS / "accelerators.json").read_text("utf-8"))["rows"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
