@@ -8,7 +8,7 @@ the two that know no small size, dtypes and state_bytes, are left out.
 With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
 long ones run only when named: quality, compensation, reliability, and accelerators and model_size,
 which need the extra `tpu`. Then
-`python -m benchmarks.readme` puts the results into README.md.
+`python -m benchmarks.readme` puts the results into the documentation.
 """
 
 import argparse

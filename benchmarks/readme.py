@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the JSON files beside this one.
+"""Writes the tables of the documentation from the JSON files beside this one.
 
 python -m benchmarks.readme [--check]
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
 Row = Iterable[object]
 
 
@@ -213,7 +213,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with each table, and below it how it was measured."""
+    """A page with each table, and below it how it was measured."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
@@ -230,10 +230,12 @@ def main() -> int:
     """Fills the tables in, or only says whether they are as the JSON files have them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    text = README.read_text("utf-8")
-    if parser.parse_args().check:
-        return int(text != filled(text))
-    README.write_text(filled(text), "utf-8")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if page.read_text("utf-8") != filled(page.read_text("utf-8"))]
+    if check:
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
     return 0
 
 

@@ -52,7 +52,7 @@ def update_leaf(
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
         m_prev = m_format.decode(m, decode_v(v_format.fold(v, step.shift)))
         m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
-        new_m = m_format.encode(m_t, decode_v(next_v(v, g)), _threshold(g, step))
+        new_m = m_format.encode(m_t, decode_v(next_v(v, g)), _threshold(_gradient(g, step), step))
         return _if_taken(step, narrow(new_m, m.dtype), m)
 
     def g_t(g: jax.Array) -> jax.Array:

@@ -58,7 +58,19 @@ def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
 def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
     # At a = 1 (b1 = 0) the derivative of the expression above is 0 * inf.
     (a, t), (a_dot, _) = primals, tangents
-    return one_minus_power(a, t), t * (1 - a) ** (t - 1) * a_dot
+    return one_minus_power(a, t), t * _power(1 - a, t - 1) * a_dot
+
+
+@jax.custom_jvp
+def _power(x: jax.Array, n: jax.Array) -> jax.Array:
+    """x**n for whole n >= 0: with finite derivatives of every order at x = 0, unlike `lax.pow`."""
+    return x**n
+
+
+@_power.defjvp
+def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+    (x, n), (x_dot, _) = primals, tangents
+    return _power(x, n), n * _power(x, jnp.maximum(n - 1, 0)) * x_dot
 
 
 def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

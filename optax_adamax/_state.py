@@ -194,7 +194,8 @@ def _encode_v(floats: ScaleByAdamaxState, v_format: VFormat) -> Any:
     def encode(v: jax.Array, m: jax.Array) -> jax.Array:
         if v_format.dtype is not None:
             v_format.stored_dtype(m, real=True)  # refuses complex parameters in few bits
-        return v_format.encode(v * _frame.scale_at(jnp.uint32(0)) if v_format.is_framed else v)
+        scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
+        return v_format.encode(v * scale if v_format.is_framed else v)
 
     return in_node(jax.tree.map(encode, floats.v, floats.m), v_format, phase)
 

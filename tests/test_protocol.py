@@ -157,6 +157,13 @@ def test_dtypes_of_state_and_updates(name, x64):
         params, gradients = every_dtype(name, x64)
         state = tx.init(params)
         kept = (types(gradients), types(state))
+        assert types(tx.update(gradients, state)) == kept
+        wider = jax.tree.map(
+            lambda p, g: g.astype(p.dtype) if p.dtype.itemsize > g.dtype.itemsize else g,
+            params,
+            gradients,
+        )
+        kept = (types(wider), types(state))
         assert types(jax.eval_shape(tx.update, gradients, state, params)) == kept
         assert types(tx.update(gradients, state, params)) == kept
 

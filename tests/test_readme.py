@@ -1,4 +1,4 @@
-"""The README says what the committed results say, and its code runs."""
+"""README and pages of figures say what the committed results say, and the code in them runs."""
 
 import json
 import re
@@ -11,13 +11,19 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
+BENCHMARKS, RELIABILITY = (
+    (ROOT / "docs" / name).read_text("utf-8") for name in ("benchmarks.md", "reliability.md")
+)
+
+
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import readme
 
-    assert readme.filled(README) == README
-    changed = README.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
-    assert changed != README and readme.filled(changed) == README
+    for page in (BENCHMARKS, RELIABILITY):
+        assert readme.filled(page) == page
+    changed = BENCHMARKS.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
+    assert changed != BENCHMARKS and readme.filled(changed) == BENCHMARKS
 
 
 def test_every_result_says_where_it_comes_from():
@@ -35,9 +41,9 @@ def test_code_in_the_readme_runs(code):
         exec(compile(code, "README.md", "exec"), {})
 
 
-def test_tests_named_in_the_readme_exist():
-    named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)::(test_\w+)`", README)
-    assert named and len(named) == README.count(".py::")
+def test_tests_named_on_the_pages_exist():
+    named = re.findall(r"`(?:tests/)?([\w/]*test_\w+\.py)::(test_\w+)`", BENCHMARKS)
+    assert named and len(named) == BENCHMARKS.count(".py::")
     for path, name in named:
         assert re.search(rf"^def {name}\(", (ROOT / "tests" / path).read_text("utf-8"), re.M), name
 
