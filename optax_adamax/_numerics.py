@@ -94,10 +94,14 @@ def on_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 def _in_memory_of(like: jax.Array, x: jax.Array) -> jax.Array:
     if isinstance(like, Tracer) or isinstance(x, Tracer):
-        space = jax.typeof(like).memory_space
-        return x if jax.typeof(x).memory_space == space else jax.device_put(x, space)
+        space, given = _memory_space(like), _memory_space(x)
+        return x if given == space else jax.device_put(x, space)
     # To `jax.typeof` (JAX 0.10.2) what is in unpinned_host is on the device.
     kind = like.sharding.memory_kind
     if kind is None or x.sharding.memory_kind == kind:
         return x
     return jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+
+def _memory_space(x: jax.Array) -> Any:
+    return getattr(jax.typeof(x), "memory_space", None)  # none in JAX 0.7.0

@@ -161,7 +161,7 @@ def test_a_single_array_as_parameter(tmp_path):
         with pytest.raises(ValueError, match=ORBAX):
             restore_standard(tmp_path / path, jax.eval_shape(other.init, params))
     data = serialization.to_bytes(coded.init(params))
-    with pytest.raises(TypeError, match="restored into the structure"):
+    with pytest.raises(TypeError, match="checkpoint into the structure"):
         exact.update(params, serialization.from_bytes(exact.init(params), data))
     with pytest.raises((ValueError, AttributeError)):
         data = serialization.to_bytes(exact.init(params))
