@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import optax_adamax
-from optax_adamax import FramedMaximum, ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax import FramedUint8, RatioInt8, ScaleByAdamaxState, decode_state, encode_state
 
 jax.config.update("jax_platforms", "cpu")
 FOLDER = Path(globals().get("__file__", "low_bit_state.ipynb")).resolve().parent
@@ -153,7 +153,7 @@ axes[0].set_title("v decays; a large gradient sets it anew (bars: |g|)", loc="le
 axes[1].plot(t, phase, color=GREEN, lw=2)
 axes[1].set_title("The phase of the frame, one number for all parameters", loc="left")
 axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="octaves")
-axes[2].step(t, states.v.codes.astype(int), where="mid", color=BLUE, lw=2)
+axes[2].step(t, states.v.framed_uint8.astype(int), where="mid", color=BLUE, lw=2)
 axes[2].set_title("What is stored: w = v s does not decay, it is halved at a fold", loc="left")
 axes[2].set_yticks((162, 168, 174, 180), ("162: 1/8", "168: 1/4", "174: 1/2", "180: 1"))
 axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(160, 181), ylabel="code: w")
@@ -179,7 +179,7 @@ def state_of(m, v) -> ScaleByAdamaxState:
 
 
 v_codes = jnp.arange(256, dtype=jnp.uint8)
-v_values = decode_state(state_of(jnp.zeros(256), FramedMaximum(v_codes, jnp.uint32(0)))).v
+v_values = decode_state(state_of(jnp.zeros(256), FramedUint8(v_codes, jnp.uint32(0)))).v
 print(f"after a fold, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
 
 v = jnp.exp2(jnp.linspace(-1, 2, 4001))
@@ -195,17 +195,17 @@ octaves_off = np.log2(np.float64(rounded) / np.float64(v))
 #
 # When the gradients stop, m must die away: 0.9 m, 0.81 m, ... With rounding to the nearest code it
 # does not. Once 0.9 m rounds back to m it stays, and so does the step. `optax_adamax` rounds up
-# or down by a threshold that walks with the step count (multiples of the golden ratio, mod 1), so
-# that the mean over the steps is right. It takes no random numbers, so a resumed run repeats it.
+# or down by a threshold that is a hash of the step count and of the gradient, so that the mean over
+# the steps is right. It takes no random numbers, so a resumed run repeats it.
 
 # %%
 ratio_codes = jnp.arange(1, 128, dtype=jnp.int8)
-ratios = decode_state(state_of(ratio_codes, jnp.ones(127))).m
+ratios = decode_state(state_of(RatioInt8(ratio_codes), jnp.ones(127))).m
 
 silence = np.zeros(200, np.float32)
 silence[0] = 1
 _, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), silence)
-walking = jax.vmap(lambda state: decode_state(state).m)(states)
+hashed = jax.vmap(lambda state: decode_state(state).m)(states)
 nearest = [0.1]
 for _ in silence[1:]:
     state = state_of(jnp.float32(0.9 * nearest[-1]), jnp.float32(1))
@@ -231,16 +231,16 @@ ratio.set(yscale="log", xlabel="code (negative codes mirror these)", ylabel="m /
 ratio.set(xticks=(1, 32, 64, 96, 127))
 ratio.set_title("int8 m: the codes", loc="left")
 stall.plot(after, nearest, color=ORANGE, lw=2)
-stall.plot(after, walking, color=BLUE, lw=2)
+stall.plot(after, hashed, color=BLUE, lw=2)
 stall.plot(after, true_m, "k--", lw=1.2)
-stall.set_yscale("symlog", linthresh=2**-19, linscale=0.3)
-stall.text(199, 3.4e-5, "rounded to nearest: stuck", color=ORANGE, ha="right")
-stall.text(199, 1.2e-6, "walking threshold\n(dashed: exact)", color=BLUE, ha="right")
+stall.set_yscale("symlog", linthresh=2**-16, linscale=0.3)
+stall.text(199, 2e-4, "rounded to nearest: stuck", color=ORANGE, ha="right")
+stall.text(199, 1.2e-6, "hashed threshold\n(dashed: exact)", color=BLUE, ha="right")
 stall.set(xlabel="steps without a gradient", ylabel="m")
 stall.set_title("int8 m: when the gradients stop", loc="left")
 fig.savefig(FOLDER / "low_bit_state_codes.png")
 print(f"m after {after[-1]} steps: exact {true_m[-1]:.1e}", end=", ")
-print(f"walking threshold {walking[-1]:.1e}, nearest {nearest[-1]:.1e}")
+print(f"hashed threshold {hashed[-1]:.1e}, nearest {nearest[-1]:.1e}")
 
 # %% [markdown]
 # ## Bytes and loss, side by side
