@@ -174,7 +174,7 @@ def costs(size: int, rounds: int) -> list[dict[str, Any]]:
         make = functools.partial(adamax, 1e-3, m_dtype=m_dtype, v_dtype=v_dtype)
         candidates = {
             policy: functools.partial(make, nonfinite=policy)
-            for policy in ("propagate", "skip_element", "skip_step")
+            for policy in ("propagate", "zero", "skip_step")
         }
         for action in ("clip", "skip"):
             candidates[f"limit_spikes, {action}"] = functools.partial(
