@@ -11,6 +11,7 @@ from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
+@_checks.with_hints
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -37,13 +38,8 @@ def adamax(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the infinity norm, in [0, 1].
       eps: small constant >= 0, in the units of the gradient.
-      eps_placement: ``"max"`` or ``"denominator"``, see :func:`scale_by_adamax`.
-      bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
-      nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
-      m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
-      v_dtype: dtype in which v is kept, likewise.
-      nonfinite: ``"propagate"``, ``"zero"`` or ``"skip_step"``, see :func:`scale_by_adamax`. A
-        step that is skipped does not count in the schedule either.
+      eps_placement, bias_correction, nesterov, m_dtype, v_dtype, nonfinite: see
+        :func:`scale_by_adamax`. A step that is skipped does not count in the schedule either.
 
     Returns:
       The transformation; for the dtype of its updates see :func:`scale_by_adamax`.
@@ -83,6 +79,7 @@ def adamax(
     return handle_nonfinite(nonfinite, tx)
 
 
+@_checks.with_hints
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -113,12 +110,8 @@ def adamaxw(
         learning rate.
       mask: a tree of booleans like the parameters (or a prefix of it), or a function from the
         parameters to such a tree: True where weight decay applies. None: everywhere.
-      eps_placement: ``"max"`` or ``"denominator"``, see :func:`scale_by_adamax`.
-      bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
-      nesterov: whether the step looks ahead by one gradient, see :func:`scale_by_adamax`.
-      m_dtype: dtype in which m is kept, see :func:`scale_by_adamax`.
-      v_dtype: dtype in which v is kept, likewise.
-      nonfinite: as in :func:`adamax`. In a step that is skipped the weights do not decay either.
+      eps_placement, bias_correction, nesterov, m_dtype, v_dtype, nonfinite: see
+        :func:`scale_by_adamax`. In a step that is skipped the weights do not decay either.
 
     Returns:
       The transformation. Its ``update`` needs the parameters as its third argument.

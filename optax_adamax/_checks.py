@@ -4,13 +4,31 @@ Numbers are checked when a transformation is built, concrete JAX arrays too. Tra
 (`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`) cannot be.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+    """Tells what an argument is called here that other optimizers call otherwise."""
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name, here in (("mu_dtype", "m_dtype"), ("nu_dtype", "v_dtype")):
+            if name in kwargs:
+                raise TypeError(f"{function.__name__} has no argument {name}: write {here}=...")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def check_scalar(name: str, value: Any, low: float, high: float, *, closed: bool = False) -> None:

@@ -17,6 +17,7 @@ from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_
 from optax_adamax._step import EpsPlacement, Hyperparameters
 
 
+@_checks.with_hints
 def scale_by_adamax(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,

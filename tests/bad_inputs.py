@@ -93,6 +93,7 @@ HYPERPARAMETERS = [
         ValueError,
         "m_dtype=int8 keeps m as a ratio to v, up to 7.5",
     ),
+    (dict(mu_dtype="bfloat16"), TypeError, "has no argument mu_dtype: write m_dtype=..."),
     (dict(nonfinite="ignore"), ValueError, "'zero', 'skip_step'), but 'ignore'"),
     (dict(nonfinite=None), TypeError, "nonfinite must be one of"),
     (dict(nonfinite=True), TypeError, "nonfinite must be one of"),
