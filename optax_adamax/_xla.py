@@ -96,8 +96,12 @@ def without_fma(x: jax.Array, t: jax.Array) -> jax.Array:
 
 def _varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
     """x, over the mesh axes of a `jax.shard_map` over which `other` varies, as branches must be."""
-    axes = varying_axes(other) - varying_axes(x)
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+    axes = tuple(varying_axes(other) - varying_axes(x))
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):  # in JAX 0.10; `pvary` before it
+        return jax.lax.pcast(x, axes, to="varying")
+    return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009
 
 
 def varying_axes(x: jax.Array) -> frozenset[str]:
