@@ -59,7 +59,7 @@ def store(
         m: jax.Array, v: jax.Array, g: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
-            return without_fma(x, t) + without_fma(y, t) if rounds_m else x + y
+            return without_fma(x, t) + without_fma(y, t)
 
         if g.size < LARGE:
             return next_m(m, v, g, add), next_v(v, g)

@@ -38,7 +38,7 @@ ARITHMETIC |= {"exponential", "exponential_minus_one", "log_plus_one", "sqrt"}
 ELEMENTWISE = ARITHMETIC | {"bitcast_convert", "broadcast_in_dim", "compare", "complex", "constant"}
 ELEMENTWISE |= {"convert", "floor", "imag", "is_finite", "or", "real", "reduce_precision", "select"}
 ELEMENTWISE |= {"round_nearest_even", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
-ELEMENTWISE |= {"xor"}  # in the hash of the count
+ELEMENTWISE |= {"and", "xor"}  # of what is finite, and in the hash of the count
 ELEMENTWISE |= {"case", "return"}  # a choice of platform, at compile time
 
 every_case = pytest.mark.parametrize(

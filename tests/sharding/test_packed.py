@@ -41,7 +41,7 @@ def test_state_shardings(name, zero_axis):
     got = sharding.state_shardings(tx, structs(mesh), zero_axis=zero_axis)
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), structs(mesh))
     assert jax.tree.structure(got) == jax.tree.structure(jax.eval_shape(tx.init, shapes))
-    m = optax.tree.get(got, "m")
+    m = optax.tree.get(got, "m").ratio_int8
     assert set(m.flat) == {"bfloat16", "float32"}
     assert all(leaf.spec == P() for leaf in m.flat.values())
     assert set(m.alone) == {"['wide']"}
