@@ -32,7 +32,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:\w+", r"(jax|optax)\..*"),
     (r"py:class", r"(np|Any|ArrayLike|ArrayTree|DTypeLike|T)(\..*)?"),
-    (r"py:class", r"(Entry|EpsPlacement|Exclusion|Groups|Key|Names|Nonfinite)"),
+    (r"py:class", r"(AxisName|Entry|EpsPlacement|Exclusion|Groups|Key|Missing|Names|Nonfinite)"),
 ]
 
 # The notebooks are shown as they were executed when they were committed.
