@@ -60,10 +60,13 @@ def test_nothing_is_copied_and_nothing_kept(m_dtype, v_dtype):
 
 
 @since_010
-@pytest.mark.parametrize("m_dtype, v_dtype", [("bfloat16", "bfloat16"), ("int8", "uint8")])
-def test_needless_store(plain, m_dtype, v_dtype):
-    step = compiled(adamax(1e-3, m_dtype=m_dtype, v_dtype=v_dtype))
-    assert copies_and_temporaries(step) != (0, 0), "XLA needs no branch any more"
+def test_needless_store(plain):
+    steps = [
+        compiled(adamax(1e-3, m_dtype=m_dtype, v_dtype=v_dtype))
+        for m_dtype, v_dtype in [("bfloat16", "bfloat16"), ("int8", "uint8")]
+    ]
+    found = [copies_and_temporaries(step) for step in steps]
+    assert found != [(0, 0), (0, 0)], "XLA needs no branch any more"
 
 
 def test_products_are_rounded_before_they_are_added():
