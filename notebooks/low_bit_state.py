@@ -342,3 +342,41 @@ fig.savefig(FOLDER / "low_bit_state_loss.png")
 # %% [markdown]
 # The same question for four tasks, each at the learning rate that suits it, with more seeds and
 # with losses on held-out data, is answered by `python -m benchmarks.quality`.
+
+# %% [markdown]
+# ## Does the format fit my gradients?
+#
+# uint8 holds v from 2e-9 to 6.1e3. `describe_state` says, for each leaf, where in this range v is,
+# and what to write where it is not.
+
+# %%
+rng = np.random.default_rng(0)
+sizes = {"tiny": 1e-10, "small": 1e-6, "usual": 1e-2, "large": 1e3, "huge": 1e6}
+leaves = {name: jnp.zeros(1000) for name in sizes}
+tx = optax_adamax.adamax(1e-3, eps=0.0, m_dtype="int8", v_dtype="uint8")
+state = tx.init(leaves)
+for _ in range(100):
+    gradients = {k: jnp.asarray(x * rng.standard_t(3, 1000), jnp.float32) for k, x in sizes.items()}
+    _, state = jax.jit(tx.update)(gradients, state)
+description = optax_adamax.describe_state(state, eps=0.0)
+print(description)
+
+# %%
+fig, (spans, shares) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
+by_path = {leaf.path: leaf for leaf in description.leaves}
+names = list(sizes)
+found = [by_path[f"[{name!r}]"] for name in names]
+for row, leaf in enumerate(found):
+    spans.plot([leaf.v_min, leaf.v_max], [row, row], color=BLUE, lw=8, solid_capstyle="butt")
+    shares.barh(row - 0.2, 100 * leaf.at_bottom, color=GREEN, height=0.4)
+    shares.barh(row + 0.2, 100 * leaf.at_top, color=ORANGE, height=0.4)
+spans.axvspan(2**-29, 6144, color=GREY, alpha=0.15)
+spans.text(2**-28, -0.75, "range of uint8", color=GREY, va="center")
+spans.set_yticks(range(len(names)), names)
+spans.set(xscale="log", xlabel="v, least to largest", ylim=(-1, len(names) - 0.5))
+spans.set_title("v of each leaf", loc="left")
+shares.text(99, 0.22, "at the bottom", color=GREEN, ha="right", va="bottom")
+shares.text(99, len(names) - 1.22, "at the top", color=ORANGE, ha="right", va="top")
+shares.set(xlabel="% of elements")
+shares.set_title("Out of the range", loc="left")
+fig.savefig(FOLDER / "low_bit_state_fit.png")
