@@ -92,6 +92,7 @@ class Mlx:
     """See `Torch`."""
 
     def __init__(self):
+        pytest.importorskip("mlx.core")
         import mlx
 
         self.mx = pytest.importorskip("mlx.core")
