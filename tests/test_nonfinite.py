@@ -394,6 +394,9 @@ def passes_and_copies(compiled, size):
     return len(passes), len(copies)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="earlier compilers copy: slower, with the same results"
+)
 @every_policy
 @every_format
 def test_no_pass_over_memory_but_the_reduction(policy, m_dtype, v_dtype):
