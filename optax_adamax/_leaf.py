@@ -9,7 +9,7 @@ import numpy as np
 from optax_adamax import _xla
 from optax_adamax._formats import bits
 from optax_adamax._m_formats import MFormat, divide
-from optax_adamax._numerics import map_real_imag, narrow, widen
+from optax_adamax._numerics import map_real_imag, modulus, narrow, widen
 from optax_adamax._step import Step
 from optax_adamax._v_formats import VFormat
 
@@ -82,7 +82,7 @@ def update_leaf(
 def _gradient(g: jax.Array, step: Step) -> jax.Array:
     """g_t, in the dtype of the arithmetic; what is not finite counts as 0 if it is looked at."""
     g = widen(g, step.b1.dtype)
-    return g if step.grads_finite is None else jnp.where(jnp.isfinite(jnp.abs(g)), g, 0)
+    return g if step.grads_finite is None else jnp.where(jnp.isfinite(modulus(g)), g, 0)
 
 
 def _magnitude(g: jax.Array, step: Step) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adamax import _checks, _xla
+from optax_adamax._numerics import modulus
 
 Nonfinite = Literal["propagate", "zero", "skip_step"]
 
@@ -66,7 +67,9 @@ def _zero(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[Any, An
     none = jnp.zeros_like(state.nonfinite_count, jnp.uint32)
 
     def count(grads: list[jax.Array]) -> jax.Array:
-        return _total([jnp.sum(~_isfinite(g), dtype=jnp.uint32) for g in grads], like=none)
+        return _total(
+            [jnp.sum(~jnp.isfinite(modulus(g)), dtype=jnp.uint32) for g in grads], like=none
+        )
 
     # On CPU XLA writes the mask to memory before it is added up: so only where there is something.
     leaves = jax.tree.leaves(grads)
@@ -85,7 +88,7 @@ def _skip_step(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[An
 
 
 def _has_nonfinite(grads: list[jax.Array], like: jax.Array) -> jax.Array:
-    bad = [~_xla.all_finite(_modulus(g)) for g in grads]
+    bad = [~_xla.all_finite(modulus(g)) for g in grads]
     return _total([x.astype(jnp.uint32) for x in bad], like) > 0
 
 
@@ -104,12 +107,3 @@ def _check_state(state: Any, nonfinite: Nonfinite) -> HandleNonfiniteState:
             f"init(params)._replace(inner_state=state)."
         )
     return state
-
-
-def _modulus(g: jax.Array) -> jax.Array:
-    return jnp.abs(g) if jnp.iscomplexobj(g) else g
-
-
-def _isfinite(g: jax.Array) -> jax.Array:
-    """Where v would be finite: the modulus of a complex gradient may not be."""
-    return jnp.isfinite(_modulus(g))

@@ -31,6 +31,11 @@ def narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
+def modulus(g: jax.Array) -> jax.Array:
+    """g, or its modulus if it is complex: what v sees, and what may be infinite."""
+    return jnp.abs(g) if jnp.iscomplexobj(g) else g
+
+
 def wider(x: Any, y: Any) -> np.dtype:
     """The dtype of x, or that of y if it has more bits."""
     x, y = jnp.result_type(x), jnp.result_type(y)

@@ -109,7 +109,8 @@ def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
 
 def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | None]:
     """The `m_dtype` and `v_dtype` of a state; None where a moment is as wide as the arithmetic."""
-    return _m_format(state.m).dtype, _v_format(state.v).dtype
+    m_format, v_format = formats_of(state)
+    return m_format.dtype, v_format.dtype
 
 
 def _m_format(m: Any) -> MFormat:
