@@ -3,6 +3,7 @@
 import os
 
 import jax
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -13,3 +14,16 @@ settings.register_profile("quick", max_examples=5, deadline=None, derandomize=Tr
 settings.register_profile("normal", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("long", max_examples=5000, deadline=None, derandomize=True)
 settings.load_profile(os.environ.get("OPTAX_ADAMAX_TEST_PROFILE", "normal"))
+
+
+@pytest.fixture
+def mutant(monkeypatch):
+    """Replaces something in the package for one test, compiled programs included."""
+
+    def replace(module, name, value):
+        monkeypatch.setattr(module, name, value)
+        jax.clear_caches()
+
+    yield replace
+    monkeypatch.undo()
+    jax.clear_caches()

@@ -178,19 +178,6 @@ def test_steps_of_a_layer_do_not_jitter(m_dtype, grad_dtype, limit):
 # The mutants.
 
 
-@pytest.fixture
-def mutant(monkeypatch):
-    """Replaces a function for one test, compiled programs included."""
-
-    def replace(module, name, value):
-        monkeypatch.setattr(module, name, value)
-        jax.clear_caches()
-
-    yield replace
-    monkeypatch.undo()
-    jax.clear_caches()
-
-
 def check_is_seen(check, *arguments):
     with pytest.raises(AssertionError):
         check(*arguments)

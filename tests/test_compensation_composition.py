@@ -11,6 +11,7 @@ import optax
 import optax.tree
 import orbax.checkpoint as ocp
 import pytest
+from compiled import since_010, train_step
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -346,23 +347,16 @@ def test_init_takes_shapes_and_trees_with_holes():
     assert_equal(found, expected()[0])
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA copied more before jaxlib 0.10")
+@since_010
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("residual_dtype", ["int8", "int16"])
 def test_memory_of_a_step(residual_dtype, dtype):
     """Beyond those of the inner one, only the old residual is copied, whatever the gradients."""
     n, width = 1 << 20, jnp.iinfo(residual_dtype).bits // 8
     tx = compensate_rounding(optax.sgd(3e-4), residual_dtype)
-
-    def step(params, state, g):
-        updates, state = tx.update(g, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, g = jnp.ones(n, jnp.bfloat16), jax.ShapeDtypeStruct((n,), dtype)
     with jax.numpy_dtype_promotion("standard"):
-        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, tx.init(params), g)
-    memory = lowered.compile().memory_analysis()
-    held = (2 + width + g.dtype.itemsize) * n
+        memory = train_step(tx, n, jnp.bfloat16, dtype).memory_analysis()
+    held = (2 + width + dtype.dtype.itemsize) * n
     assert memory.argument_size_in_bytes == pytest.approx(held, abs=100)
     assert memory.alias_size_in_bytes == pytest.approx((2 + width) * n, abs=100)
     assert memory.temp_size_in_bytes == pytest.approx(width * n, abs=5000)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from formats import FORMATS, LOW_BIT, step_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,10 +20,6 @@ from optax_adamax._v_formats import V_FORMATS
 LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
 STEPS = 100_000 if LONG else 3_000
 
-M_DTYPES = ["float32", "bfloat16", "int8"]
-V_DTYPES = ["float32", "bfloat16", "uint8"]
-FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
-LOW_BIT = [x for x in FORMATS if x != ("float32", "float32")]
 
 ROUNDED_M = [x for x in FORMATS if x[0] != "float32"]
 
@@ -181,10 +178,6 @@ def test_no_bits_of_nan_or_infinity_become_a_number(bad):
 
 
 # 3: the step bound.
-
-
-def step_bound(t, b1, b2):
-    return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))
 
 
 def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), eps=0.0, **rule):
@@ -384,19 +377,6 @@ def test_state_bytes(m_dtype, v_dtype):
 
 
 # The mutants. Each check above must see its own.
-
-
-@pytest.fixture
-def mutant(monkeypatch):
-    """Replaces something in the package for one test, compiled programs included."""
-
-    def replace(module, name, value):
-        monkeypatch.setattr(module, name, value)
-        jax.clear_caches()
-
-    yield replace
-    monkeypatch.undo()
-    jax.clear_caches()
 
 
 def altered_advance(alter):

@@ -1,7 +1,6 @@
 """Gradients that are not finite: what counts as 0, what stays, and what is counted."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,8 @@ import optax
 import optax.tree
 import pytest
 import reference
+from compiled import copies, passes, since_010, train_step
+from formats import FORMATS, SOME_FORMATS
 
 from optax_adamax import (
     HandleNonfiniteState,
@@ -22,10 +23,7 @@ from optax_adamax import (
 )
 from optax_adamax.compat import optax as compat_optax
 
-M_DTYPES, V_DTYPES = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")
-FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 # One for each way in which m and v can be kept; the other combinations are marked slow.
-SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
 some_formats = pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)
 every_format = pytest.mark.parametrize(
     "m_dtype, v_dtype",
@@ -374,42 +372,19 @@ def test_the_default_has_the_state_that_it_always_had(make):
 # What it costs.
 
 
-def compiled_step(size, **options):
-    tx = adamaxw(1e-3, **options)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, g):
-        u, state = tx.update(g, state, params)
-        return optax.apply_updates(params, u), state
-
-    params = jax.ShapeDtypeStruct((size,), jnp.float32)
-    return step.lower(params, jax.eval_shape(tx.init, params), params).compile()
-
-
-def passes_and_copies(compiled, size):
-    """Of whole arrays, in the program itself and outside its branches."""
-    entry = compiled.as_text().split("\nENTRY")[1]
-    passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
-    copies = re.findall(rf"= \w+\[{size}\]\S* copy\(", compiled.as_text())
-    return len(passes), len(copies)
-
-
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="earlier compilers copy: slower, with the same results"
-)
+@since_010
 @every_policy
 @every_format
 def test_no_pass_over_memory_but_the_reduction(policy, m_dtype, v_dtype):
     size = 1 << 16
-    formats = {"m_dtype": m_dtype, "v_dtype": v_dtype}
-    plain, policed = (compiled_step(size, **formats, nonfinite=x) for x in ("propagate", policy))
-    (few, _), (passes, copies) = (passes_and_copies(x, size) for x in (plain, policed))
-    assert copies == 0
-    # Before 0.10 the reduction reads what another pass has written.
-    fused = jax.__version_info__ >= (0, 10)
-    assert passes == few if fused else passes <= few + 1
+    plain, policed = (
+        train_step(adamaxw(1e-3, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=x), size)
+        for x in ("propagate", policy)
+    )
+    assert copies(policed, size) == 0
+    assert passes(policed, size) == passes(plain, size)
     account = policed.memory_analysis()
     assert account.alias_size_in_bytes >= plain.memory_analysis().alias_size_in_bytes
     # Elements are counted in a branch of its own, which is entered only if there are some.
-    allowed = size // 16 if policy == "skip_step" and fused else 5 * size
+    allowed = size // 16 if policy == "skip_step" else 5 * size
     assert account.temp_size_in_bytes <= allowed

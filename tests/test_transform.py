@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from formats import step_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,13 +145,6 @@ def heavy_tails():
     sizes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-20, 1e-8, 1e-3, 1.0, 1e5, 1e30, 3.4e38])
     signed = st.tuples(sizes, st.floats(-1, 1, width=32)).map(lambda x: x[0] * x[1])
     return st.lists(signed, min_size=1, max_size=40)
-
-
-def step_bound(t, b1, b2):
-    """C_t of |update_t| <= lr C_t."""
-    if b2 == 0:
-        return np.inf
-    return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))
 
 
 @given(

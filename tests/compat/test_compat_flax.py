@@ -89,6 +89,7 @@ class Model(nnx.Module):
         return self.Dense_0(x)
 
 
+@pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="nnx.as_pure is newer than Flax 0.12.0")
 @pytest.mark.parametrize("formats", [{}, {"m_dtype": "int8", "v_dtype": "uint8"}], ids=str)
 @pytest.mark.parametrize("groups", [None, [{"params": "bias$", "lr": 0.2}, {}]])
 def test_a_loaded_state_gets_into_the_optimizer_of_nnx(groups, formats):
