@@ -22,10 +22,11 @@ def without_params(
 
     @functools.wraps(constructor)
     def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Transformation:
-        if args and ("lr" in kwargs or _is_tree(args[0])):
+        if "params" in kwargs or (args and ("lr" in kwargs or _is_tree(args[0]))):
+            given = "params" if "params" in kwargs else f"a {type(args[0]).__name__}"
             raise TypeError(
-                f"The first argument is lr, but a {type(args[0]).__name__} was given. There are no "
-                f"parameters here: leave them out, and give them to the init of what is returned."
+                f"The first argument is lr, but {given} was given. There are no parameters here: "
+                f"leave them out, and give them to the init of what is returned."
             )
         return constructor(*args, **kwargs)
 

@@ -132,6 +132,7 @@ def test_paths_that_collide_are_refused():
         ((iter([jnp.ones(2)]),), {}),
         (([{"params": [jnp.ones(2)], "lr": 0.1}],), {"weight_decay": 0.1}),
         ((jnp.ones(2),), {"lr": 0.1}),
+        ((), {"params": PARAMS, "lr": 0.1}),
     ],
 )
 def test_parameters_are_told_to_go(module, arguments):
