@@ -28,7 +28,7 @@ def draw(results: dict[str, Any]) -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     tasks = results["tasks"]
     fig, axes = plt.subplots(
-        2, len(tasks), figsize=(12, 6.4), sharex=True, sharey=True, layout="constrained", dpi=110
+        2, len(tasks), figsize=(3 * len(tasks), 6.4), sharex=True, sharey=True, layout="constrained", dpi=110
     )
     for column, (name, task) in enumerate(tasks.items()):
         for panel, (loss, title) in zip(axes[:, column], LOSSES.items(), strict=True):

@@ -36,6 +36,7 @@ class Task(NamedTuple):
     loss: Callable[[Params, jax.Array], jax.Array]
     train_loss: Callable[[Params], jax.Array]
     held_out_loss: Callable[[Params], jax.Array]
+    b1: float = 0.9
 
 
 # --- Digits: the 1,797 images of 8 x 8 pixels that ship with scikit-learn.
