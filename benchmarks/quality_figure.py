@@ -27,9 +27,8 @@ def draw(results: dict[str, Any]) -> None:
     """One panel a task and loss: each seed's gap to float32 state, and the mean gap."""
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     tasks = results["tasks"]
-    fig, axes = plt.subplots(
-        2, len(tasks), figsize=(3 * len(tasks), 6.4), sharex=True, sharey=True, layout="constrained", dpi=110
-    )
+    size = {"figsize": (3 * len(tasks), 6.4), "dpi": 110, "layout": "constrained"}
+    fig, axes = plt.subplots(2, len(tasks), sharex=True, sharey=True, **size)
     for column, (name, task) in enumerate(tasks.items()):
         for panel, (loss, title) in zip(axes[:, column], LOSSES.items(), strict=True):
             draw_panel(panel, task[loss])

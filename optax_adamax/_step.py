@@ -1,7 +1,8 @@
 """The hyperparameters, and what they make of step t: scalars, the same for all parameters."""
 
+import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,125 +41,110 @@ class Step(NamedTuple):
     grads_finite: jax.Array | None  # bool: whether the step is taken; None: nobody asked
 
 
-class Hyperparameters(NamedTuple):
-    """What `scale_by_adamax` is told, and where it is said what each one means."""
+def _static() -> Any:
+    """A field that a program is compiled for."""
+    return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters:
+    """What a step is made from, and where it is said what each one means."""
 
     b1: ArrayLike
+    a1: ArrayLike  # 1 - b1
     b2: ArrayLike
+    octaves: ArrayLike  # by which v decays in a step
     eps: ArrayLike
-    eps_placement: EpsPlacement
-    bias_correction: bool
-    nesterov: bool
+    eps_in_max: bool = _static()
+    bias_correction: bool = _static()
+    nesterov: bool = _static()
+    # K >= |m_t| / v_t in exact arithmetic for constant b1 and b2; None if one is traced
+    largest_ratio: float | None = _static()
 
-    def check(self) -> None:
-        """Refuses what cannot be a hyperparameter of Adamax."""
-        _checks.check_decay("b1", self.b1, closed=False)
-        _checks.check_decay("b2", self.b2, closed=True)
-        _checks.check_scalar("eps", self.eps, 0.0, float("inf"))
-        _checks.check_choice("eps_placement", self.eps_placement, ("max", "denominator"))
-        _checks.check_flag("bias_correction", self.bias_correction)
-        _checks.check_flag("nesterov", self.nesterov)
+    @classmethod
+    def checked(
+        cls,
+        b1: ArrayLike,
+        b2: ArrayLike,
+        eps: ArrayLike,
+        eps_placement: EpsPlacement,
+        bias_correction: bool,
+        nesterov: bool,
+    ) -> "Hyperparameters":
+        """Of what `scale_by_adamax` is told, unless that cannot be."""
+        _checks.check_decay("b1", b1, closed=False)
+        _checks.check_decay("b2", b2, closed=True)
+        _checks.check_scalar("eps", eps, 0.0, float("inf"))
+        _checks.check_choice("eps_placement", eps_placement, ("max", "denominator"))
+        _checks.check_flag("bias_correction", bias_correction)
+        _checks.check_flag("nesterov", nesterov)
+        return cls(
+            b1=b1,
+            a1=1 - b1,
+            b2=b2,
+            octaves=_frame.octaves(b2),
+            eps=eps,
+            eps_in_max=eps_placement == "max",
+            bias_correction=bias_correction,
+            nesterov=nesterov,
+            largest_ratio=_largest_ratio(_checks.number(b1), _checks.number(b2)),
+        )
 
-    @property
-    def largest_ratio(self) -> float | None:
-        """K >= |m_t| / v_t in exact arithmetic for constant b1 and b2; None if one is traced."""
-        b1, b2 = _checks.number(self.b1), _checks.number(self.b2)
-        if b1 is None or b2 is None:
-            return None
-        return (1 - b1) / (1 - b1 / b2) if b1 < b2 else float("inf")
-
+    @functools.partial(jax.jit, static_argnames=("m_format", "v_format", "dtype"))
     def at(
         self,
         t: ArrayLike,
         phase: jax.Array,
-        dtype: np.dtype,
+        grads_finite: jax.Array | None = None,
         *,
         m_format: MFormat,
         v_format: VFormat,
-        grads_finite: jax.Array | None = None,
+        dtype: np.dtype,
     ) -> Step:
         """Step t = 1, 2, ...
 
         Args:
           t: its number, int32.
           phase: of v's frame before the step, uint32.
-          dtype: of the arithmetic, float32 or float64.
+          grads_finite: see `_nonfinite.handle_nonfinite`.
           m_format: how m is kept.
           v_format: how v is kept.
-          grads_finite: see `_nonfinite.handle_nonfinite`.
+          dtype: of the arithmetic, float32 or float64.
         """
-        rounded = m_format.is_rounded or v_format.is_rounded
-        return _step(
-            t,
-            phase,
-            grads_finite,
-            self.b1,
-            1 - self.b1,
-            self.b2,
-            _frame.octaves(self.b2),
-            self.eps,
-            eps_in_max=self.eps_placement == "max",
-            bias_correction=self.bias_correction,
-            nesterov=self.nesterov,
-            bounded=rounded and self.largest_ratio not in (None, float("inf")),
-            m_is_ratio=m_format.is_ratio,
-            v_is_framed=v_format.is_framed,
-            dtype=dtype,
+        b1, a1, b2, eps = (jnp.asarray(x, dtype) for x in (self.b1, self.a1, self.b2, self.eps))
+        count = jnp.asarray(t, dtype)
+        bias = one_minus_power(a1, count) if self.bias_correction else jnp.ones((), dtype)
+        next_bias = one_minus_power(a1, count + 1) if self.bias_correction else bias
+        frame = _frame.advance(phase, self.octaves)
+        scale = frame.scale.astype(dtype) if v_format.is_framed else jnp.ones((), dtype)
+        is_rounded = m_format.is_rounded or v_format.is_rounded
+        bound = None
+        if is_rounded and self.largest_ratio not in (None, float("inf")):
+            bound = _bound(count, b1, a1, b2, bias, next_bias if self.nesterov else None)
+        in_frame = m_format.is_ratio and v_format.is_framed
+        return Step(
+            t=jnp.asarray(t),
+            b1=b1 / jnp.where(b2 == 0, 1, b2) if in_frame else b1,
+            a1=a1,
+            b2=b2,
+            shift=frame.shift,
+            scale=scale if v_format.is_framed else None,
+            eps_in_max=eps if self.eps_in_max else None,
+            eps_in_denominator=None if self.eps_in_max else eps * scale,
+            bias=bias if m_format.is_ratio else bias / scale,
+            b1_ahead=b1 * (bias / next_bias) if self.nesterov else None,
+            bound=bound,
+            threshold=hash_uint32(jnp.asarray(t, np.uint32)),
+            phase=frame.phase,
+            grads_finite=grads_finite,
         )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "eps_in_max",
-        "bias_correction",
-        "nesterov",
-        "bounded",
-        "m_is_ratio",
-        "v_is_framed",
-        "dtype",
-    ),
-)
-def _step(
-    t: ArrayLike,
-    phase: jax.Array,
-    grads_finite: jax.Array | None,
-    b1: ArrayLike,
-    a1: ArrayLike,
-    b2: ArrayLike,
-    octaves: ArrayLike,
-    eps: ArrayLike,
-    *,
-    eps_in_max: bool,
-    bias_correction: bool,
-    nesterov: bool,
-    bounded: bool,
-    m_is_ratio: bool,
-    v_is_framed: bool,
-    dtype: np.dtype,
-) -> Step:
-    b1, a1, b2, eps, count = (jnp.asarray(x, dtype) for x in (b1, a1, b2, eps, t))
-    bias = one_minus_power(a1, count) if bias_correction else jnp.ones((), dtype)
-    next_bias = one_minus_power(a1, count + 1) if bias_correction else bias
-    frame = _frame.advance(phase, octaves)
-    scale = frame.scale.astype(dtype) if v_is_framed else jnp.ones((), dtype)
-    bound = _bound(count, b1, a1, b2, bias, next_bias if nesterov else None) if bounded else None
-    return Step(
-        t=jnp.asarray(t),
-        b1=b1 / jnp.where(b2 == 0, 1, b2) if m_is_ratio and v_is_framed else b1,
-        a1=a1,
-        b2=b2,
-        shift=frame.shift,
-        scale=scale if v_is_framed else None,
-        eps_in_max=eps if eps_in_max else None,
-        eps_in_denominator=None if eps_in_max else eps * scale,
-        bias=bias if m_is_ratio else bias / scale,
-        b1_ahead=b1 * (bias / next_bias) if nesterov else None,
-        bound=bound,
-        threshold=hash_uint32(jnp.asarray(t, np.uint32)),
-        phase=frame.phase,
-        grads_finite=grads_finite,
-    )
+def _largest_ratio(b1: float | None, b2: float | None) -> float | None:
+    if b1 is None or b2 is None:
+        return None
+    return (1 - b1) / (1 - b1 / b2) if b1 < b2 else float("inf")
 
 
 def _bound(

@@ -99,8 +99,7 @@ def scale_by_adamax(
       Kingma & Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
-    hyper = Hyperparameters(b1, b2, eps, eps_placement, bias_correction, nesterov)
-    hyper.check()
+    hyper = Hyperparameters.checked(b1, b2, eps, eps_placement, bias_correction, nesterov)
     m_format, v_format = m_format_of(m_dtype), v_format_of(v_dtype)
     _checks.check_ratio(hyper.largest_ratio, m_format.largest_ratio, b1, b2)
     formats: dict[str, Any] = {"m_format": m_format, "v_format": v_format}
@@ -134,7 +133,7 @@ def scale_by_adamax(
         leaves = list(zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True))
         dtypes = [compute_dtype(*leaf[:3]) for leaf in leaves]
         steps = {
-            dtype: hyper.at(t, phase, dtype, **formats, grads_finite=grads_finite)
+            dtype: hyper.at(t, phase, grads_finite, **formats, dtype=dtype)
             for dtype in {np.dtype(np.float32), *dtypes}
         }
         updated = [
@@ -203,8 +202,7 @@ def adamax_step(
       >>> print(f"{parameter:.3f} {m:.3f} {v:.3f}")
       0.998 0.010 0.100
     """
-    hyper = Hyperparameters(b1, b2, eps, eps_placement, bias_correction, nesterov)
-    hyper.check()
+    hyper = Hyperparameters.checked(b1, b2, eps, eps_placement, bias_correction, nesterov)
     _checks.check_scalar("learning_rate", learning_rate, 0.0, float("inf"))
     _checks.check_scalar("t", t, 1.0, float("inf"))
     arrays = {"parameter": parameter, "grad": grad, "m": m, "v": v}
@@ -217,7 +215,7 @@ def adamax_step(
         grad.astype(wide),
         jnp.broadcast_to(m.astype(wide), parameter.shape),
         jnp.broadcast_to(v.astype(dtype), parameter.shape),
-        hyper.at(t, jnp.uint32(0), dtype, **formats),
+        hyper.at(t, jnp.uint32(0), **formats, dtype=dtype),
         **formats,
         dtype=wide,
     )
