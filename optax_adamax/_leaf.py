@@ -10,7 +10,7 @@ from optax_adamax import _xla
 from optax_adamax._formats import bits
 from optax_adamax._m_formats import MFormat, divide
 from optax_adamax._numerics import map_real_imag, modulus, narrow, widen
-from optax_adamax._step import Step
+from optax_adamax._step import SHIFT_MASK, Step
 from optax_adamax._v_formats import VFormat
 
 
@@ -45,12 +45,12 @@ def update_leaf(
 
     def next_v(v: jax.Array, g: jax.Array) -> jax.Array:
         """v_t = max(b2 v_{t-1}, |g_t| + eps)."""
-        new_v = v_format.next(v, _magnitude(g, step), step.b2, step.shift)
+        new_v = v_format.next(v, _magnitude(g, step), step.b2, _shift(g, step))
         return _if_taken(step, narrow(new_v, v.dtype), v)
 
     def next_m(m: jax.Array, v: jax.Array, g: jax.Array, add: _xla.Add) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
-        m_prev = m_format.decode(m, decode_v(v_format.fold(v, step.shift)))
+        m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))))
         m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
         new_m = m_format.encode(m_t, decode_v(next_v(v, g)), _threshold(_gradient(g, step), step))
         return _if_taken(step, narrow(new_m, m.dtype), m)
@@ -75,7 +75,9 @@ def update_leaf(
     else:
         u = _look_ahead(g_t(g), m_format.decode(new_m, v_t), v_t, step)
     if step.bound is not None:
-        u = jnp.where(jnp.isfinite(u), jnp.clip(u, -step.bound, step.bound), jnp.nan)
+        # Not jnp.clip, to which -bound would be another scalar.
+        limited = -jnp.minimum(-jnp.minimum(u, step.bound), step.bound)
+        u = jnp.where(jnp.isfinite(u), limited, jnp.nan)
     return narrow(u, dtype), new_m, new_v
 
 
@@ -101,8 +103,20 @@ def _look_ahead(g: jax.Array, m: jax.Array, v: jax.Array, step: Step) -> jax.Arr
 
 def _threshold(g: jax.Array, step: Step) -> jax.Array:
     """uint32, uniform over the steps whatever g is; the bits of g tell the elements apart."""
-    mantissa = bits(narrow(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32) << 9
-    return step.threshold + mantissa
+    return step.threshold + _mantissa(g)
+
+
+def _shift(g: jax.Array, step: Step) -> jax.Array:
+    """The octaves by which the frame is folded back: also the last bits of each threshold."""
+    if step.scale is None:
+        return step.shift
+    last_bits = (step.threshold + _mantissa(_gradient(g, step))) & SHIFT_MASK
+    return _xla.per_element(step.shift, last_bits.astype(step.shift.dtype))
+
+
+def _mantissa(g: jax.Array) -> jax.Array:
+    """The bits of |g| that differ most, as uint32; the last nine bits are 0."""
+    return bits(narrow(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32) << 9
 
 
 def _if_taken(step: Step, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -16,13 +16,15 @@ from optax_adamax._v_formats import VFormat
 
 EpsPlacement = Literal["max", "denominator"]
 
+SHIFT_MASK = np.uint32((1 << 9) - 1)
+
 
 class Step(NamedTuple):
     """Step t; the floats are of the dtype of the arithmetic.
 
     v is in the units of its frame (see `_frame`), where it has one, and so is what is kept as a
-    ratio to it. The scalars contain what that takes, for on TPU a loop that reads more than eight
-    of them is a slow one.
+    ratio to it. The scalars contain what that takes: on TPU a loop has to do with few of them (see
+    `_xla.per_element`).
     """
 
     t: jax.Array  # int32: 1 at the first step
@@ -36,7 +38,8 @@ class Step(NamedTuple):
     bias: jax.Array  # 1 - b1**t, or 1 without bias correction; over s_t where m is no ratio
     b1_ahead: jax.Array | None  # with Nesterov momentum, b1 (1 - b1**t) / (1 - b1**(t + 1))
     bound: jax.Array | None  # of |u_t|, where what is stored may take it beyond
-    threshold: jax.Array  # uint32: a hash of t, by which it is decided what is rounded up
+    # uint32: a hash of t, by which it is decided what is rounded up; its last bits are `shift`
+    threshold: jax.Array
     phase: jax.Array  # uint32: that of the frame after the step
     grads_finite: jax.Array | None  # bool: whether the step is taken; None: nobody asked
 
@@ -135,7 +138,8 @@ class Hyperparameters:
             bias=bias if m_format.is_ratio else bias / scale,
             b1_ahead=b1 * (bias / next_bias) if self.nesterov else None,
             bound=bound,
-            threshold=hash_uint32(jnp.asarray(t, np.uint32)),
+            threshold=(hash_uint32(jnp.asarray(t, np.uint32)) & ~SHIFT_MASK)
+            | frame.shift.astype(jnp.uint32),
             phase=frame.phase,
             grads_finite=grads_finite,
         )

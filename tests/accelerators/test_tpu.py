@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes
+from optax_adamax import _xla, adamax, adamaxw, compensate_rounding, limit_spikes
 
 pytest.importorskip("libtpu", reason="TPU's compiler is libtpu: pip install '.[tpu]'")
 from jax.experimental import topologies
@@ -85,6 +85,9 @@ POLICIES = {
 }
 # bfloat16 is bound by arithmetic: optax's own step takes 1.3 times what its 14 bytes take on v6e.
 OPTAX_BFLOAT16 = {"optax, bfloat16": Step(lambda: optax.adamax(1e-3), 14, "bfloat16")}
+# With residuals v6e needs 1.31 times optax's cycles: for 1,024 elements these are 157 vector
+# instructions, which take 28.5 cycles where the bytes alone would take 14.7.
+BEYOND_OPTAX = {("v6e", "7 bytes for all"): 1.31}
 ALL = STEPS | POLICIES
 
 
@@ -178,5 +181,17 @@ def test_a_large_leaf_is_one_loop_over_the_bytes_of_its_format(chip, name):
 def test_a_step_takes_the_cycles_of_its_bytes(chip, name):
     bound = cycles_per_byte(chip) * STEPS[name].bytes * SIZE
     if STEPS[name].dtype == "bfloat16":
-        bound = max(bound, cycles(train_step(chip, *OPTAX_BFLOAT16)))
+        optax_cycles = cycles(train_step(chip, *OPTAX_BFLOAT16))
+        bound = max(bound, BEYOND_OPTAX.get((chip, name), 1) * optax_cycles)
     assert cycles(train_step(chip, name)) <= 1.05 * bound
+
+
+def test_needless_per_element(monkeypatch):
+    monkeypatch.setattr(_xla, "per_element", lambda scalar, elements: scalar)
+    jax.clear_caches()
+    try:
+        step = train_step.__wrapped__("v5e", "2 bytes, all injected")
+    finally:
+        jax.clear_caches()
+    bound = cycles_per_byte("v5e") * 16 * SIZE
+    assert cycles(step) > 1.05 * bound, "a loop on TPU may have as many operands as it likes"
