@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optax_adamax import Int8Residual, adamax, adamaxw, compensate_rounding, master_params
-from optax_adamax.wrappers import compensation
+from optax_adamax.wrappers import _residual
 
 residuals = pytest.mark.parametrize("residual_dtype", ["int8", "int16"])
 UNIT = {"int8": 2.0**-15, "int16": 2.0**-24}  # the largest relative error of one step
@@ -121,14 +121,14 @@ def test_every_value_takes_every_kind_of_update(residual_dtype, compiled):
 
 def mutated(monkeypatch, name, mutant):
     """The module with another function, traced anew."""
-    monkeypatch.setattr(compensation, name, mutant)
-    step = compensation._compensated.__wrapped__
-    monkeypatch.setattr(compensation, "_compensated", lambda *arguments: step(*arguments))
+    monkeypatch.setattr(_residual, name, mutant)
+    step = _residual.add.__wrapped__
+    monkeypatch.setattr(_residual, "add", lambda *arguments: step(*arguments))
 
 
 def split_without_clip(theta, residual_dtype, threshold):
     width = jnp.iinfo(residual_dtype).bits
-    fine = (compensation._bits(theta) + threshold * (width == 8)) >> (16 - width)
+    fine = (_residual._bits(theta) + threshold * (width == 8)) >> (16 - width)
     upper = (fine + (1 << (width - 1))) >> width
     return fine, (fine - (upper << width)).astype(residual_dtype)
 
@@ -149,7 +149,7 @@ def join_without_sign(p, residual):
     return JOIN(jnp.abs(p), residual)
 
 
-JOIN = compensation.join
+JOIN = _residual.join
 
 
 @pytest.mark.parametrize(
