@@ -12,9 +12,9 @@ import optax
 import optax.contrib
 import optax.tree
 import pytest
-import reference
 
 import optax_adamax
+from oracle import reference
 
 STEPS = 20
 RATE = 0.05

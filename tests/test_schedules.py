@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from formats import FORMATS, SOME_FORMATS, step_bound, v_error
 
 from optax_adamax import scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._step import Hyperparameters
+from oracle import reference
+from oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
 
 STEPS = 200
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from formats import FORMATS, SOME_FORMATS, m_error, v_error
 
 from optax_adamax import (
     FramedBfloat16,
@@ -19,6 +18,7 @@ from optax_adamax import (
     encode_state,
     scale_by_adamax,
 )
+from oracle.formats import FORMATS, SOME_FORMATS, m_error, v_error
 
 # None, here, is float32.
 CASES = [*FORMATS, (None, None), (None, "uint8"), ("int8", None)]

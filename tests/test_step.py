@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 from optax_adamax import adamax_step, scale_by_adamax
+from oracle import reference
 
 TEACHING = [
     ((1.0, 0.1, 0.0, 0.0, 1), (0.998, 0.01, 0.1)),

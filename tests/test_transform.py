@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from formats import step_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
 import optax_adamax
 from optax_adamax import adamax, adamaxw, scale_by_adamax
+from oracle import reference
+from oracle.formats import step_bound
 
 RULES = [
     {},
