@@ -23,8 +23,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from benchmarks import reporting
-from benchmarks.low_bit import Candidate
+from benchmarks import low_bit, reporting, timing
 from benchmarks.quality import compare
 from benchmarks.tasks import TASKS, Params, Task
 from optax_adamax import adamax, compensate_rounding, master_params
@@ -193,11 +192,11 @@ def step_times(size: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Times of a step on one leaf, as ratios to float32, in alternation."""
     normal = jax.random.normal(jax.random.key(0), (size,)) * 0.01
     gradients = {name: normal.astype(arm.dtype) for name, arm in ARMS.items()}
-    built = {name: Candidate(arm.build(1e-3), gradients[name]) for name, arm in ARMS.items()}
-    for _ in tqdm(range(rounds), desc="step times"):
-        for name, candidate in built.items():
-            candidate.run(gradients[name])
-    return {name: x.describe(built[REFERENCE], size) for name, x in built.items()}
+    steps = {
+        name: timing.Step(arm.build(1e-3), jnp.ones_like(g), timing.given, g)
+        for (name, arm), g in zip(ARMS.items(), gradients.values(), strict=True)
+    }
+    return low_bit.compare({REFERENCE: steps.pop(REFERENCE)} | steps, size, rounds)
 
 
 def main() -> None:
@@ -217,8 +216,8 @@ def main() -> None:
             chosen[name] = task, SEEDS[: 5 if "transformer" in name else 10], best_rate(name)
     ends = {name: constant_gradient(arm, steps) for name, arm in ARMS.items()}
     rows = {name: step_bytes(arm, size) for name, arm in ARMS.items()}
-    for name, timing in step_times(size, rounds).items():
-        rows[name] |= {k: timing[k] for k in ("ratio", "ratio_quartiles")}
+    for name, row in step_times(size, rounds).items():
+        rows[name] |= {k: row[k] for k in ("ratio", "ratio_quartiles")}
         print(f"{name:28} {ends[name]}  {rows[name]}")
     tasks: dict[str, Any] = {}
     with tqdm(total=sum(len(ARMS) * len(seeds) for _, seeds, _ in chosen.values())) as bar:

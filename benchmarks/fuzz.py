@@ -1,4 +1,4 @@
-"""Runs the machine of tests/test_fuzz.py for long, and writes how much of it was run.
+"""Runs the machine of oracle/machine.py for long, and writes how much of it was run.
 
     python -m benchmarks.fuzz [--examples 100000] [--minutes 25] [--seed 0] [--resume]
 
@@ -9,9 +9,7 @@ it goes on with the seed after the last one in results/fuzz.json, and adds up.
 import argparse
 import json
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,9 +37,8 @@ def main() -> None:
         given.seed = before["provenance"]["seeds"][-1] + 1
 
     os.environ["OPTAX_ADAMAX_TEST_PROFILE"] = "long"  # all formats, and resharding
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     jax.config.update("jax_num_cpu_devices", 8)
-    import test_fuzz
+    from oracle import machine
 
     profile = settings(
         max_examples=BATCH,
@@ -54,10 +51,10 @@ def main() -> None:
     wanted = given.examples - before["examples"]
     with tqdm(total=wanted, desc="examples") as bar:
         while bar.n < wanted and time.monotonic() - start < 60 * given.minutes:
-            seed(next_seed)(test_fuzz.Run)
-            run_state_machine_as_test(test_fuzz.Run, settings=profile)
+            seed(next_seed)(machine.Run)
+            run_state_machine_as_test(machine.Run, settings=profile)
             next_seed += 1
-            bar.update(test_fuzz.Run.examples - bar.n)
+            bar.update(machine.Run.examples - bar.n)
     made = reporting.provenance(
         "benchmarks.fuzz",
         dtype="all storage formats",
@@ -66,8 +63,8 @@ def main() -> None:
     )
     results = {
         "provenance": made,
-        "examples": before["examples"] + test_fuzz.Run.examples,
-        "rules": before["rules"] + test_fuzz.Run.executed,
+        "examples": before["examples"] + machine.Run.examples,
+        "rules": before["rules"] + machine.Run.executed,
         "minutes": before["minutes"] + (time.monotonic() - start) / 60,
         "commits": [*before["commits"], made["commit"]],
         "counter_examples": 0,

@@ -18,8 +18,9 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting, timing
-from benchmarks.low_bit import FORMATS, WIDTH
+from benchmarks.low_bit import WIDTH
 from optax_adamax import adamax
+from oracle.formats import FORMATS
 
 SIZE, ROUNDS, STEPS = 1 << 28, 20, 10
 REFERENCE, COPY = "optax.adamax", "copy"

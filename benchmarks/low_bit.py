@@ -11,70 +11,49 @@ over parameters, state and gradients. Takes two minutes.
 import argparse
 import functools
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from tqdm import tqdm
 
-from benchmarks import reporting
+from benchmarks import reporting, timing
 from optax_adamax import adamax
+from oracle.formats import FORMATS
 
 SIZE, ROUNDS, SEED = 1 << 24, 20, 0
 WIDTH = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
-M_DTYPES, V_DTYPES = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")
-FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 
 
-class Candidate:
-    """A compiled step with its own parameters and state."""
+def describe(step: timing.Step, ratio: dict[str, Any], size: int) -> dict[str, Any]:
+    """A ratio of times, and what the compiler says."""
+    entry = step.compiled.as_text().split("\nENTRY")[1]
+    passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
+    calls = re.findall(r" conditional\(", entry)
+    return {
+        "ratio": ratio["median"],
+        "ratio_quartiles": ratio["quartiles"],
+        "state_bytes": sum(x.nbytes for x in jax.tree.leaves(step.carry[1]) if x.ndim) / size,
+        "temporary_bytes": step.compiled.memory_analysis().temp_size_in_bytes,
+        "passes": len(passes) + 2 * len(calls),
+    }
 
-    def __init__(self, tx: optax.GradientTransformationExtraArgs, gradient: jax.Array):
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params: Any, state: Any, gradient: jax.Array) -> Any:
-            updates, state = tx.update(gradient, state, params)
-            return optax.apply_updates(params, updates), state
 
-        params = jnp.ones_like(gradient)
-        self.carry = params, tx.init(params)
-        self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self.carry[1]) if x.ndim)
-        self.compiled = step.lower(*self.carry, gradient).compile()
-        self.seconds: list[float] = []
-
-    def run(self, gradient: jax.Array) -> None:
-        """Takes one step and remembers its time."""
-        start = time.perf_counter()
-        self.carry = jax.block_until_ready(self.compiled(*self.carry, gradient))
-        self.seconds.append(time.perf_counter() - start)
-
-    def describe(self, reference: "Candidate", size: int) -> dict[str, Any]:
-        """Ratios to the reference round by round, and what the compiler says."""
-        ratios = np.array(self.seconds[3:]) / np.array(reference.seconds[3:])
-        entry = self.compiled.as_text().split("\nENTRY")[1]
-        passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
-        calls = re.findall(r" conditional\(", entry)
-        return {
-            "ratio": float(np.median(ratios)),
-            "ratio_quartiles": [float(x) for x in np.quantile(ratios, (0.25, 0.75))],
-            "state_bytes": self.state_bytes / size,
-            "temporary_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
-            "passes": len(passes) + 2 * len(calls),
-        }
+def compare(steps: dict[str, timing.Step], size: int, rounds: int) -> dict[str, Any]:
+    """Runs the steps in turn, `rounds` times; the first one is the reference."""
+    ratios = timing.ratios(timing.alternate(steps, rounds), next(iter(steps)))
+    return {name: describe(step, ratios[name], size) for name, step in steps.items()}
 
 
 def measure(candidates: dict[str, Callable[[], Any]], size: int, rounds: int) -> dict[str, Any]:
-    """Runs the candidates in turn, `rounds` times; the first one is the reference."""
+    """The same of transformations, on one leaf of parameters."""
     gradient = jax.random.normal(jax.random.key(SEED), (size,)) * 0.01
-    built = {name: Candidate(make(), gradient) for name, make in candidates.items()}
-    for _ in tqdm(range(rounds), desc="rounds"):
-        for candidate in built.values():
-            candidate.run(gradient)
-    reference = next(iter(built.values()))
-    return {name: x.describe(reference, size) for name, x in built.items()}
+    ones = jnp.ones_like(gradient)
+    steps = {
+        name: timing.Step(make(), ones, timing.given, gradient) for name, make in candidates.items()
+    }
+    return compare(steps, size, rounds)
 
 
 def main() -> None:
@@ -93,7 +72,7 @@ def main() -> None:
         # One pass: the gradient in; the parameter and the state in and out.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
         row = rows[name] = rows[name] | {"predicted": predicted}
-        ratio = "{:.2f} ({:.2f}-{:.2f})".format(row["ratio"], *row["ratio_quartiles"])
+        ratio = "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_quartiles"])
         found = f"{row['state_bytes']:g} bytes (predicted {width})  ratio {ratio}"
         print(
             f"{name:20} {found} (predicted {predicted['ratio']:.2f})  {row['passes']} passes, "

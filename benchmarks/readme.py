@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import timing
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
 Row = Iterable[object]
@@ -62,7 +64,7 @@ def peers(results: dict[str, Any]) -> str:
             plain.get("to_limit", {}),
             switched.get("to_limit", {}),
         ]
-        rows.append([name, *(ratio_text(x[name]) if name in x else "" for x in found)])
+        rows.append([name, *(timing.text(x[name]) if name in x else "" for x in found)])
     return table(["", "to `optax.adamax`", "to the limit", "to the limit, both switches"], rows)
 
 
@@ -83,7 +85,7 @@ def packing(results: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(ratio_text(rows[name][x]) for rows in counts.values() for x in ("step", "compile")),
+            *(timing.text(rows[name][x]) for rows in counts.values() for x in ("step", "compile")),
         ]
         for name in next(iter(counts.values()))
     ]
@@ -95,16 +97,10 @@ def overhead(results: dict[str, Any]) -> str:
     names = list(next(iter(results["rows"].values())))
     rows = [
         [how, f"{1e3 * row[names[0]]['seconds']['median']:.2f} ms"]
-        + [ratio_text(row[name]["ratio"]) for name in names[1:]]
+        + [timing.text(row[name]["ratio"]) for name in names[1:]]
         for how, row in results["rows"].items()
     ]
     return table(["a call of `update`", *names], rows)
-
-
-def ratio_text(ratio: dict[str, Any]) -> str:
-    """A median and its quartiles."""
-    low, high = ratio["quartiles"]
-    return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
 def quality(results: dict[str, Any]) -> str:
@@ -212,6 +208,14 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+def _load(made: dict[str, Any]) -> str:
+    """Threads, and the load of the machine in the minute before, and in the last one."""
+    if "load" not in made:
+        return ", load not recorded"
+    before, after = made["load"]["before"][0], made["load"]["after"][0]
+    return f", {made['threads']} threads, load {before:.1f} before and {after:.1f} at the end"
+
+
 def filled(text: str) -> str:
     """A page with each table, and below it how it was measured."""
 
@@ -220,7 +224,7 @@ def filled(text: str) -> str:
         results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        note = f"<sub>`{made['command']}` on {made['machine']}; {versions}.</sub>"
+        note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"
         return f"<!-- table: {name} -->\n{TABLES[name](results)}\n\n{note}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)

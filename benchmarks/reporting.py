@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 
+LINUX = hasattr(os, "sched_getaffinity")
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
+LOAD_BEFORE = os.getloadavg()  # a benchmark imports this before it measures
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "optax_adamax")
 
 
@@ -25,6 +27,8 @@ def provenance(
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "threads": len(os.sched_getaffinity(0)) if LINUX else os.cpu_count(),
+        "load": {"before": LOAD_BEFORE, "after": os.getloadavg()},  # means of 1, 5, 15 minutes
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in (*PACKAGES, *packages)},

@@ -16,7 +16,7 @@ WARM_UP = 3
 def alternate(runners: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
     """Seconds of each runner in each round; a runner returns when its work is done."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in tqdm(range(WARM_UP + rounds), desc="rounds", leave=False):
+    for _ in tqdm(range(WARM_UP + rounds), desc="rounds", leave=False, disable=None):
         for name, runner in runners.items():
             start = time.perf_counter()
             runner()

@@ -10,14 +10,15 @@
 # 4. a checkpoint written in mid-run and resumed: it ends with the same bits as the run that
 #    was never disturbed.
 #
-# It takes about a minute on two CPU cores. `python notebooks/quickstart.py` does the same.
+# It takes about a minute on two CPU cores. `python notebooks/quickstart.py` does the same, and
+# with `--write` it writes the figure and `quickstart.json` that stand beside this notebook.
 
 # %%
 import functools
-import itertools
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -42,6 +43,7 @@ jax.config.update("jax_platforms", "cpu")
 
 STARTED = time.perf_counter()
 FOLDER = Path(globals().get("__file__", "quickstart.ipynb")).resolve().parent
+WRITE = "--write" in sys.argv
 
 BATCH, EPOCHS = 50, 20
 SEEDS, TUNING_SEEDS = (0, 1, 2), (100, 101, 102)
@@ -131,17 +133,19 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def make_trainer(optimizer: str, peak_rate: float):
-    """How to begin a run from a seed, and how to take one step of it."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak_rate, STEPS // 10, STEPS)
-    tx = OPTIMIZERS[optimizer](schedule)
+def make_trainer(optimizer: str):
+    """How to begin a run from a seed, and how to take one step of it, compiled for any rate."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, STEPS // 10, STEPS)
 
     def init(seed: int) -> TrainState:
         params = init_params(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, OPTIMIZERS[optimizer](shape).init(params)
+        )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, x: jax.Array, y: jax.Array):
+    def train_step(state: TrainState, peak_rate: float, x: jax.Array, y: jax.Array):
+        tx = OPTIMIZERS[optimizer](lambda step: peak_rate * shape(step))
         loss, grads = jax.value_and_grad(cross_entropy)(state.params, x, y)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -150,11 +154,11 @@ def make_trainer(optimizer: str, peak_rate: float):
     return init, train_step
 
 
-def train(train_step, state: TrainState, seed: int, stop: int = STEPS):
+def train(train_step, state: TrainState, peak_rate: float, seed: int, stop: int = STEPS):
     """Goes on from `state` to the step `stop`; returns the new state and the losses."""
     losses = []
     for batch in batches(seed)[int(state.step) : stop]:
-        state, loss = train_step(state, images[batch], labels[batch])
+        state, loss = train_step(state, peak_rate, images[batch], labels[batch])
         losses.append(loss)
     return state, np.array(losses)
 
@@ -167,17 +171,19 @@ def train(train_step, state: TrainState, seed: int, stop: int = STEPS):
 # are not the ones of the final runs.
 
 # %%
-valid_loss = {}
-for optimizer, rate in tqdm(list(itertools.product(OPTIMIZERS, PEAK_RATES)), "tuning"):
-    init, train_step = make_trainer(optimizer, rate)
-    trained = [train(train_step, init(seed), seed)[0].params for seed in TUNING_SEEDS]
-    of_seeds = [evaluate(params, valid_images, valid_labels)[0] for params in trained]
-    valid_loss[optimizer, rate] = np.float64(of_seeds)
-
-best_rate = {o: min(PEAK_RATES, key=lambda rate: valid_loss[o, rate].mean()) for o in OPTIMIZERS}
-for optimizer, rate in best_rate.items():
-    edge = ", at the edge of the grid" if rate in (PEAK_RATES[0], PEAK_RATES[-1]) else ""
-    print(f"{optimizer:20} peak rate {rate:g}{edge}")
+progress = functools.partial(tqdm, disable=None)  # no bar where there is no terminal
+trainers = {optimizer: make_trainer(optimizer) for optimizer in OPTIMIZERS}
+valid_loss, best_rate = {}, {}
+for optimizer, (init, train_step) in trainers.items():
+    for rate in progress(PEAK_RATES, f"tuning {optimizer}", leave=False):
+        trained = [train(train_step, init(seed), rate, seed)[0].params for seed in TUNING_SEEDS]
+        of_seeds = [evaluate(params, valid_images, valid_labels)[0] for params in trained]
+        valid_loss[optimizer, rate] = np.float64(of_seeds)
+    best = min(PEAK_RATES, key=lambda rate: valid_loss[optimizer, rate].mean())
+    best_rate[optimizer] = best
+    edge = ", at the edge of the grid" if best in (PEAK_RATES[0], PEAK_RATES[-1]) else ""
+    loss = valid_loss[optimizer, best].mean()
+    print(f"{optimizer:20} peak rate {best:g}{edge}: validation loss {loss:.4f}", flush=True)
 
 # %% [markdown]
 # ## Three seeds
@@ -186,9 +192,9 @@ for optimizer, rate in best_rate.items():
 
 # %%
 final_state, loss_curves, accuracy = {}, {}, {}
-for optimizer, rate in tqdm(best_rate.items(), "three seeds"):
-    init, train_step = make_trainer(optimizer, rate)
-    runs = [train(train_step, init(seed), seed) for seed in SEEDS]
+for optimizer, rate in progress(best_rate.items(), "three seeds", leave=False):
+    init, train_step = trainers[optimizer]
+    runs = [train(train_step, init(seed), rate, seed) for seed in SEEDS]
     final_state[optimizer] = [state for state, _ in runs]
     loss_curves[optimizer] = np.array([losses.reshape(EPOCHS, -1).mean(1) for _, losses in runs])
     of_seeds = [evaluate(state.params, test_images, test_labels)[1] for state, _ in runs]
@@ -233,7 +239,8 @@ for axes in (left, right):
     axes.grid(axis="y", alpha=0.25)
 caption = "Lines: mean of three seeds. Bands: from the lowest seed to the highest."
 fig.supxlabel(caption, x=0.01, ha="left", size=10, color="#5B6770")
-fig.savefig(FOLDER / "quickstart.png")
+if WRITE:
+    fig.savefig(FOLDER / "quickstart.png")
 
 # %% [markdown]
 # ## A checkpoint, resumed
@@ -246,15 +253,16 @@ fig.savefig(FOLDER / "quickstart.png")
 optimizer, seed, middle = "optax_adamax.adamax", SEEDS[0], STEPS // 2 + 7
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
     checkpoint = Path(folder).resolve() / f"step_{middle}"
-    init, train_step = make_trainer(optimizer, best_rate[optimizer])
-    broken_off, _ = train(train_step, init(seed), seed, stop=middle)
+    rate = best_rate[optimizer]
+    init, train_step = trainers[optimizer]
+    broken_off, _ = train(train_step, init(seed), rate, seed, stop=middle)
     checkpointer.save(checkpoint, broken_off)
     checkpointer.wait_until_finished()
     del init, train_step, broken_off
 
-    init, train_step = make_trainer(optimizer, best_rate[optimizer])
+    init, train_step = make_trainer(optimizer)
     state = checkpointer.restore(checkpoint, jax.eval_shape(functools.partial(init, seed)))
-    resumed, _ = train(train_step, state, seed)
+    resumed, _ = train(train_step, state, rate, seed)
 
 undisturbed = final_state[optimizer][0]
 assert jax.tree.structure(resumed) == jax.tree.structure(undisturbed)
@@ -309,8 +317,8 @@ results = {
     "resumed_run_has_equal_bits": True,
     "seconds": round(time.perf_counter() - STARTED),
 }
-with open(FOLDER / "quickstart.json", "w") as file:
-    file.write(json.dumps(results, indent=2) + "\n")
+if WRITE:
+    (FOLDER / "quickstart.json").write_text(json.dumps(results, indent=2) + "\n")
 
 # %%
 print(f"{'optimizer':20} {'peak rate':>9}  {'test accuracy':>15} {'last training loss':>19}")

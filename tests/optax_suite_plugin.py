@@ -1,9 +1,11 @@
 """Pytest plugin: the adamax cases of optax's own suite, with our functions in place of its own.
 
 Run ``pytest -p optax_suite_plugin DIR``, where DIR is that of the installed optax, which ships its
-suite. Its cases are counted, so that none goes missing, and a case that skips itself fails.
+suite. Its cases are counted, so that none goes missing, and a case fails that skips itself or does
+not call our `init`.
 """
 
+import functools
 import re
 
 import jax
@@ -37,12 +39,32 @@ class NumericVersion(str):
         return [int(number) for number in re.findall(r"\d+", version)]
 
 
+calls = 0  # of our `init`
+
+
+def counted(constructor):
+    """The constructor, of a transformation whose `init` is counted."""
+
+    @functools.wraps(constructor)
+    def construct(*args, **kwargs):
+        tx = constructor(*args, **kwargs)
+
+        def init(params):
+            global calls
+            calls += 1
+            return tx.init(params)
+
+        return tx._replace(init=init)
+
+    return construct
+
+
 def pytest_configure():
     jax.config.update("jax_num_cpu_devices", 8)
     jax.__version__ = NumericVersion(jax.__version__)
     for name, modules in SWAPPED.items():
         for module in modules:
-            setattr(module, name, getattr(optax_adamax, name))
+            setattr(module, name, counted(getattr(optax_adamax, name)))
 
 
 # Before the mark plugin, so that -k and -m do not change the count.
@@ -69,6 +91,14 @@ def check_count(count):
         raise pytest.UsageError(
             f"{count} cases are named adamax in optax {optax.__version__}: expected {expected}."
         )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    before = calls
+    result = yield
+    assert calls > before, "our init was not called"
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

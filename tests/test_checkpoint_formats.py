@@ -18,8 +18,8 @@ from optax_adamax import (
     pack_small_leaves,
     scale_by_adamax,
 )
+from oracle.formats import FORMATS
 
-FORMATS = list(itertools.product(("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")))
 PAIRS = list(itertools.permutations(FORMATS, 2))
 ORBAX = re.compile("structure", re.IGNORECASE)  # what the errors of each library speak of
 FLAX = re.compile("keys|field names")

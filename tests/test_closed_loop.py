@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import LOW_BIT
 
 from optax_adamax import _leaf, _step, decode_state, scale_by_adamax
+from oracle.formats import LOW_BIT
 
 ROUNDED_M = [form for form in LOW_BIT if form[0] != "float32"]
 B1 = np.float32([0.9, 0.95, 0.99, 0.999])

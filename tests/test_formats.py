@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
 
 from optax_adamax import decode_state, encode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS, Bfloat16V
+from oracle import reference
 
 
 class FramedUint16(NamedTuple):

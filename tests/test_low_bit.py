@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from formats import FORMATS, LOW_BIT, step_bound
 from hypothesis import given
 from hypothesis import strategies as st
 
 from optax_adamax import _frame, _leaf, _step, decode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
+from oracle import reference
+from oracle.formats import FORMATS, LOW_BIT, step_bound
 
 LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
 STEPS = 100_000 if LONG else 3_000

@@ -10,9 +10,11 @@ import pytest
 from optax_adamax import adamax, decode_state, scale_by_adamax
 from optax_adamax._formats import tree_of
 from optax_adamax._state import dtypes_of, m_format_of, v_format_of
+from oracle.formats import SOME_FORMATS
 
-LOW_BIT = [("bfloat16", "bfloat16"), ("int8", "uint8"), ("int8", "bfloat16"), (None, "uint8")]
-FORMATS = pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+# Each moment in each of its low formats, alone and with the other.
+SOME_LOW_BIT = [*SOME_FORMATS[1:], ("int8", "bfloat16"), (None, "uint8")]
+low_bit_formats = pytest.mark.parametrize("m_dtype, v_dtype", SOME_LOW_BIT)
 PARAMS = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
 
 
@@ -49,7 +51,7 @@ def assert_same_codes(state, other):
     jax.tree.map(same, codes(state), codes(other))
 
 
-@FORMATS
+@low_bit_formats
 def test_multi_steps(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     sequence = gradients()
@@ -58,7 +60,7 @@ def test_multi_steps(m_dtype, v_dtype):
     assert_same_codes(state, run(tx, sequence)[1])
 
 
-@FORMATS
+@low_bit_formats
 def test_masked_and_partition(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     only_a = [{"a": g["a"]} for g in gradients()]
@@ -73,7 +75,7 @@ def test_masked_and_partition(m_dtype, v_dtype):
             np.testing.assert_array_equal(tree["a"], other["a"])
 
 
-@FORMATS
+@low_bit_formats
 def test_flatten(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     updates, state = run(optax.flatten(tx), gradients())
@@ -84,7 +86,7 @@ def test_flatten(m_dtype, v_dtype):
         np.testing.assert_array_equal(flat, np.concatenate(leaves))
 
 
-@FORMATS
+@low_bit_formats
 def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     sequence = gradients()
@@ -95,7 +97,7 @@ def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
     assert_same_codes(state, plain)
 
 
-@FORMATS
+@low_bit_formats
 def test_all_hyperparameters_injected(m_dtype, v_dtype):
     """Traced, scheduled, and changed in mid-run; v follows the b2 of each step."""
     make = optax.inject_hyperparams(adamax)
@@ -113,7 +115,7 @@ def test_all_hyperparameters_injected(m_dtype, v_dtype):
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
 
 
-@FORMATS
+@low_bit_formats
 def test_vmap_over_b2(m_dtype, v_dtype):
     """A batch of runs, each with its own b2, phase and fold, is these runs."""
     sequence = jnp.stack([g["b"] for g in gradients(steps=30)])
@@ -131,7 +133,7 @@ def test_vmap_over_b2(m_dtype, v_dtype):
         assert row.v.phase == single.v.phase
 
 
-@FORMATS
+@low_bit_formats
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_every_parameter_dtype(m_dtype, v_dtype, dtype):
     with jax.enable_x64(dtype == "float64"):

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 import pytest
 from compiled import since_010, train_step
-from formats import FORMATS
 
 from optax_adamax import adamax
+from oracle.formats import FORMATS
 
 SIZE = 1 << 20
 

@@ -8,9 +8,7 @@ import numpy as np
 import optax
 import optax.tree
 import pytest
-import reference
 from compiled import copies, passes, since_010, train_step
-from formats import FORMATS, SOME_FORMATS
 
 from optax_adamax import (
     HandleNonfiniteState,
@@ -22,6 +20,8 @@ from optax_adamax import (
     scale_by_adamax,
 )
 from optax_adamax.compat import optax as compat_optax
+from oracle import reference
+from oracle.formats import FORMATS, SOME_FORMATS
 
 # One for each way in which m and v can be kept; the other combinations are marked slow.
 some_formats = pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)

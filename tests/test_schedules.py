@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from formats import FORMATS, SOME_FORMATS, step_bound, v_error
 
 from optax_adamax import _step, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
+from oracle import reference
+from oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
 
 STEPS = 200
 

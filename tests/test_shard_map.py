@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS, SOME_FORMATS
 from jax.sharding import PartitionSpec as P
 
 from optax_adamax import _xla, adamax, scale_by_adamax
+from oracle.formats import FORMATS, SOME_FORMATS
 
 MESH = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 

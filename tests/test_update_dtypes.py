@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from formats import LOW_BIT, SOME_FORMATS, v_error
 
 from optax_adamax import adamax, adamaxw, decode_state, encode_state, scale_by_adamax
+from oracle import reference
+from oracle.formats import LOW_BIT, SOME_FORMATS, v_error
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-7])

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import copies, since_010, train_step
-from formats import LOW_BIT
 
 from optax_adamax import _xla, adamax
+from oracle.formats import LOW_BIT
 
 SIZE = 2 * _xla.LARGE
 

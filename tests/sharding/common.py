@@ -1,5 +1,6 @@
 """What the tests of sharding share: meshes, parameters, gradients, and how two runs compare."""
 
+import functools
 import re
 
 import jax
@@ -26,6 +27,7 @@ FORMATS = {
 EXACT_PRODUCTS = {"learning_rate": 2.0**-4, "b1": 0.5}
 
 
+@functools.cache
 def exact_adamaxw(name):
     """An optimizer with exact products that keeps its state in the format `name`."""
     return optax_adamax.adamaxw(**EXACT_PRODUCTS, weight_decay=2.0**-6, **FORMATS[name])

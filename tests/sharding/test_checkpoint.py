@@ -1,6 +1,6 @@
 """Checkpoints: to other devices, other shardings, other memory, other formats, from optax."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -27,15 +27,21 @@ from sharding.common import (
 from sharding.processes import run_alone
 
 
-def train(tx, params, state, steps, **options):
-    """The training state after more steps, each on gradients that its count chooses."""
-    kept = sharding.keep_sharded(tx, params, **options)
+@cache
+def compiled(tx, mesh, options):
+    kept = sharding.keep_sharded(tx, structs(mesh), **dict(options))
 
     @jax.jit
     def step(params, state, gradients):
         updates, state = kept.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def train(tx, params, state, steps, **options):
+    """The training state after more steps, each on gradients that its count chooses."""
+    step = compiled(tx, params["wide"].sharding.mesh, tuple(options.items()))
     for _ in range(steps):
         seed = int(optax.tree.get(state, "count"))
         params, state = step(params, state, random_like(params, seed))

@@ -16,10 +16,9 @@ SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint
 FRAME = 1e-4  # relative: what the frame's scale, in float32, adds in any number of steps
 
 
-def v_error(v_dtype):
+def v_error(v_dtype, frame=FRAME):
     """The relative error of v, wherever it is in `v_range`, after any number of steps."""
-    error = V_FORMATS[v_dtype].relative_error
-    return error + FRAME if error else FRAME
+    return V_FORMATS[v_dtype].relative_error + frame
 
 
 def v_octaves(v_dtype):

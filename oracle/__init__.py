@@ -1,0 +1,1 @@
+"""What tests and benchmarks both need: the float64 oracle, scenarios, and what formats promise."""
