@@ -110,8 +110,8 @@ def main() -> None:
             print(f"{recipe}, {name}: last loss {np.mean([x[-1] for x in seeds]):.3f}")
     if quick:
         return
-    provenance = reporting.provenance("benchmarks.deep_vaes", dtype="bfloat16", seeds=SEEDS)
-    reporting.write_json(reporting.RESULTS / "deep_vaes.json", provenance | found)
+    about = reporting.provenance("benchmarks.deep_vaes", dtype="bfloat16", seeds=SEEDS)
+    reporting.write_json(reporting.RESULTS / "deep_vaes.json", {"provenance": about} | found)
     draw(found)
 
 
