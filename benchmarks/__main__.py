@@ -27,6 +27,7 @@ SHORT = (
     "overhead",
     "state_bytes",
     "gpu",
+    "deep_vaes",
 )
 NO_QUICK = ("dtypes", "state_bytes")
 LONG = ("quality", "compensation", "reliability", "accelerators", "model_size")
