@@ -191,6 +191,15 @@ def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
 
     Raises:
       ValueError: the two states are not of the same transformation, or not for the same parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_adamax import adamax, pack_small_leaves, repack_state, unpack_state
+      >>> params = {"bias": jnp.zeros(2), "kernel": jnp.ones(50)}
+      >>> state = unpack_state(pack_small_leaves(adamax(0.002), max_size=10).init(params), params)
+      >>> larger = pack_small_leaves(adamax(0.002), max_size=100)
+      >>> state = repack_state(state, larger.init(params))
+      >>> updates, state = larger.update(params, state, params)
     """
 
     def repack(target: Any, node: Any) -> Any:

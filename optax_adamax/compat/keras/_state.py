@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from optax_adamax import repack_state, unpack_state
+from optax_adamax._state import states_in
 from optax_adamax.compat import _arrays, _mapping, _state
 from optax_adamax.compat._mapping import Names
 from optax_adamax.compat.keras import _variables
@@ -28,8 +29,23 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
 
     Raises:
       ValueError: averages of other parameters.
+      TypeError: there is no Adamax in `state`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax_adamax.compat import keras as compat_keras
+      >>> tx = compat_keras.adamax(0.1, use_ema=True)
+      >>> params = jnp.array([1.0, 2.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.array([0.1, -0.2]), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> average = compat_keras.finalize_variable_values(params, state)
+      >>> print(f"{params[0]:.3f} {average[0]:.3f}")
+      0.800 0.899
     """
     state = unpack_state(state, params)
+    states_in(state)  # refuses what is no state
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState))
     averages: dict[str, jax.Array] = {}
     for node in nodes:
