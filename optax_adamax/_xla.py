@@ -106,7 +106,7 @@ def per_element(scalar: jax.Array, elements: jax.Array) -> jax.Array:
         scalar,
         elements,
         tpu=lambda scalar, x: x,
-        default=lambda scalar, x: _varying_as(jnp.broadcast_to(scalar, x.shape), x),
+        default=lambda scalar, x: _varying_as(jnp.zeros_like(x) + scalar, x),
     )
 
 
