@@ -182,7 +182,9 @@ def main() -> None:
     if arguments.quick:
         chosen, every = [TARGETS["v5e"]], [x for x in every if x.what == "plain"][:10]
     path = reporting.RESULTS / "accelerators.json"
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {"rows": []}
+    before: dict[str, Any] = {"rows": []}
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
     rows = {key(row): row for row in before["rows"]}
     packages = ["libtpu"] if importlib.util.find_spec("libtpu") else []
     made = reporting.provenance(
