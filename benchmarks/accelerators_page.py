@@ -76,13 +76,13 @@ def model_size(results: dict[str, Any]) -> str:
         [
             row["way"],
             f"{row['parameters'] / 1e9:.2f}",
-            f"{row['scanned']:.1f}",
-            f"{row['unrolled']:.1f}",
+            row["layers"],
+            f"{row['bytes'] / row['parameters']:.1f}",
         ]
         for row in results["rows"]
     ]
-    header = ["parameters and state", "largest model, billions", "bytes a parameter, scanned"]
-    return table([*header, "unrolled"], lines)
+    header = ["parameters and state", "largest model, billions", "layers"]
+    return table([*header, "bytes a parameter, all included"], lines)
 
 
 def accelerators_chips(results: dict[str, Any]) -> str:
