@@ -4,8 +4,9 @@
 
 The leaves of a GPT-2 (`LAYERS` layers of twelve leaves, and five more), and a thousand of 64
 elements. The time of compilation, in seconds of processors, is also given as a ratio to that of
-`optax.adamax` in the same run. The bytes of the state are those of the compiler, which pads a small leaf to a tile on TPU, to those of its
-elements. Needs libtpu (extra `tpu`), and for GPUs JAX's plugin for CUDA (extra `cuda`).
+`optax.adamax` in the same run. The bytes of the state are those of the compiler, which pads a small
+leaf to a tile on TPU, to those of its elements. Needs libtpu (extra `tpu`), and for GPUs JAX's
+plugin for CUDA (extra `cuda`).
 """
 
 import argparse
@@ -43,7 +44,7 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 
 
 def measure(target: Target, shapes: list[tuple[int, ...]], tx: Any) -> dict[str, Any]:
-    """Processor seconds of compilation, kernels, bytes of the state and of the elements of the state."""
+    """Processor seconds of compilation, kernels, bytes of the state and of its elements."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
 
