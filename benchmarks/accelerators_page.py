@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import reporting
+from benchmarks.accelerators_compiler import TARGETS
 from benchmarks.readme import ROOT, table
 
 PAGE = ROOT / "docs" / "guide" / "accelerators.md"
@@ -19,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 
 def _targets(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(row["target"] for row in rows))
+    return [name for name in TARGETS if any(row["target"] == name for row in rows)]
 
 
 def _text(row: dict[str, Any] | None, against: str) -> str:
