@@ -89,7 +89,10 @@ def main() -> None:
                 tqdm.write(f"{target.name:5}{model:12}{len(shapes):5} leaves  {name:16}{row}")
                 rows.append({"target": target.name, "model": model, "what": name, **row})
     if not arguments.quick:
-        made = reporting.provenance("benchmarks.accelerators_leaves", dtype="float32", seeds=())
+        packages = ["libtpu"] if importlib.util.find_spec("libtpu") else []
+        made = reporting.provenance(
+            "benchmarks.accelerators_leaves", dtype="float32", seeds=(), packages=packages
+        )
         path = reporting.RESULTS / "accelerators_leaves.json"
         reporting.write_json(path, {"provenance": made, "rows": rows})
 

@@ -104,7 +104,7 @@ def accelerators_leaves(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["chip", "leaves", "", "loops", "processor seconds of compilation (to optax)"]
-    return table([*header, "bytes of the state to those of its elements"], lines)
+    return table([*header, "bytes of the state, to those of its elements"], lines)
 
 
 def model_size(results: dict[str, Any]) -> str:
