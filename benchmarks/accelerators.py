@@ -1,12 +1,13 @@
 """Every step beside the bound of its bytes on TPU and GPU, estimated by the compiler.
 
-    python -m benchmarks.accelerators [--targets v5e ...] [--quick]
+    python -m benchmarks.accelerators [--targets v5e ...] [--what plain ...] [--resume] [--quick]
 
 Needs libtpu (extra `tpu`); the GPUs need JAX's plugin for CUDA (extra `cuda`), and are left out
 without it. No accelerator is needed: see `accelerators_compiler`. One leaf of `SIZE` elements
 unless the case says otherwise, parameters and state donated, gradients given. The bound is the
 time in which a loop of additions moves the bytes of the case once: parameters and state in and
-out, gradients in. Takes two minutes a target; the rows of targets that are not named stay.
+out, gradients in. Takes five minutes a target on two idle cores; the rows that are not compiled
+anew stay, and `--resume` goes on with a run that was interrupted.
 """
 
 import argparse
@@ -89,13 +90,23 @@ class Case:
     def name(self) -> str:
         return f"{self.what} · {self.state} · {self.dtype}, {self.grad_dtype} · {self.shape}"
 
+    def row(self, target: Target) -> dict[str, Any]:
+        """What its row of the results begins with."""
+        return {
+            "target": target.name,
+            "what": self.what,
+            "state": self.state,
+            "dtypes": [self.dtype, self.grad_dtype],
+            "shape": list(self.shape),
+        }
+
 
 def cases() -> list[Case]:
     """All of them; the first of each dtypes and shape is optax's, to which the others compare."""
     rows = []
     for dtypes in (("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")):
         rows.append(Case("plain", OPTAX, lambda: optax.adamax(RATE), *dtypes))
-        for state in FORMATS if dtypes[0] == dtypes[1] else FEW:
+        for state in FORMATS if dtypes[0] == "float32" else FEW:
             make = functools.partial(adamax, RATE, **FORMATS[state])
             rows.append(Case("plain", state, make, *dtypes))
     for state in FEW:
@@ -130,11 +141,7 @@ def compile_case(target: Target, case: Case) -> dict[str, Any]:
     one_pass = 2 * sum(x.dtype.itemsize for x in arrays) + gradient.dtype.itemsize
     cost = cycles_per_byte(target, size)
     return {
-        "target": target.name,
-        "what": case.what,
-        "state": case.state,
-        "dtypes": [case.dtype, case.grad_dtype],
-        "shape": list(case.shape),
+        **case.row(target),
         **dataclasses.asdict(report),
         "bytes_a_parameter": report.bytes / size,
         "bytes_of_one_pass": one_pass,
@@ -145,47 +152,63 @@ def compile_case(target: Target, case: Case) -> dict[str, Any]:
 def compare(rows: list[dict[str, Any]]) -> None:
     """Adds to each row its ratio to optax.adamax on the same chip, dtypes and shape."""
 
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    def peers(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["target"], *row["dtypes"], *row["shape"]
 
-    reference = {key(row): row["cycles"] for row in rows if row["state"] == OPTAX}
+    reference = {peers(row): row["cycles"] for row in rows if row["state"] == OPTAX}
     for row in rows:
-        row["to_optax"] = row["cycles"] / reference[key(row)] if row["cycles"] else None
+        optax_cycles = reference.get(peers(row))
+        row["to_optax"] = row["cycles"] / optax_cycles if row["cycles"] and optax_cycles else None
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from the others."""
+    return row["target"], row["what"], row["state"], *row["dtypes"], *row["shape"]
 
 
 def main() -> None:
-    """Compiles every case for every target, prints the rows and writes the JSON."""
+    """Compiles the cases for each target, prints the rows, and writes the JSON after each."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    names = list(dict.fromkeys(case.what for case in cases()))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--what", nargs="+", choices=names, default=names, metavar="WHAT")
     parser.add_argument("--quick", action="store_true", help="v5e alone, the formats alone")
+    parser.add_argument("--resume", action="store_true", help="leave out the cases that have a row")
     arguments = parser.parse_args()
-    chosen, every = [TARGETS[name] for name in arguments.targets], cases()
+    chosen = [TARGETS[name] for name in arguments.targets]
+    every = [case for case in cases() if case.what in arguments.what]
     if arguments.quick:
         chosen, every = [TARGETS["v5e"]], [x for x in every if x.what == "plain"][:10]
     path = reporting.RESULTS / "accelerators.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    before: dict[str, Any] = {"rows": []}
+    if path.exists():
+        before = json.loads(path.read_text("utf-8"))
+    rows = {key(row): row for row in before["rows"]}
+    packages = ["libtpu"] if importlib.util.find_spec("libtpu") else []
+    made = reporting.provenance(
+        "benchmarks.accelerators", dtype="float32", seeds=(), packages=packages
+    )
+    if arguments.resume:
+        made["commit"] = before["provenance"]["commit"]  # the JSON itself differs from it by now
     for target in chosen:
         if not importlib.util.find_spec(PLUGINS[target.platform]):
             tqdm.write(f"{target.name}: left out, {PLUGINS[target.platform]} is not installed")
             continue
-        progress = tqdm(every, desc=f"{target.name}, estimated by the compiler")
-        rows = [compile_case(target, case) for case in progress]
-        compare(rows)
-        for case, row in zip(every, rows, strict=True):
+        for case in tqdm(every, desc=f"{target.name}, estimated by the compiler"):
+            if arguments.resume and key(case.row(target)) in rows:
+                continue
+            row = compile_case(target, case)
+            rows[key(row)] = row
             bound = "" if row["to_bound"] is None else f"{row['to_bound']:.2f} of the bound"
             tqdm.write(
                 f"{target.name:5}{case.name:75}{row['loops']} loops "
                 f"{row['bytes_a_parameter']:5.1f} B {row['temporaries'] / 1e6:6.0f} MB  {bound}"
             )
-        kept = [row for row in kept if row["target"] != target.name] + rows
-        if not arguments.quick:
-            packages = [PLUGINS["tpu"]] if importlib.util.find_spec("libtpu") else []
-            made = reporting.provenance(
-                "benchmarks.accelerators", dtype="float32", seeds=(), packages=packages
-            )
-            reporting.write_json(path, {"provenance": made, "rows": kept})
+            if not arguments.quick:
+                compare(list(rows.values()))
+                reporting.write_json(path, {"provenance": made, "rows": list(rows.values())})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import reporting
+from benchmarks.accelerators_compiler import TARGETS
 from benchmarks.readme import ROOT, table
 
 PAGE = ROOT / "docs" / "guide" / "accelerators.md"
@@ -19,17 +20,34 @@ Rows = list[dict[str, Any]]
 
 
 def _targets(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(row["target"] for row in rows))
+    return [name for name in TARGETS if any(row["target"] == name for row in rows)]
 
 
 def _text(row: dict[str, Any] | None, against: str) -> str:
-    """A ratio; for GPUs, of which the compiler estimates no cycles, the loops and bytes."""
+    """A ratio; for GPUs, of which the compiler estimates no cycles, the kernels and bytes."""
     if row is None:
         return ""
-    loops = "" if row["loops"] == 1 else f", {row['loops']} loops"
     if row[against] is None:
         return f"{row['loops']} x, {row['bytes_a_parameter']:.0f} B"
+    # What is small enough is copied to the chip before: none of the loops is over memory.
+    loops = "" if row["loops"] <= 1 else f", {row['loops']} loops"
     return f"{row[against]:.2f}{loops}"
+
+
+def _by_bytes(rows: Rows, name: Callable[[dict[str, Any]], str], first: str) -> str:
+    """Each thing in 8, 4 and 2 bytes of state, a column a chip."""
+    found = {(name(row), row["state"], row["target"]): row for row in rows}
+    chips = _targets(rows)
+    lines = [
+        [
+            thing,
+            BYTES[state],
+            *(_text(found.get((thing, state, chip)), "to_bound") for chip in chips),
+        ]
+        for thing in dict.fromkeys(map(name, rows))
+        for state in BYTES
+    ]
+    return table([first, "bytes of state", *chips], lines)
 
 
 def accelerators(results: dict[str, Any]) -> str:
@@ -47,27 +65,46 @@ def accelerators(results: dict[str, Any]) -> str:
 def accelerators_options(results: dict[str, Any]) -> str:
     """What else is asked of a step, beside the bound of its bytes."""
     rows = [row for row in results["rows"] if row["what"] not in ("plain", "shape")]
-    found = {(row["what"], row["state"], row["target"]): row for row in rows}
-    names = [(state, target) for state in BYTES for target in _targets(rows)]
+    return _by_bytes(rows, lambda row: row["what"], "")
+
+
+def accelerators_bfloat16(results: dict[str, Any]) -> str:
+    """Parameters in bfloat16, beside optax.adamax with the same."""
+    rows = [x for x in results["rows"] if x["what"] == "plain" and x["dtypes"][0] == "bfloat16"]
+    found = {(*row["dtypes"], row["state"], row["target"]): row for row in rows}
     lines = [
-        [what, *(_text(found.get((what, *name)), "to_bound") for name in names)]
-        for what in dict.fromkeys(row["what"] for row in rows)
+        [
+            dtype,
+            state,
+            *(_text(found.get((*name, chip)), "to_bound") for chip in _targets(rows)),
+        ]
+        for name in dict.fromkeys(key[:3] for key in found)
+        for dtype, state in [name[1:]]
     ]
-    header = [f"{BYTES[state]} bytes, {target}" for state, target in names]
-    return table(["", *header], lines)
+    return table(["gradients", "m, v", *_targets(rows)], lines)
 
 
 def accelerators_shapes(results: dict[str, Any]) -> str:
     """Shapes of leaves, beside the bound of their bytes."""
     rows = [row for row in results["rows"] if row["what"] == "shape" and row["state"] in BYTES]
-    found = {(tuple(row["shape"]), row["state"], row["target"]): row for row in rows}
-    names = [(state, target) for state in BYTES for target in _targets(rows)]
+    return _by_bytes(rows, lambda row: str(tuple(row["shape"])), "shape")
+
+
+def accelerators_leaves(results: dict[str, Any]) -> str:
+    """Many leaves: the time of compilation, kernels and padding."""
     lines = [
-        [shape, *(_text(found.get((shape, *name)), "to_bound") for name in names)]
-        for shape in dict.fromkeys(tuple(row["shape"]) for row in rows)
+        [
+            row["target"],
+            row["model"],
+            row["what"],
+            row["kernels"],
+            f"{row['seconds']:.1f} ({row['to_optax']:.1f})",
+            f"{row['state_bytes'] / row['state_bytes_of_elements']:.2f}",
+        ]
+        for row in results["rows"]
     ]
-    header = [f"{BYTES[state]} bytes, {target}" for state, target in names]
-    return table(["shape", *header], lines)
+    header = ["chip", "leaves", "", "loops", "processor seconds of compilation (to optax)"]
+    return table([*header, "bytes of the state, to those of its elements"], lines)
 
 
 def model_size(results: dict[str, Any]) -> str:
@@ -76,13 +113,13 @@ def model_size(results: dict[str, Any]) -> str:
         [
             row["way"],
             f"{row['parameters'] / 1e9:.2f}",
-            f"{row['scanned']:.1f}",
-            f"{row['unrolled']:.1f}",
+            row["layers"],
+            f"{row['bytes'] / row['parameters']:.1f}",
         ]
         for row in results["rows"]
     ]
-    header = ["parameters and state", "largest model, billions", "bytes a parameter, scanned"]
-    return table([*header, "unrolled"], lines)
+    header = ["parameters and state", "largest model, billions", "layers"]
+    return table([*header, "bytes a parameter, all included"], lines)
 
 
 def accelerators_chips(results: dict[str, Any]) -> str:
@@ -106,6 +143,8 @@ def accelerators_chips(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accelerators": ("accelerators", accelerators),
     "accelerators_options": ("accelerators", accelerators_options),
+    "accelerators_bfloat16": ("accelerators", accelerators_bfloat16),
+    "accelerators_leaves": ("accelerators_leaves", accelerators_leaves),
     "accelerators_shapes": ("accelerators", accelerators_shapes),
     "accelerators_chips": ("accelerators_chips", accelerators_chips),
     "model_size": ("model_size", model_size),

@@ -1,18 +1,19 @@
 """How large a model one chip trains: what the compiler for TPU v5e (16 GB) accepts.
 
-    python -m benchmarks.model_size [--quick]
+    python -m benchmarks.model_size [--ways WAY ...] [--unrolled] [--quick]
 
 A decoder-only transformer of width `WIDTH`, one training step with gradients on one sequence of
 `LENGTH` tokens, parameters and state donated, every layer rematerialised. The compiler refuses at
-compile time what exceeds the memory of the chip. Arguments and temporaries of models of `SCANNED`
-layers, stacked under `lax.scan`, say where the largest that it accepts must be; models around it
-are compiled until one is accepted and the next refused. The same for `UNROLLED` layers says whether
-a layer's gradient lives until the end of the step, or is released when it is used. Needs libtpu
-(extra `tpu`); nothing is run. Each of six compilations a way takes most of a minute.
+compile time what exceeds the memory of the chip. Models whose layers are stacked under `lax.scan`
+are compiled until one is accepted and the next refused. `--unrolled` finds what a further parameter
+takes there and where the layers are a list, which says whether a layer's gradient lives until the
+end of the step, or is released when it is used. Needs libtpu (extra `tpu`); nothing is run. A
+compilation takes one minute on an idle core.
 """
 
 import argparse
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,7 @@ from optax_adamax import adamax, compensate_rounding
 
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024
-SCANNED, UNROLLED = (8, 12), (2, 4)  # numbers of layers from which bytes a parameter are found
-MEMORY = 15.75 * 2**30  # of the chip, as the compiler says when it refuses
+FEW = (2, 4)  # numbers of layers from which the bytes of a further parameter are found
 RATE = 1e-3
 
 
@@ -39,24 +39,26 @@ class Way:
     """A way to keep parameters and state."""
 
     make: Callable[[], Any]
+    start: int  # layers at which the search for the largest model begins
     params: Any = jnp.float32
     compute: Any = jnp.float32  # and the gradients; parameters of another dtype are masters
 
 
+SEVEN = "7 bytes for all: bfloat16, int8 residual, 2 bytes of state"
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}
 WAYS = {
-    "optax.adamw, float32": Way(lambda: optax.adamw(RATE)),
-    "optax.adamax, float32": Way(lambda: optax.adamax(RATE)),
+    "optax.adamw, float32": Way(lambda: optax.adamw(RATE), 17),
+    "optax.adamax, float32": Way(lambda: optax.adamax(RATE), 17),
     "optax.adamax, bfloat16 with float32 masters": Way(
-        lambda: optax.adamax(RATE), compute=jnp.bfloat16
+        lambda: optax.adamax(RATE), 18, compute=jnp.bfloat16
     ),
-    "4 bytes of state, float32": Way(lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16")),
-    "2 bytes of state, float32": Way(lambda: adamax(RATE, **TWO_BYTES)),
-    "2 bytes of state, bfloat16 with float32 masters": Way(
-        lambda: adamax(RATE, **TWO_BYTES), compute=jnp.bfloat16
+    "4 bytes of state, float32": Way(
+        lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16"), 22
     ),
-    "7 bytes for all: bfloat16, int8 residual, 2 bytes of state": Way(
+    "2 bytes of state, float32": Way(lambda: adamax(RATE, **TWO_BYTES), 26),
+    SEVEN: Way(
         lambda: compensate_rounding(adamax(RATE, **TWO_BYTES), "int8"),
+        43,
         jnp.bfloat16,
         jnp.bfloat16,
     ),
@@ -135,34 +137,30 @@ def compiled(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
         return count, None
 
 
-def memory(way: Way, layers: int, scanned: bool) -> tuple[int, int]:
-    """Parameters, and bytes of arguments and temporaries together."""
-    count, program = compiled(way, layers, scanned)
+def memory(program: Any) -> int:
+    """Bytes of arguments and temporaries together."""
     found = program.memory_analysis()
-    return count, found.argument_size_in_bytes + found.temp_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
-def bytes_a_parameter(way: Way, layers: tuple[int, int], scanned: bool) -> tuple[float, float]:
-    """What one more parameter takes, and what a model of none would take."""
-    (few, small), (many, big) = (memory(way, n, scanned) for n in layers)
-    slope = (big - small) / (many - few)
-    return slope, small - slope * few
+def bytes_a_parameter(way: Way, scanned: bool) -> float:
+    """What one more parameter takes."""
+    (few, small), (many, big) = (compiled(way, n, scanned) for n in FEW)
+    return (memory(big) - memory(small)) / (many - few)
 
 
-def largest(way: Way, slope: float, rest: float) -> dict[str, Any]:
-    """The largest model that fits, looked for where it must be, and the smallest that does not."""
-    one, two = (
-        sum(math.prod(p.shape) for p in jax.tree.leaves(shapes(n, True, way.params)))
-        for n in (1, 2)
-    )
-    layers = int(((MEMORY - rest) / slope - one) / (two - one)) + 1
-    sizes = {layers: compiled(way, layers, scanned=True)}
-    grows = sizes[layers][1] is not None
-    while all((program is not None) == grows for _, program in sizes.values()):
-        layers += 1 if grows else -1
-        sizes[layers] = compiled(way, layers, scanned=True)
-    fits = max(n for n, (_, program) in sizes.items() if program)
-    return {"layers": fits, "parameters": sizes[fits][0], "refused": sizes[fits + 1][0]}
+def largest(way: Way) -> dict[str, Any]:
+    """The largest model that the compiler accepts; that of one more layer it refuses."""
+    held: dict[int, int | None] = {}  # by layers; None: refused
+    counts: dict[int, int] = {}
+    layers = way.start
+    while layers not in held:
+        counts[layers], program = compiled(way, layers, scanned=True)
+        held[layers] = None if program is None else memory(program)
+        tqdm.write(f"{layers} layers, {counts[layers]} parameters: {held[layers] or 'refused'}")
+        layers += -1 if held[layers] is None else 1
+    fits = max(n for n, found in held.items() if found is not None)
+    return {"layers": fits, "parameters": counts[fits], "bytes": held[fits]}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -181,30 +179,33 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Compiles everything, prints the rows, writes the JSON and draws the figure."""
+    """Compiles everything, prints the rows, writes the JSON after each, and draws the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="bytes a parameter of one way")
-    quick = parser.parse_args().quick
-    rows = []
-    for name in tqdm(list(WAYS)[-1:] if quick else WAYS, desc="ways"):
-        way = WAYS[name]
-        slope, rest = bytes_a_parameter(way, SCANNED, scanned=True)
-        row: dict[str, Any] = {"way": name, "scanned": slope}
-        if not quick:
-            row["unrolled"], _ = bytes_a_parameter(way, UNROLLED, scanned=False)
-            row |= largest(way, slope, rest)
-        tqdm.write(f"{name:60}{row}")
-        rows.append(row)
-    if not quick:
-        made = reporting.provenance(
-            "benchmarks.model_size", dtype="float32", seeds=(), packages=["libtpu"]
-        )
-        reporting.write_json(
-            reporting.RESULTS / "model_size.json", {"provenance": made, "rows": rows}
-        )
-        draw(rows)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
+    parser.add_argument("--unrolled", action="store_true", help="and compare with a list of layers")
+    parser.add_argument("--quick", action="store_true", help="one model of one layer")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        print(memory(compiled(WAYS[SEVEN], 1, scanned=True)[1]))
+        return
+    path = reporting.RESULTS / "model_size.json"
+    rows = {}
+    if path.exists():
+        rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
+    made = reporting.provenance(
+        "benchmarks.model_size", dtype="float32", seeds=(), packages=["libtpu"]
+    )
+    for name in tqdm(arguments.ways, desc="ways"):
+        rows[name] = {"way": name, **largest(WAYS[name])}
+        if arguments.unrolled:
+            for kind in ("scanned", "unrolled"):
+                rows[name][kind] = bytes_a_parameter(WAYS[name], kind == "scanned")
+        tqdm.write(f"{name:60}{rows[name]}")
+        shown = [rows[name] for name in WAYS if name in rows]
+        reporting.write_json(path, {"provenance": made, "rows": shown})
+        draw(shown)
 
 
 if __name__ == "__main__":

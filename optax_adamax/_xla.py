@@ -1,7 +1,8 @@
 """What is done for a compiler, and for nothing else.
 
 Each function is named after its intent, and says where it is needed and in which versions that was
-seen. `tests/test_xla.py` has a test for each that fails when it has become needless.
+seen. `tests/test_xla.py`, and for TPU `tests/accelerators`, has a test for each that fails when it
+has become needless.
 """
 
 from collections.abc import Callable

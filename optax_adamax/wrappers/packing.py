@@ -50,12 +50,13 @@ def pack_small_leaves(
     """Keeps the state of small leaves in a few flat buffers; the results are the same bit for bit.
 
     For models of hundreds of small parameters, as scales and biases are, where a step on CPU spends
-    more time on passing buffers than on arithmetic. (On TPU and GPU it does not make a step faster,
-    by the count of their compilers.) In ``update`` the gradients (and the parameters, if given) of
-    the small leaves are joined to one flat array for each dtype of the parameters, and the updates
-    of `inner` are cut up again. (The bits are the same for the same gradients. Where XLA fuses
-    ``update`` with what computes them, it may contract a product and a sum in one program and not
-    in the other.)
+    more time on passing buffers than on arithmetic. (It is for CPU. On TPU, as its compiler has it,
+    the step of a GPT-2 is of more loops with it, not of fewer; a thousand leaves of 64 elements
+    take a tenth of the time to compile.) In ``update`` the gradients (and the parameters, if given)
+    of the small leaves are joined to one flat array for each dtype of the parameters, and the
+    updates of `inner` are cut up again. (The bits are the same for the same gradients. Where XLA
+    fuses ``update`` with what computes them, it may contract a product and a sum in one program and
+    not in the other.)
 
     Which leaves are packed, and where, follows from the paths, shapes and dtypes of the parameters
     alone: not from their sharding, nor from a box of Flax around them. So a checkpoint fits as long

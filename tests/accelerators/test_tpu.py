@@ -83,7 +83,7 @@ POLICIES = {
         gradient_reads=2,
     ),
 }
-# bfloat16 is bound by arithmetic: optax's own step takes 1.3 times what its 14 bytes take on v6e.
+# With parameters and gradients in bfloat16, optax's own step takes 1.3 times what its bytes take.
 OPTAX_BFLOAT16 = {"optax, bfloat16": Step(lambda: optax.adamax(1e-3), 14, "bfloat16")}
 # With residuals v6e needs 1.31 times optax's cycles: for 1,024 elements these are 157 vector
 # instructions, which take 28.5 cycles where the bytes alone would take 14.7.
