@@ -47,7 +47,7 @@ def adamax(
       weight_decay: :math:`\lambda` >= 0 of an L2 penalty, added to the gradient.
       foreach: accepted and of no effect: XLA fuses.
       maximize: whether to climb, by changing the sign of the gradient (not of the weight decay).
-      differentiable: accepted and of no effect: an optax update can always be differentiated.
+      differentiable: accepted and of no effect: an update of float32 state can be differentiated.
       capturable: accepted and of no effect: `jax.jit` takes the place of CUDA graphs.
       groups: PyTorch's parameter groups, each a dict of the hyperparameters in which it differs.
         In a list each chooses its parameters by ``"params"``: a pattern, searched in the
