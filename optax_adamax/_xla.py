@@ -107,7 +107,7 @@ def per_element(scalar: jax.Array, elements: jax.Array) -> jax.Array:
         scalar,
         elements,
         tpu=lambda scalar, x: x,
-        default=lambda scalar, x: _varying_as(jnp.zeros_like(x) + scalar, x),
+        default=lambda scalar, x: x - x + scalar,  # varies, and is split, as x is
     )
 
 
