@@ -3,7 +3,7 @@
     python -m benchmarks.accelerators [--targets v5e ...] [--what plain ...] [--resume] [--quick]
 
 Needs libtpu (extra `tpu`); the GPUs need JAX's plugin for CUDA (extra `cuda`), and are left out
-without it. No accelerator is needed: see `accelerators_compiler`. One leaf of `SIZE` elements
+without it. No accelerator is needed: see `oracle/compilers.py`. One leaf of `SIZE` elements
 unless the case says otherwise, parameters and state donated, gradients given. The bound is the
 time in which a loop of additions moves the bytes of the case once: parameters and state in and
 out, gradients in. Takes five minutes a target on two idle cores; the rows that are not compiled
@@ -13,7 +13,6 @@ anew stay, and `--resume` goes on with a run that was interrupted.
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -25,19 +24,20 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.accelerators_compiler import TARGETS, Target, compile_step, cycles_per_byte
 from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, pack_small_leaves
+from oracle import compilers
+from oracle.compilers import TARGETS, Target
+from oracle.formats import FORMATS as DTYPES
+from oracle.formats import SOME_FORMATS
 
 SIZE = 1 << 28  # beyond what a chip keeps beside its arithmetic units
 RATE = 1e-3
 SCHEDULE = optax.cosine_decay_schedule(RATE, 1000)
 B2_SCHEDULE = optax.linear_schedule(0.9, 0.999, 1000)
-PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
 OPTAX = "optax.adamax"
 
-M_DTYPES, V_DTYPES = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "uint8")
-FORMATS = {f"{m}, {v}": {"m_dtype": m, "v_dtype": v} for m in M_DTYPES for v in V_DTYPES}
-FEW = ("float32, float32", "bfloat16, bfloat16", "int8, uint8")
+FORMATS = {f"{m}, {v}": {"m_dtype": m, "v_dtype": v} for m, v in DTYPES}
+FEW = [f"{m}, {v}" for m, v in SOME_FORMATS]
 
 Make = Callable[..., optax.GradientTransformationExtraArgs]  # called with the format's dtypes
 
@@ -135,11 +135,11 @@ def compile_case(target: Target, case: Case) -> dict[str, Any]:
         updates, state = tx.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    report = compile_step(target, step, (params, state, gradient))
+    report = compilers.compile_step(target, step, (params, state, gradient))
     size = math.prod(case.shape)
     arrays = [x for x in jax.tree.leaves((params, state)) if x.size == size]
     one_pass = 2 * sum(x.dtype.itemsize for x in arrays) + gradient.dtype.itemsize
-    cost = cycles_per_byte(target, size)
+    cost = compilers.cycles_per_byte(target, size)
     return {
         **case.row(target),
         **dataclasses.asdict(report),
@@ -177,25 +177,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="v5e alone, the formats alone")
     parser.add_argument("--resume", action="store_true", help="leave out the cases that have a row")
     arguments = parser.parse_args()
-    chosen = [TARGETS[name] for name in arguments.targets]
+    chosen = compilers.available(["v5e"] if arguments.quick else arguments.targets)
     every = [case for case in cases() if case.what in arguments.what]
     if arguments.quick:
-        chosen, every = [TARGETS["v5e"]], [x for x in every if x.what == "plain"][:10]
+        every = [x for x in every if x.what == "plain"][:10]
     path = reporting.RESULTS / "accelerators.json"
     before: dict[str, Any] = {"rows": []}
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
     rows = {key(row): row for row in before["rows"]}
-    packages = ["libtpu"] if importlib.util.find_spec("libtpu") else []
-    made = reporting.provenance(
-        "benchmarks.accelerators", dtype="float32", seeds=(), packages=packages
-    )
+    made = reporting.provenance("benchmarks.accelerators", packages=compilers.installed())
     if arguments.resume:
         made["commit"] = before["provenance"]["commit"]  # the JSON itself differs from it by now
     for target in chosen:
-        if not importlib.util.find_spec(PLUGINS[target.platform]):
-            tqdm.write(f"{target.name}: left out, {PLUGINS[target.platform]} is not installed")
-            continue
         for case in tqdm(every, desc=f"{target.name}, estimated by the compiler"):
             if arguments.resume and key(case.row(target)) in rows:
                 continue

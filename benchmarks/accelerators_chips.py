@@ -24,8 +24,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.accelerators_compiler import WIDTHS, Target
 from optax_adamax import adamax, sharding
+from oracle.compilers import WIDTHS, Target, installed
 
 CHIPS = Target("v5e, 256 chips", "tpu", "v5e:16x16")
 SHAPES = {"embedding": (32_768, 4096), "up": (4096, 11008), "down": (11008, 4096), "norm": (4096,)}
@@ -113,9 +113,7 @@ def main() -> None:
     for name, (step, params, axis) in tqdm(steps.items(), desc="estimated by the compiler"):
         rows[name] = measure(step, params, axis, tx)
         tqdm.write(f"{name:30}{rows[name]}")
-    made = reporting.provenance(
-        "benchmarks.accelerators_chips", dtype="float32", seeds=(), packages=["libtpu"]
-    )
+    made = reporting.provenance("benchmarks.accelerators_chips", packages=installed())
     results = {"provenance": made, "topology": CHIPS.topology, "rows": rows}
     reporting.write_json(reporting.RESULTS / "accelerators_chips.json", results)
 

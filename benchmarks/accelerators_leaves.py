@@ -10,7 +10,6 @@ plugin for CUDA (extra `cuda`).
 """
 
 import argparse
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -22,9 +21,8 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.accelerators import PLUGINS
-from benchmarks.accelerators_compiler import TARGETS, Target, lower, read
 from optax_adamax import adamax, pack_small_leaves
+from oracle.compilers import TARGETS, Target, available, installed, lower, read
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}
@@ -75,10 +73,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one layer and a hundred leaves")
     arguments = parser.parse_args()
     rows = []
-    for target in (TARGETS[name] for name in arguments.targets):
-        if not importlib.util.find_spec(PLUGINS[target.platform]):
-            tqdm.write(f"{target.name}: left out, {PLUGINS[target.platform]} is not installed")
-            continue
+    for target in available(arguments.targets):
         for model, shapes in MODELS.items():
             shapes = shapes[: len(shapes) // 12] if arguments.quick else shapes
             measure(target, shapes[:1], optax.adamax(1e-3))  # starts the compiler
@@ -89,10 +84,7 @@ def main() -> None:
                 tqdm.write(f"{target.name:5}{model:12}{len(shapes):5} leaves  {name:16}{row}")
                 rows.append({"target": target.name, "model": model, "what": name, **row})
     if not arguments.quick:
-        packages = ["libtpu"] if importlib.util.find_spec("libtpu") else []
-        made = reporting.provenance(
-            "benchmarks.accelerators_leaves", dtype="float32", seeds=(), packages=packages
-        )
+        made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
         path = reporting.RESULTS / "accelerators_leaves.json"
         reporting.write_json(path, {"provenance": made, "rows": rows})
 

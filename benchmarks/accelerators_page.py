@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import reporting
-from benchmarks.accelerators_compiler import TARGETS
 from benchmarks.readme import ROOT, table
+from oracle.compilers import TARGETS
 
 PAGE = ROOT / "docs" / "guide" / "accelerators.md"
 BYTES = {"float32, float32": "8", "bfloat16, bfloat16": "4", "int8, uint8": "2"}
@@ -173,7 +173,7 @@ def draw(rows: Rows) -> None:
     """A panel a chip: the cycles of each format, and the mark of its bytes."""
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(reporting.STYLE)
     rows = [x for x in rows if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
     targets = [x for x in _targets(rows) if any(r["to_optax"] for r in rows if r["target"] == x)]
     figure, panels = plt.subplots(

@@ -16,9 +16,10 @@ import numpy as np
 import optax
 
 from benchmarks import reporting
+from benchmarks.readme import ROOT
 from optax_adamax import compensate_rounding, limit_spikes
 
-PAGE = reporting.RESULTS.parent.parent / "docs" / "guide" / "deep_vaes.md"
+PAGE = ROOT / "docs" / "guide" / "deep_vaes.md"
 SEEDS = (3, 4, 5)
 STEPS, WINDOW = 3000, 50  # a point of a curve is the mean of so many steps
 OURS = "as on this page"
@@ -80,7 +81,7 @@ def means(run: tuple[Any, jax.Array], window: int) -> list[float]:
 
 def draw(results: dict[str, Any]) -> None:
     """A panel a recipe: the mean over the seeds, and between which values the seeds are."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(reporting.STYLE)
     window = results["window"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", dpi=110)
     for panel, recipe in zip(axes, ("VDVAE", "NVAE"), strict=True):

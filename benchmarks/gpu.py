@@ -18,9 +18,8 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting, timing
-from benchmarks.low_bit import WIDTH
 from optax_adamax import adamax
-from oracle.formats import FORMATS
+from oracle.formats import FORMATS, state_bytes
 
 SIZE, ROUNDS, STEPS = 1 << 28, 20, 10
 REFERENCE, COPY = "optax.adamax", "copy"
@@ -62,12 +61,12 @@ def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str,
         runners = {REFERENCE: optax_step, name: step, COPY: Copy(size)}
         seconds = timing.alternate(runners, rounds)
         ratios = timing.ratios(seconds, REFERENCE)
-        for found, state_bytes in ((REFERENCE, 8), (name, WIDTH[m] + WIDTH[v])):
-            bytes_ratio = (12 + 2 * state_bytes) / 8
+        for found, width in ((REFERENCE, 8), (name, state_bytes(m, v))):
+            bytes_ratio = (12 + 2 * width) / 8
             fraction = bytes_ratio * seconds[COPY] / seconds[found]
             rows[found] = {
                 "ratio": ratios[found],
-                "bytes_a_parameter": 12 + 2 * state_bytes,
+                "bytes_a_parameter": 12 + 2 * width,
                 "fraction_of_copy": timing.spread(fraction),
                 "seconds": float(np.median(seconds[found])) / STEPS,
             }
@@ -92,7 +91,7 @@ def main() -> None:
         fraction = timing.text(row["fraction_of_copy"])
         print(f"{name:20} ratio {timing.text(row['ratio'])}  fraction of copy {fraction}")
     if not quick:
-        provenance = reporting.provenance("benchmarks.gpu", dtype="float32", seeds=[])
+        provenance = reporting.provenance("benchmarks.gpu")
         results = {"provenance": provenance, "parameters": size, "rounds": rounds}
         results |= {"copy_bytes_per_second": copied, "rows": rows}
         reporting.write_json(reporting.RESULTS / "gpu.json", results)

@@ -20,10 +20,9 @@ import optax
 
 from benchmarks import reporting, timing
 from optax_adamax import adamax
-from oracle.formats import FORMATS
+from oracle.formats import FORMATS, state_bytes
 
 SIZE, ROUNDS, SEED = 1 << 24, 20, 0
-WIDTH = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 
 
 def describe(step: timing.Step, ratio: dict[str, Any], size: int) -> dict[str, Any]:
@@ -67,7 +66,7 @@ def main() -> None:
         make = functools.partial(adamax, 1e-3, m_dtype=m, v_dtype=v)
         candidates[f"{m}, {v}"] = make
     rows = measure(candidates, size, rounds)
-    widths = {"optax.adamax": 8} | {f"{m}, {v}": WIDTH[m] + WIDTH[v] for m, v in FORMATS}
+    widths = {"optax.adamax": 8} | {f"{m}, {v}": state_bytes(m, v) for m, v in FORMATS}
     for name, width in widths.items():
         # One pass: the gradient in; the parameter and the state in and out.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
@@ -79,7 +78,7 @@ def main() -> None:
             f"{row['temporary_bytes']} temporary bytes"
         )
     if not quick:
-        provenance = reporting.provenance("benchmarks.low_bit", dtype="float32", seeds=[SEED])
+        provenance = reporting.provenance("benchmarks.low_bit", seeds=[SEED])
         results = {"provenance": provenance, "parameters": size, "rounds": rounds, "rows": rows}
         reporting.write_json(reporting.RESULTS / "low_bit.json", results)
 

@@ -25,8 +25,8 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting
-from benchmarks.accelerators_compiler import TARGETS, lower
 from optax_adamax import adamax, compensate_rounding
+from oracle.compilers import TARGETS, installed, lower
 
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024
@@ -165,7 +165,7 @@ def largest(way: Way) -> dict[str, Any]:
 
 def draw(rows: list[dict[str, Any]]) -> None:
     """One bar a way."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(reporting.STYLE)
     figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained", dpi=110)
     sizes = [row["parameters"] / 1e9 for row in rows]
     colors = ["#5B6770" if row["way"].startswith("optax") else "#0072B2" for row in rows]
@@ -194,9 +194,7 @@ def main() -> None:
     rows = {}
     if path.exists():
         rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
-    made = reporting.provenance(
-        "benchmarks.model_size", dtype="float32", seeds=(), packages=["libtpu"]
-    )
+    made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
         rows[name] = {"way": name, **largest(WAYS[name])}
         if arguments.unrolled:

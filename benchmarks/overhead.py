@@ -92,7 +92,7 @@ def main() -> None:
                 )
     print(f"{STEPS} steps with changing learning rate, b2 and count: traced {results['traces']}")
     if not quick:
-        provenance = reporting.provenance("benchmarks.overhead", dtype="float32", seeds=[])
+        provenance = reporting.provenance("benchmarks.overhead")
         reporting.write_json(
             reporting.RESULTS / "overhead.json", {"provenance": provenance} | results
         )

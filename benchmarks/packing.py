@@ -105,7 +105,7 @@ def main() -> None:
     for size, ratio in results["by_size"].items():
         print(f"{counts[0]} leaves of {size:>6}: packed / unpacked {timing.text(ratio)}")
     if not quick:
-        provenance = reporting.provenance("benchmarks.packing", dtype="float32", seeds=[])
+        provenance = reporting.provenance("benchmarks.packing")
         results = {"provenance": provenance} | results
         reporting.write_json(reporting.RESULTS / "packing.json", results)
         reporting.FIGURES.mkdir(exist_ok=True)

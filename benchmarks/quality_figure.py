@@ -25,7 +25,7 @@ LOW, HIGH = -3.0, 5.0
 
 def draw(results: dict[str, Any]) -> None:
     """One panel a task and loss: each seed's gap to float32 state, and the mean gap."""
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(reporting.STYLE)
     tasks = results["tasks"]
     size = {"figsize": (3 * len(tasks), 6.4), "dpi": 110, "layout": "constrained"}
     fig, axes = plt.subplots(2, len(tasks), sharex=True, sharey=True, **size)

@@ -15,12 +15,17 @@ import jax
 LINUX = hasattr(os, "sched_getaffinity")
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}  # of figures
 LOAD_BEFORE = os.getloadavg()  # a benchmark imports this before it measures
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "optax_adamax")
 
 
 def provenance(
-    module: str, *, dtype: str, seeds: Sequence[int], packages: Sequence[str] = ()
+    module: str,
+    *,
+    dtype: str = "float32",
+    seeds: Sequence[int] = (),
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """How the numbers of `python -m module` came about; `packages` adds to `PACKAGES`."""
     return {

@@ -123,7 +123,7 @@ def main() -> None:
     for name, row in results["slopes"].items():
         print(f"slope of {name}:", "  ".join(f"{k} {x:.2f}" for k, x in row.items()))
     if not quick:
-        provenance = reporting.provenance("benchmarks.scaling", dtype="float32", seeds=[])
+        provenance = reporting.provenance("benchmarks.scaling")
         results = {"provenance": provenance} | results
         reporting.write_json(reporting.RESULTS / "scaling.json", results)
         reporting.FIGURES.mkdir(exist_ok=True)

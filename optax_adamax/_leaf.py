@@ -10,7 +10,7 @@ from optax_adamax import _xla
 from optax_adamax._formats import bits
 from optax_adamax._m_formats import MFormat, divide
 from optax_adamax._numerics import map_real_imag, modulus, narrow, widen
-from optax_adamax._step import SHIFT_MASK, Step
+from optax_adamax._step import SHIFT_BITS, Step
 from optax_adamax._v_formats import VFormat
 
 
@@ -103,20 +103,16 @@ def _look_ahead(g: jax.Array, m: jax.Array, v: jax.Array, step: Step) -> jax.Arr
 
 def _threshold(g: jax.Array, step: Step) -> jax.Array:
     """uint32, uniform over the steps whatever g is; the bits of g tell the elements apart."""
-    return step.threshold + _mantissa(g)
+    mantissa = bits(narrow(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32) << SHIFT_BITS
+    return step.threshold + mantissa
 
 
 def _shift(g: jax.Array, step: Step) -> jax.Array:
     """The octaves by which the frame is folded back: also the last bits of each threshold."""
     if step.scale is None:
         return step.shift
-    last_bits = (step.threshold + _mantissa(_gradient(g, step))) & SHIFT_MASK
+    last_bits = _threshold(_gradient(g, step), step) & ((1 << SHIFT_BITS) - 1)
     return _xla.per_element(step.shift, last_bits.astype(step.shift.dtype))
-
-
-def _mantissa(g: jax.Array) -> jax.Array:
-    """The bits of |g| that differ most, as uint32; the last nine bits are 0."""
-    return bits(narrow(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32) << 9
 
 
 def _if_taken(step: Step, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from optax_adamax._v_formats import VFormat
 
 EpsPlacement = Literal["max", "denominator"]
 
-SHIFT_MASK = np.uint32((1 << 9) - 1)
+SHIFT_BITS = 9  # of a threshold, in which the shift stands
 
 
 class Step(NamedTuple):
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     bias: jax.Array  # 1 - b1**t, or 1 without bias correction; over s_t where m is no ratio
     b1_ahead: jax.Array | None  # with Nesterov momentum, b1 (1 - b1**t) / (1 - b1**(t + 1))
     bound: jax.Array | None  # of |u_t|, where what is stored may take it beyond
-    # uint32: a hash of t, by which it is decided what is rounded up; its last bits are `shift`
+    # uint32: a hash of t, by which it is decided what is rounded up; the last SHIFT_BITS: `shift`
     threshold: jax.Array
     phase: jax.Array  # uint32: that of the frame after the step
     grads_finite: jax.Array | None  # bool: whether the step is taken; None: nobody asked
@@ -138,7 +138,7 @@ class Hyperparameters:
             bias=bias if m_format.is_ratio else bias / scale,
             b1_ahead=b1 * (bias / next_bias) if self.nesterov else None,
             bound=bound,
-            threshold=(hash_uint32(jnp.asarray(t, np.uint32)) & ~SHIFT_MASK)
+            threshold=(hash_uint32(jnp.asarray(t, np.uint32)) >> SHIFT_BITS << SHIFT_BITS)
             | frame.shift.astype(jnp.uint32),
             phase=frame.phase,
             grads_finite=grads_finite,

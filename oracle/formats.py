@@ -13,6 +13,12 @@ FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 LOW_BIT = FORMATS[1:]
 SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
 
+
+def state_bytes(m_dtype, v_dtype):
+    """Bytes a parameter."""
+    return np.dtype(m_dtype).itemsize + np.dtype(v_dtype).itemsize
+
+
 FRAME = 1e-4  # relative: what the frame's scale, in float32, adds in any number of steps
 
 

@@ -152,6 +152,7 @@ class Run(RuleBasedStateMachine):
         if betas is not None:
             self.change_hyperparameters(betas, start[2])
             end = self.hyperparameters
+            self.constant &= start == end
         fraction = np.linspace(0, 1, CYCLE)[:, None]
         rows = np.float32((1 - fraction) * np.float64(start) + fraction * np.float64(end))
         self.steps(np.resize(cycle, (CYCLE, SIZE)), scan=True, rows=rows)

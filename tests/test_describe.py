@@ -21,6 +21,7 @@ from optax_adamax import (
 )
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
+from oracle.formats import state_bytes
 
 FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8"), ("int8", "float32")]
 MAGNITUDES = [0.0, 1e-38, 1e-12, 1e-9, 1e-3, 1.0, 5e3, 7e3, 1e7, 1e38]
@@ -59,7 +60,7 @@ def test_counts_are_those_of_the_decoded_state(m_dtype, v_dtype):
         seen = (m != 0) | (v > max(low, eps * (1 + V_FORMATS[v_dtype].relative_error)))
         n = max(1, m.size)
         assert leaf.size == m.size
-        assert leaf.bytes == m.size * (jnp.dtype(m_dtype).itemsize + jnp.dtype(v_dtype).itemsize)
+        assert leaf.bytes == m.size * state_bytes(m_dtype, v_dtype)
         assert (leaf.m_dtype, leaf.v_dtype) == (m_dtype, v_dtype)
         wanted = (v[seen].min(), v[seen].max()) if seen.any() else (np.nan, np.nan)
         np.testing.assert_allclose((leaf.v_min, leaf.v_max), wanted, rtol=1e-6)

@@ -92,11 +92,9 @@ class Mlx:
     """See `Torch`."""
 
     def __init__(self):
-        pytest.importorskip("mlx.core")
-        import mlx
-
         self.mx = pytest.importorskip("mlx.core")
-        pytest.importorskip("mlx.optimizers")
+        import mlx.optimizers
+
         self.names = {"mlx": mlx}
 
     def train(self, optimizer):

@@ -7,10 +7,11 @@ from its model of the chip: evidence, and no measurement.
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.experimental import topologies
 
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 WIDTHS |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
 # What reads and writes no memory, or is counted elsewhere.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
 FREE |= {"copy-done", "all-gather-done", "all-reduce-done", "async-done", "partition-id"}
@@ -86,6 +88,19 @@ GPUS = {
     "B200": Target("B200", "cuda", "", (10, 148, 1.965, 180, 7700)),
 }
 TARGETS = TPUS | GPUS
+
+
+def installed() -> list[str]:
+    """The packages of the compilers that are at hand."""
+    return [plugin for plugin in PLUGINS.values() if importlib.util.find_spec(plugin)]
+
+
+def available(names: Sequence[str]) -> list[Target]:
+    """The targets with these names for which there is a compiler; says which are left out."""
+    for name in names:
+        if (plugin := PLUGINS[TARGETS[name].platform]) not in installed():
+            print(f"{name}: left out, {plugin} is not installed")
+    return [TARGETS[name] for name in names if PLUGINS[TARGETS[name].platform] in installed()]
 
 
 @dataclasses.dataclass(frozen=True)
