@@ -125,7 +125,7 @@ def model_size(results: dict[str, Any]) -> str:
 def accelerators_chips(results: dict[str, Any]) -> str:
     """The sharded steps."""
     lines = []
-    for name, row in results["rows"].items():
+    for row in results["rows"]:
         kinds = [
             f"{x['count']} {kind}, {x['bytes'] / 1e6:.3g} MB"
             for kind, x in row["collectives"].items()
@@ -133,9 +133,16 @@ def accelerators_chips(results: dict[str, Any]) -> str:
         held = f"{row['state_bytes'] / 1e6:.2f} ({row['state_bytes_predicted'] / 1e6:.2f})"
         temporaries = f"{row['temporaries'] / 1e6:.0f}"
         lines.append(
-            [name, "; ".join(kinds) or "none", f"{row['cycles'] / 1e6:.2f}", temporaries, held]
+            [
+                row["chips"],
+                row["what"],
+                "; ".join(kinds) or "none",
+                "no estimate" if row["cycles"] is None else f"{row['cycles'] / 1e6:.2f}",
+                temporaries,
+                held,
+            ]
         )
-    header = ["", "collectives", "million cycles", "MB of temporaries"]
+    header = ["chips", "", "collectives", "million cycles", "MB of temporaries"]
     return table([*header, "MB of state (by shapes)"], lines)
 
 
