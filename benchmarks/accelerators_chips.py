@@ -4,9 +4,9 @@
 
 The leaves are those of one layer of a transformer, in float32, the state in 2 bytes. FSDP:
 parameters, gradients and state split over 256 devices; in larger topologies each group of 256
-holds them all. ZeRO-1: parameters and gradients whole, the state split; once by `keep_sharded`, once by
-`make_update_params`, and once by `out_shardings` alone. Counted are the collectives by kind and
-bytes on a device, temporaries, estimated cycles, and the bytes of the state on a device beside
+holds them all. ZeRO-1: parameters and gradients whole, the state split; once by `keep_sharded`,
+once by `make_update_params`, and once by `out_shardings` alone. Counted are the collectives by kind
+and bytes on a device, temporaries, estimated cycles, and the bytes of the state on a device beside
 those of `state_shardings`; the same of the program of `init_sharded`. Needs libtpu (extra `tpu`).
 """
 
