@@ -6,10 +6,11 @@ The leaves of a GPT-2 (`LAYERS` layers of twelve leaves, and five more), and a t
 elements. The time of compilation, in seconds of processors, is also given as a ratio to that of
 `optax.adamax` in the same run. The bytes of the state are those of the compiler, which pads a small
 leaf to a tile on TPU, to those of its elements. Needs libtpu (extra `tpu`), and for GPUs JAX's
-plugin for CUDA (extra `cuda`).
+plugin for CUDA (extra `cuda`); the rows of targets that are not compiled anew stay.
 """
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable
@@ -72,8 +73,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["v6e", "H100"])
     parser.add_argument("--quick", action="store_true", help="one layer and a hundred leaves")
     arguments = parser.parse_args()
-    rows = []
-    for target in available(arguments.targets):
+    path = reporting.RESULTS / "accelerators_leaves.json"
+    before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    targets = available(arguments.targets)
+    rows = [row for row in before if row["target"] not in {target.name for target in targets}]
+    for target in targets:
         for model, shapes in MODELS.items():
             shapes = shapes[: len(shapes) // 12] if arguments.quick else shapes
             measure(target, shapes[:1], optax.adamax(1e-3))  # starts the compiler
@@ -85,7 +89,6 @@ def main() -> None:
                 rows.append({"target": target.name, "model": model, "what": name, **row})
     if not arguments.quick:
         made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
-        path = reporting.RESULTS / "accelerators_leaves.json"
         reporting.write_json(path, {"provenance": made, "rows": rows})
 
 
