@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
+# What they train with frameworks and limit, test_frameworks.py and test_spikes.py look at.
+LONG = {DOCS / "guide" / "frameworks.md", DOCS / "guide" / "deep_vaes.md"}
 MODULES = [
     "optax_adamax",
     "optax_adamax.sharding",
@@ -68,7 +70,11 @@ def test_every_public_function_says_what_goes_in_and_out():
         assert re.search(parts, function.__doc__ or "", re.M | re.S), function
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES],
+    ids=lambda page: page.relative_to(DOCS).as_posix(),
+)
 def test_code_of_a_page_runs_and_prints_what_it_says(page):
     """The blocks of a page are one program."""
     blocks = re.findall(r"^ *```python\n.*?^ *```", page.read_text("utf-8"), re.M | re.S)
