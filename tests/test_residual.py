@@ -1,0 +1,174 @@
+"""What a residual adds to a parameter: no value and no kind of update may lose what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compensated import UNIT, VALUES, adding, mutated, neighbours, residuals, stepper, wide
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optax_adamax import master_params
+from optax_adamax.wrappers import _residual
+
+FLUSHED = 2.0**-118  # below it XLA on CPU flushes updates of float32 to zero
+SMALLEST = 2.0**-117  # an absolute error that is always allowed
+LARGEST = float(jnp.finfo(jnp.bfloat16).max)
+FINITE = VALUES[np.isfinite(np.asarray(VALUES).astype(np.float32))]
+
+
+def assert_nearest(stored, true):
+    """No number of bfloat16 is nearer to `true` than `stored` is."""
+    below, above = neighbours(wide(stored))
+    with np.errstate(invalid="ignore"):  # only a mutant stores infinity for a finite number
+        distance = np.abs(wide(stored) - wide(true))
+    assert (distance <= np.abs(below - wide(true))).all()
+    assert (distance <= np.abs(above - wide(true))).all()
+
+
+def adversarial_updates(p, rng):
+    """Updates for all values at once: each is what is worst for a rounding of some kind."""
+    p = np.asarray(p).astype(np.float32)
+    below, above = (x.astype(np.float32) for x in neighbours(p.astype(np.float64)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {
+            "nothing": np.zeros_like(p),
+            "half an ulp up": (above - p) / 2,
+            "half an ulp down": (below - p) / 2,
+            "just under half an ulp": np.nextafter((above - p) / 2, np.float32(0)),
+            "a thousandth of an ulp": (above - p) / 1000,
+            "to zero": -p,
+            "nearly to zero": -p * np.float32(1 - 2.0**-10),
+            "across zero": -p * np.float32(1 + 2.0**-20),
+            "to the other sign": -2 * p,
+            "doubled": p,
+            "halved": -p / 2,
+            "half and a bit": -p * np.float32(0.5000001),
+            "any size": np.float32(rng.normal(size=p.shape) * 2.0 ** rng.uniform(-30, 30, p.shape)),
+            "subnormal": np.full_like(p, 2.0**-130),
+            "to the end of float32": np.copysign(np.finfo(np.float32).max, p) - p,
+            "infinite": np.full_like(p, np.inf),
+        }
+
+
+def check_every_value(residual_dtype, compiled=True):
+    tx = adding(residual_dtype)
+    step = stepper(tx, compiled)
+    rng = np.random.default_rng(0)
+    ends = jnp.iinfo(residual_dtype)
+    residual = jnp.asarray(rng.integers(ends.min, ends.max + 1, FINITE.shape), residual_dtype)
+    state = tx.init(FINITE)
+    state = state._replace(residual=type(state.residual)(residual))
+    before = wide(master_params(state, FINITE))
+    for name, update in adversarial_updates(FINITE, rng).items():
+        with np.errstate(over="ignore", invalid="ignore"):
+            wanted = before + update.astype(np.float64)
+            float32 = (before.astype(np.float32) + update).astype(np.float64)
+        new, new_state = step(FINITE, state, jnp.asarray(update))
+        after = wide(master_params(new_state, new))
+        followed = (np.abs(wanted) <= LARGEST) & (np.abs(wanted) >= FLUSHED)
+        assert_nearest(new[followed], after[followed])
+        size = np.maximum(np.abs(wide(FINITE)), np.abs(wanted))
+        error = np.abs(after[followed] - wanted[followed])
+        assert (error <= (UNIT[residual_dtype] * size + SMALLEST)[followed]).all(), name
+        if residual_dtype == "int16":  # the very numbers of float32, but near zero
+            exact = followed & (np.abs(wanted) > 2.0**-16 * np.abs(wide(FINITE)))
+            exact &= np.abs(wanted) > 2.0**-100  # beyond which updates are flushed in part
+            np.testing.assert_array_equal(after[exact], float32[exact])
+        # What float32 can hold, no rounding to bfloat16 makes infinite.
+        np.testing.assert_array_equal(np.isfinite(wide(new)), np.isfinite(float32), name)
+
+
+@residuals
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_value_takes_every_kind_of_update(residual_dtype, compiled):
+    check_every_value(residual_dtype, compiled)
+
+
+def split_without_clip(theta, residual_dtype, threshold):
+    width = jnp.iinfo(residual_dtype).bits
+    fine = (_residual._bits(theta) + threshold * (width == 8)) >> (16 - width)
+    upper = (fine + (1 << (width - 1))) >> width
+    return fine, (fine - (upper << width)).astype(residual_dtype)
+
+
+def stored_part_rounded_down(fine, residual):
+    upper = fine >> jnp.iinfo(residual.dtype).bits
+    return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+
+
+def join_with_any_residual(p, residual):
+    bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32) << 16
+    lost = 16 - jnp.iinfo(residual.dtype).bits
+    bits += (residual.astype(jnp.int32) << lost).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def join_without_sign(p, residual):
+    return JOIN(jnp.abs(p), residual)
+
+
+JOIN = _residual.join
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("split", split_without_clip),
+        ("stored_part", stored_part_rounded_down),
+        ("join", join_with_any_residual),
+        ("join", join_without_sign),
+        ("_threshold", lambda count, u_bits: jnp.uint32(300)),
+        # Nothing is compared: a parameter is taken to arrive where float32 cannot.
+        ("_bits", lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFE)),
+    ],
+)
+def test_mutants_of_splitting_are_noticed(monkeypatch, name, mutant):
+    mutated(monkeypatch, name, mutant)
+    with pytest.raises(AssertionError):
+        check_every_value("int8")
+        check_every_value("int16")
+
+
+@residuals
+def test_a_parameter_set_from_outside_has_no_residual(residual_dtype):
+    """A pruned one stays at zero, and infinity and NaN are what they say, in whatever is stored."""
+    ends = jnp.iinfo(residual_dtype)
+    residual = jnp.asarray([ends.min, -1, 1, ends.max] * 5, residual_dtype)
+    params = jnp.repeat(jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16), 4)
+    state = adding(residual_dtype).init(params)
+    state = state._replace(residual=type(state.residual)(residual))
+    np.testing.assert_array_equal(master_params(state, params), wide(params))
+    new, state = stepper(adding(residual_dtype))(params, state, jnp.zeros(20))
+    np.testing.assert_array_equal(wide(new), wide(params))
+    np.testing.assert_array_equal(master_params(state, new), wide(params))
+
+
+def test_what_is_not_finite_is_added_as_it_is():
+    params = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1, 1, 3e38], jnp.bfloat16)
+    updates = jnp.asarray([1, 1, 1, jnp.nan, -jnp.inf, 3e38], jnp.float32)
+    new, state = stepper(adding("int8"))(params, adding("int8").init(params), updates)
+    plain = [np.inf, -np.inf, np.nan, np.nan, -np.inf, np.inf]
+    np.testing.assert_array_equal(np.asarray(new).astype(np.float32), plain)
+    np.testing.assert_array_equal(master_params(state, new), plain)
+
+
+STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UNIT}
+
+
+@given(
+    st.sampled_from(["int8", "int16"]),
+    st.floats(-100, 100, width=32),
+    st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=1, max_size=30),
+)
+def test_the_true_parameter_follows_float64(residual_dtype, start, updates):
+    step = STEP[residual_dtype]
+    params = jnp.asarray(start, jnp.bfloat16)
+    state = adding(residual_dtype).init(params)
+    for u in updates:
+        before = np.float64(master_params(state, params))
+        size = max(abs(np.float64(params)), abs(before + u))
+        params, state = step(params, state, jnp.float32(u))
+        true = np.float64(master_params(state, params))
+        assert abs(true - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
+        assert_nearest(params, true)
