@@ -75,6 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = reporting.RESULTS / "accelerators_leaves.json"
     before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
     targets = available(arguments.targets)
     rows = [row for row in before if row["target"] not in {target.name for target in targets}]
     for target in targets:
@@ -83,12 +84,11 @@ def main() -> None:
             measure(target, shapes[:1], optax.adamax(1e-3))  # starts the compiler
             found: dict[str, dict[str, Any]] = {}
             for name, make in tqdm(MAKE.items(), desc=f"{target.name}, {model}"):
-                row = found[name] = measure(target, shapes, make())
+                row = found[name] = measure(target, shapes, make()) | {"commit": made["commit"]}
                 row["to_optax"] = row["seconds"] / found["optax.adamax"]["seconds"]
                 tqdm.write(f"{target.name:5}{model:12}{len(shapes):5} leaves  {name:16}{row}")
                 rows.append({"target": target.name, "model": model, "what": name, **row})
     if not arguments.quick:
-        made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
         reporting.write_json(path, {"provenance": made, "rows": rows})
 
 

@@ -122,6 +122,16 @@ def model_size(results: dict[str, Any]) -> str:
     return table([*header, "bytes a parameter, all included"], lines)
 
 
+def model_layers(results: dict[str, Any]) -> str:
+    """What a further parameter takes where layers are stacked, and where they are a list."""
+    lines = [
+        [row["way"], f"{row['scanned']:.1f}", f"{row['unrolled']:.1f}"]
+        for row in results["rows"]
+        if "scanned" in row
+    ]
+    return table(["parameters and state", "stacked, under a scan", "a list of layers"], lines)
+
+
 def accelerators_chips(results: dict[str, Any]) -> str:
     """The sharded steps."""
     lines = []
@@ -155,6 +165,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accelerators_shapes": ("accelerators", accelerators_shapes),
     "accelerators_chips": ("accelerators_chips", accelerators_chips),
     "model_size": ("model_size", model_size),
+    "model_layers": ("model_size", model_layers),
 }
 
 
@@ -169,8 +180,9 @@ def filled(text: str) -> str:
         results = json.loads(path.read_text("utf-8"))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        commits = dict.fromkeys(row.get("commit", made["commit"])[:8] for row in results["rows"])
         note = f"<sub>Estimated by the compiler, `python -m benchmarks.{file}`, commit "
-        note += f"{made['commit'][:8]}; {versions}.</sub>"
+        note += f"{', '.join(commits)}; {versions}.</sub>"
         return f"<!-- table: {match[1]} -->\n{write(results)}\n\n{note}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)

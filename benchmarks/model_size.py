@@ -196,7 +196,7 @@ def main() -> None:
         rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
     made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
-        rows[name] = {"way": name, **largest(WAYS[name])}
+        rows[name] = {"way": name, "commit": made["commit"], **largest(WAYS[name])}
         if arguments.unrolled:
             for kind in ("scanned", "unrolled"):
                 rows[name][kind] = bytes_a_parameter(WAYS[name], kind == "scanned")
