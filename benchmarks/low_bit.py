@@ -1,6 +1,6 @@
 """Time, memory and passes of one step in every storage format, beside float32 optax.adamax.
 
-    python -m benchmarks.low_bit [--quick]
+    python -m benchmarks.low_bit [--one-thread] [--quick]
 
 A train step that is only the optimizer: donated parameters and state, one leaf, gradients given.
 Every figure is a ratio to optax.adamax in float32, measured in alternation within one run. What is
@@ -10,6 +10,8 @@ over parameters, state and gradients. Takes two minutes.
 
 import argparse
 import functools
+import json
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +33,7 @@ def describe(step: timing.Step, ratio: dict[str, Any], size: int) -> dict[str, A
     passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
     calls = re.findall(r" conditional\(", entry)
     return {
-        "ratio": ratio["median"],
-        "ratio_quartiles": ratio["quartiles"],
+        "ratio": ratio,
         "state_bytes": sum(x.nbytes for x in jax.tree.leaves(step.carry[1]) if x.ndim) / size,
         "temporary_bytes": step.compiled.memory_analysis().temp_size_in_bytes,
         "passes": len(passes) + 2 * len(calls),
@@ -59,7 +60,13 @@ def main() -> None:
     """Measures all formats, prints the table and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the size, few rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument(
+        "--one-thread", action="store_true", help="on one processor, beside the other results"
+    )
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    if arguments.one_thread:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA makes its threads
     size, rounds = (SIZE // 16, 8) if quick else (SIZE, ROUNDS)
     candidates: dict[str, Callable[[], Any]] = {"optax.adamax": lambda: optax.adamax(1e-3)}
     for m, v in FORMATS:
@@ -71,16 +78,21 @@ def main() -> None:
         # One pass: the gradient in; the parameter and the state in and out.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
         row = rows[name] = rows[name] | {"predicted": predicted}
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_quartiles"])
+        ratio = timing.text(row["ratio"])
         found = f"{row['state_bytes']:g} bytes (predicted {width})  ratio {ratio}"
         print(
             f"{name:20} {found} (predicted {predicted['ratio']:.2f})  {row['passes']} passes, "
             f"{row['temporary_bytes']} temporary bytes"
         )
-    if not quick:
-        provenance = reporting.provenance("benchmarks.low_bit", seeds=[SEED])
-        results = {"provenance": provenance, "parameters": size, "rounds": rounds, "rows": rows}
-        reporting.write_json(reporting.RESULTS / "low_bit.json", results)
+    if quick:
+        return
+    path = reporting.RESULTS / "low_bit.json"
+    made = reporting.provenance("benchmarks.low_bit", seeds=[SEED])
+    results = {"provenance": made, "parameters": size, "rounds": rounds, "rows": rows}
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    reporting.write_json(
+        path, before | ({"one_thread": results} if arguments.one_thread else results)
+    )
 
 
 if __name__ == "__main__":

@@ -40,14 +40,21 @@ def dtypes(results: dict[str, Any]) -> str:
 
 def low_bit(results: dict[str, Any]) -> str:
     """Bytes and step time of every format."""
-    rows = []
-    for name, row in results["rows"].items():
-        low, high = row["ratio_quartiles"]
-        time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        predicted = f"{row['predicted']['ratio']:.2f}"
-        rows.append([name, f"{row['state_bytes']:g}", time, predicted, row["passes"]])
-    header = ["m, v", "bytes a parameter", "step time", "time of one pass", "passes over memory"]
-    return table(header, rows)
+    alone = results["one_thread"]["rows"]
+    rows = [
+        [
+            name,
+            f"{row['state_bytes']:g}",
+            f"{row['predicted']['ratio']:.2f}",
+            timing.text(row["ratio"]),
+            timing.text(alone[name]["ratio"]),
+            row["passes"],
+        ]
+        for name, row in results["rows"].items()
+    ]
+    threads = results["provenance"]["threads"]
+    header = ["m, v", "bytes a parameter", "time of one pass", f"step time, {threads} threads"]
+    return table([*header, "one thread", "passes over memory"], rows)
 
 
 def peers(results: dict[str, Any]) -> str:
@@ -124,8 +131,7 @@ def compensation(results: dict[str, Any]) -> str:
         end = results["constant_gradient"]["ends"][name]
         found = [task["held_out_loss"] for task in tasks.values()]
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
-        low, high = row["ratio_quartiles"]
-        time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        time = timing.text(row["ratio"])
         rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
     header = ["parameters", "bytes a parameter", "step time", "100,000 steps of 0.001", *tasks]
     return table(header, rows)
@@ -177,8 +183,7 @@ def reliability_costs(results: dict[str, Any]) -> str:
     """Step times of the policies."""
     rows = []
     for row in _formats(results):
-        low, high = row["ratio_quartiles"]
-        time = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        time = timing.text(row["ratio"])
         extra = f"{row['temporary_bytes'] / results['parameters']:.2f}"
         rows.append([f"{row['m_dtype']}, {row['v_dtype']}", row["policy"], time, extra])
     return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
