@@ -123,13 +123,18 @@ def model_size(results: dict[str, Any]) -> str:
 
 
 def model_layers(results: dict[str, Any]) -> str:
-    """What a further parameter takes where layers are stacked, and where they are a list."""
+    """The largest model and a further parameter, with layers stacked and as a list."""
+
+    def text(row: dict[str, Any]) -> list[str]:
+        return [f"{row['parameters'] / 1e9:.2f}", f"{row['more']:.1f}"]
+
     lines = [
-        [row["way"], f"{row['scanned']:.1f}", f"{row['unrolled']:.1f}"]
+        [row["way"], *text(row), *text(row["unrolled"])]
         for row in results["rows"]
-        if "scanned" in row
+        if "unrolled" in row
     ]
-    return table(["parameters and state", "stacked, under a scan", "a list of layers"], lines)
+    header = [f"{what}, {how}" for how in ("stacked", "a list") for what in ("largest", "bytes")]
+    return table(["parameters and state", *header], lines)
 
 
 def accelerators_chips(results: dict[str, Any]) -> str:

@@ -5,10 +5,11 @@
 A decoder-only transformer of width `WIDTH`, one training step with gradients on one sequence of
 `LENGTH` tokens, parameters and state donated, every layer rematerialised. The compiler refuses at
 compile time what exceeds the memory of the chip. Models whose layers are stacked under `lax.scan`
-are compiled until one is accepted and the next refused. `--unrolled` finds what a further parameter
-takes there and where the layers are a list, which says whether a layer's gradient lives until the
-end of the step, or is released when it is used. Needs libtpu (extra `tpu`); nothing is run. A
-compilation takes one minute on an idle core.
+are compiled until one is accepted and the next refused, and what a further parameter takes is found
+from small ones. `--unrolled` does so where the layers are a list, and adds it to the rows; this
+says whether a layer's gradient lives until the end of the step, or is released when it is used.
+Needs libtpu (extra `tpu`); nothing is run. A compilation takes one minute on an idle core, and
+some where there are many layers in a list.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from oracle.compilers import TARGETS, installed, lower
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024
 FEW = (2, 4)  # numbers of layers from which the bytes of a further parameter are found
+BYTES = 16.9e9  # of the chip, about, for a first guess
 RATE = 1e-3
 
 
@@ -143,19 +145,21 @@ def memory(program: Any) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
-def bytes_a_parameter(way: Way, scanned: bool) -> float:
-    """What one more parameter takes."""
+def of_few_layers(way: Way, scanned: bool) -> tuple[float, int]:
+    """What one more parameter takes, and how many layers will fit if that goes on."""
     (few, small), (many, big) = (compiled(way, n, scanned) for n in FEW)
-    return (memory(big) - memory(small)) / (many - few)
+    grown, layers = memory(big) - memory(small), FEW[1] - FEW[0]
+    room = BYTES - memory(small)
+    return grown / (many - few), FEW[0] + int(room / (grown / layers))
 
 
-def largest(way: Way) -> dict[str, Any]:
+def largest(way: Way, scanned: bool, start: int) -> dict[str, Any]:
     """The largest model that the compiler accepts; that of one more layer it refuses."""
     held: dict[int, int | None] = {}  # by layers; None: refused
     counts: dict[int, int] = {}
-    layers = way.start
+    layers = start
     while layers not in held:
-        counts[layers], program = compiled(way, layers, scanned=True)
+        counts[layers], program = compiled(way, layers, scanned)
         held[layers] = None if program is None else memory(program)
         tqdm.write(f"{layers} layers, {counts[layers]} parameters: {held[layers] or 'refused'}")
         layers += -1 if held[layers] is None else 1
@@ -184,7 +188,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--unrolled", action="store_true", help="and compare with a list of layers")
+    parser.add_argument("--unrolled", action="store_true", help="the same with a list of layers")
     parser.add_argument("--quick", action="store_true", help="one model of one layer")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -196,10 +200,14 @@ def main() -> None:
         rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
     made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
-        rows[name] = {"way": name, "commit": made["commit"], **largest(WAYS[name])}
+        way = WAYS[name]
         if arguments.unrolled:
-            for kind in ("scanned", "unrolled"):
-                rows[name][kind] = bytes_a_parameter(WAYS[name], kind == "scanned")
+            more, layers = of_few_layers(way, scanned=False)
+            found = {"more": more, **largest(way, False, layers)}
+            rows[name]["unrolled"] = {"commit": made["commit"], **found}
+        else:
+            found = {"more": of_few_layers(way, True)[0], **largest(way, True, way.start)}
+            rows[name] = rows.get(name, {}) | {"way": name, "commit": made["commit"], **found}
         tqdm.write(f"{name:60}{rows[name]}")
         shown = [rows[name] for name in WAYS if name in rows]
         reporting.write_json(path, {"provenance": made, "rows": shown})
