@@ -30,14 +30,22 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     return {"median": median, "quartiles": [low, high]}
 
 
+def span(medians: np.ndarray) -> dict[str, Any]:
+    """Median and range of the medians of runs."""
+    return {
+        "median": float(np.median(medians)),
+        "runs": [float(medians.min()), float(medians.max())],
+    }
+
+
 def ratios(seconds: dict[str, np.ndarray], reference: str) -> dict[str, dict[str, Any]]:
     """The time of each runner over that of the reference in the same round."""
     return {name: spread(found / seconds[reference]) for name, found in seconds.items()}
 
 
 def text(ratio: dict[str, Any]) -> str:
-    """A median with its quartiles."""
-    low, high = ratio["quartiles"]
+    """A median with its quartiles, or with the range of runs."""
+    low, high = ratio["runs"] if "runs" in ratio else ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
 
 
