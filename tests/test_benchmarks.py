@@ -28,6 +28,16 @@ def test_ratios_are_taken_round_by_round():
     assert timing.ratios(seconds, "b")["a"] == {"median": 1.0, "quartiles": [0.75, 1.5]}
 
 
+def test_the_range_of_runs_is_that_of_their_medians():
+    from benchmarks import low_bit, timing
+
+    medians = (1.0, 4.0, 2.0)
+    runs = [{"int8": {"ratio": {"median": x, "quartiles": [0, 9]}, "passes": 3}} for x in medians]
+    found = low_bit.of_runs(runs)
+    assert found == {"int8": {"ratio": {"median": 2.0, "runs": [1.0, 4.0]}, "passes": 3}}
+    assert timing.text(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
+
+
 def test_the_limit_takes_a_step_of_adamax():
     from benchmarks.limit import Limit
 
