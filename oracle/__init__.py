@@ -1,1 +1,1 @@
-"""What tests and benchmarks both need: the float64 oracle, scenarios, and what formats promise."""
+"""What tests and benchmarks share: the float64 oracle, scenarios, formats, and compilers."""

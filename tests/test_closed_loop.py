@@ -130,6 +130,33 @@ def test_constant_gradients(m_dtype, v_dtype):
     check_constant_gradients(m_dtype, v_dtype)
 
 
+def mean_direction(m_dtype, v_dtype, b1, b2):
+    """Of constant gradients of many sizes, over the steps in which v's frame goes round twice."""
+    g = jnp.asarray(np.exp(np.random.default_rng(3).uniform(-3, 3, 256)), jnp.float32)
+    tx = scale_by_adamax(b1, b2, m_dtype=m_dtype, v_dtype=v_dtype)
+
+    def body(state, _):
+        u, state = tx.update(g, state)
+        return state, jnp.mean(u)
+
+    u = jax.lax.scan(body, tx.init(g), length=2800)[1]
+    return jnp.mean(u[-1386:])
+
+
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype, short",
+    [("bfloat16", "bfloat16", 0), ("bfloat16", "uint8", 0.01), ("int8", "uint8", 0.0135)],
+)
+def test_constant_gradients_under_the_bound(m_dtype, v_dtype, short):
+    """Where exact steps are at C_t, its clip takes one side of the errors: that, and no more."""
+    clipped = jax.jit(lambda: mean_direction(m_dtype, v_dtype, 0.9, 0.999))()
+    free = jax.jit(functools.partial(mean_direction, m_dtype, v_dtype))(
+        jnp.float32(0.9), jnp.float32(0.999)
+    )
+    assert 1 - short - 1e-3 <= clipped <= 1 + 1e-3
+    np.testing.assert_allclose(free, 1, atol=0.005)
+
+
 def check_silence(m_dtype, v_dtype):
     """20,000 steps after the last gradient nothing moves, even at b1 = 0.998."""
     tx = scale_by_adamax(0.998, 0.999, 0.0, m_dtype=m_dtype, v_dtype=v_dtype)
