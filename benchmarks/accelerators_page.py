@@ -185,7 +185,8 @@ def filled(text: str) -> str:
         results = json.loads(path.read_text("utf-8"))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        commits = dict.fromkeys(row.get("commit", made["commit"])[:8] for row in results["rows"])
+        measured = [x for row in results["rows"] for x in (row, row.get("unrolled", row))]
+        commits = dict.fromkeys(x.get("commit", made["commit"])[:8] for x in measured)
         note = f"<sub>Estimated by the compiler, `python -m benchmarks.{file}`, commit "
         note += f"{', '.join(commits)}; {versions}.</sub>"
         return f"<!-- table: {match[1]} -->\n{write(results)}\n\n{note}\n<!-- end -->"
