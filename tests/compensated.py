@@ -7,7 +7,6 @@ import optax
 import pytest
 
 from optax_adamax import compensate_rounding
-from optax_adamax.wrappers import _residual
 
 residuals = pytest.mark.parametrize("residual_dtype", ["int8", "int16"])
 UNIT = {"int8": 2.0**-15, "int16": 2.0**-24}  # the largest relative error of one step
@@ -41,10 +40,3 @@ def stepper(tx, compiled=True):
 def adding(residual_dtype):
     """The gradient is the update."""
     return compensate_rounding(optax.identity(), residual_dtype)
-
-
-def mutated(monkeypatch, name, mutant):
-    """The module with another function, traced anew."""
-    monkeypatch.setattr(_residual, name, mutant)
-    step = _residual.add.__wrapped__
-    monkeypatch.setattr(_residual, "add", lambda *arguments: step(*arguments))

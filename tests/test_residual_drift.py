@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compensated import adding, mutated, neighbours, residuals, take, wide
+from compensated import adding, neighbours, residuals, take, wide
 
 from optax_adamax import adamax, compensate_rounding, master_params
+from optax_adamax.wrappers import _residual
 
 
 @residuals
@@ -92,9 +93,9 @@ def golden_walk(count, u_bits):
 @pytest.mark.parametrize(
     "threshold", [golden_walk, lambda count, u_bits: jnp.uint32(128), lambda *_: jnp.uint32(0)]
 )
-def test_mutants_of_the_threshold_are_noticed(monkeypatch, threshold):
+def test_mutants_of_the_threshold_are_noticed(mutant, threshold):
     """A walk is biased by updates of its own period, and one for all steps by any."""
-    mutated(monkeypatch, "_threshold", threshold)
+    mutant(_residual, "_threshold", threshold)
     int8, int16 = adding("int8"), adding("int16")
     for period in (8, 144):
         rng = np.random.default_rng(period)
