@@ -41,7 +41,6 @@ class Way:
     """A way to keep parameters and state."""
 
     make: Callable[[], Any]
-    start: int  # layers at which the search for the largest model begins
     params: Any = jnp.float32
     compute: Any = jnp.float32  # and the gradients; parameters of another dtype are masters
 
@@ -49,18 +48,15 @@ class Way:
 SEVEN = "7 bytes for all: bfloat16, int8 residual, 2 bytes of state"
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}
 WAYS = {
-    "optax.adamw, float32": Way(lambda: optax.adamw(RATE), 17),
-    "optax.adamax, float32": Way(lambda: optax.adamax(RATE), 17),
+    "optax.adamw, float32": Way(lambda: optax.adamw(RATE)),
+    "optax.adamax, float32": Way(lambda: optax.adamax(RATE)),
     "optax.adamax, bfloat16 with float32 masters": Way(
-        lambda: optax.adamax(RATE), 18, compute=jnp.bfloat16
+        lambda: optax.adamax(RATE), compute=jnp.bfloat16
     ),
-    "4 bytes of state, float32": Way(
-        lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16"), 22
-    ),
-    "2 bytes of state, float32": Way(lambda: adamax(RATE, **TWO_BYTES), 26),
+    "4 bytes of state, float32": Way(lambda: adamax(RATE, m_dtype="bfloat16", v_dtype="bfloat16")),
+    "2 bytes of state, float32": Way(lambda: adamax(RATE, **TWO_BYTES)),
     SEVEN: Way(
         lambda: compensate_rounding(adamax(RATE, **TWO_BYTES), "int8"),
-        43,
         jnp.bfloat16,
         jnp.bfloat16,
     ),
@@ -198,16 +194,15 @@ def main() -> None:
     rows = {}
     if path.exists():
         rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
+    if arguments.unrolled and (missing := set(arguments.ways) - set(rows)):
+        parser.error(f"to what --unrolled adds there are no rows yet: {sorted(missing)}")
     made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
-        way = WAYS[name]
-        if arguments.unrolled:
-            more, layers = of_few_layers(way, scanned=False)
-            found = {"more": more, **largest(way, False, layers)}
-            rows[name]["unrolled"] = {"commit": made["commit"], **found}
-        else:
-            found = {"more": of_few_layers(way, True)[0], **largest(way, True, way.start)}
-            rows[name] = rows.get(name, {}) | {"way": name, "commit": made["commit"], **found}
+        way, scanned = WAYS[name], not arguments.unrolled
+        more, layers = of_few_layers(way, scanned)
+        found = {"commit": made["commit"], "more": more, **largest(way, scanned, layers)}
+        row = rows.setdefault(name, {"way": name})
+        row.update(found if scanned else {"unrolled": found})
         tqdm.write(f"{name:60}{rows[name]}")
         shown = [rows[name] for name in WAYS if name in rows]
         reporting.write_json(path, {"provenance": made, "rows": shown})

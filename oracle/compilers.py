@@ -97,10 +97,13 @@ def installed() -> list[str]:
 
 def available(names: Sequence[str]) -> list[Target]:
     """The targets with these names for which there is a compiler; says which are left out."""
-    for name in names:
-        if (plugin := PLUGINS[TARGETS[name].platform]) not in installed():
-            print(f"{name}: left out, {plugin} is not installed")
-    return [TARGETS[name] for name in names if PLUGINS[TARGETS[name].platform] in installed()]
+    found = []
+    for target in (TARGETS[name] for name in names):
+        if (plugin := PLUGINS[target.platform]) in installed():
+            found.append(target)
+        else:
+            print(f"{target.name}: left out, {plugin} is not installed")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
