@@ -152,6 +152,13 @@ def from_bits(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def with_sign(size: jax.Array, number: jax.Array) -> jax.Array:
+    """size, which is at least 0, with the sign of an integer of fewer bits."""
+    same = jnp.dtype(f"int{8 * size.dtype.itemsize}")
+    sign = number.astype(same) & jnp.iinfo(same).min
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, same) | sign, size.dtype)
+
+
 def bits_of(number: float) -> int:
     """The bits of a number as float32."""
     return int(np.float32(number).view(np.int32))

@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_adamax import _xla
 from optax_adamax._formats import bits
-from optax_adamax._m_formats import MFormat, divide
+from optax_adamax._m_formats import MFormat, divide, limited
 from optax_adamax._numerics import map_real_imag, modulus, narrow, widen
 from optax_adamax._step import SHIFT_BITS, Step
 from optax_adamax._v_formats import VFormat
@@ -48,11 +48,14 @@ def update_leaf(
         new_v = v_format.next(v, _magnitude(g, step), step.b2, _shift(g, step))
         return _if_taken(step, narrow(new_v, v.dtype), v)
 
-    def next_m(m: jax.Array, v: jax.Array, g: jax.Array, add: _xla.Add) -> jax.Array:
+    def next_m(
+        m: jax.Array, v: jax.Array, new_v: jax.Array, g: jax.Array, add: _xla.Add
+    ) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
-        m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))))
+        m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))), v_format)
         m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
-        new_m = m_format.encode(m_t, decode_v(next_v(v, g)), _threshold(_gradient(g, step), step))
+        threshold = _threshold(_gradient(g, step), step)
+        new_m = m_format.encode(m_t, decode_v(new_v), threshold, v_format)
         return _if_taken(step, narrow(new_m, m.dtype), m)
 
     def g_t(g: jax.Array) -> jax.Array:
@@ -66,18 +69,16 @@ def update_leaf(
     if m_format.is_rounded or v_format.is_rounded:
         new_m, new_v = _xla.store(next_m, next_v, m, v, g, step.t, rounds_m=m_format.is_rounded)
     else:
-        new_m, new_v = next_m(m, v, g, jnp.add), next_v(v, g)
+        new_v = next_v(v, g)
+        new_m = next_m(m, v, new_v, g, jnp.add)
 
     # u_t = m_t / ((1 - b1^t) v_t)
     v_t = decode_v(new_v)
     if step.b1_ahead is None:
-        u = m_format.ratio(new_m, v_t, step.bias, step.eps_in_denominator)
+        eps = step.eps_in_denominator
+        u = m_format.ratio(new_m, v_t, v_format, step.bias, eps, step.bound)
     else:
-        u = _look_ahead(g_t(g), m_format.decode(new_m, v_t), v_t, step)
-    if step.bound is not None:
-        # Not jnp.clip, to which -bound would be another scalar.
-        limited = -jnp.minimum(-jnp.minimum(u, step.bound), step.bound)
-        u = jnp.where(jnp.isfinite(u), limited, jnp.nan)
+        u = _look_ahead(g_t(g), m_format.decode(new_m, v_t, v_format), v_t, step)
     return narrow(u, dtype), new_m, new_v
 
 
@@ -98,7 +99,7 @@ def _look_ahead(g: jax.Array, m: jax.Array, v: jax.Array, step: Step) -> jax.Arr
     """Nesterov's update, (b1 m_t / (1 - b1^(t+1)) + (1 - b1) g_t / (1 - b1^t)) / v_t."""
     m = map_real_imag(lambda g, m: step.b1_ahead * m + step.a1 * g, g, m)
     eps = step.eps_in_denominator
-    return divide(m, step.bias * (v if eps is None else v + eps))
+    return limited(divide(m, step.bias * (v if eps is None else v + eps)), step.bound)
 
 
 def _threshold(g: jax.Array, step: Step) -> jax.Array:
@@ -108,7 +109,7 @@ def _threshold(g: jax.Array, step: Step) -> jax.Array:
 
 
 def _shift(g: jax.Array, step: Step) -> jax.Array:
-    """The octaves by which the frame is folded back: also the last bits of each threshold."""
+    """How far the frame is folded back: also the last bits of each threshold."""
     if step.scale is None:
         return step.shift
     last_bits = _threshold(_gradient(g, step), step) & ((1 << SHIFT_BITS) - 1)

@@ -12,8 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamax._formats import Format, Wide, bits, bits_of, from_bits, undifferentiable
+from optax_adamax._formats import (
+    Format,
+    Wide,
+    bits,
+    bits_of,
+    from_bits,
+    undifferentiable,
+    with_sign,
+)
 from optax_adamax._numerics import map_real_imag, narrow, widen
+from optax_adamax._v_formats import V_FORMATS, VFormat
+
+ANY_V = V_FORMATS[None]  # of which nothing is known but that it is no less than 0
 
 
 class MFormat(Format):
@@ -25,26 +36,50 @@ class MFormat(Format):
     resolution: float = 0.0  # in units of v: an error that is always possible
 
     @abc.abstractmethod
-    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
+    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
         """m as a float of the dtype of the float v, which is of the same step."""
 
     @abc.abstractmethod
-    def encode(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
+    def encode(
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+    ) -> jax.Array:
         """m as it is stored. `threshold`, in units of 2**-32, is added before bits are cut off."""
 
     def ratio(
-        self, m: jax.Array, v: jax.Array, bias: jax.Array, eps: jax.Array | None
+        self,
+        m: jax.Array,
+        v: jax.Array,
+        v_format: VFormat,
+        bias: jax.Array,
+        eps: jax.Array | None,
+        bound: jax.Array | None,
     ) -> jax.Array:
-        """m / (bias (v + eps)) of the stored m, and 0 where no gradient has been seen."""
+        """m / (bias (v + eps)) of the stored m, limited; 0 where no gradient has been seen."""
         # Not m / v / bias, of which XLA makes this in some programs, and in others not.
-        return divide(self.decode(m, v), bias * (v if eps is None else v + eps))
+        divisor = bias * (v if eps is None else v + eps)
+        return limited(divide(self.decode(m, v, v_format), divisor), bound)
 
 
-def divide(m: jax.Array, v: jax.Array) -> jax.Array:
-    """m / v, and 0 where v is 0."""
+def divide(m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+    """m / v, and 0 where v is 0.
+
+    If that cannot be in `v_format`, there is no select for it: but on CPU XLA keeps a bare quotient
+    that is used more than once.
+    """
+    if v_format.smallest > 0:
+        return map_real_imag(lambda m: m / v, m)
     unseen = v == 0
     v = jnp.where(unseen, 1, v)
     return map_real_imag(lambda m: jnp.where(unseen, 0, m / v), m)
+
+
+def limited(u: jax.Array, bound: jax.Array | None) -> jax.Array:
+    """u within +-bound, and NaN where it is not finite."""
+    if bound is None:
+        return u
+    # Not jnp.clip, to which -bound would be another scalar.
+    within = -jnp.minimum(-jnp.minimum(u, bound), bound)
+    return jnp.where(jnp.isfinite(u), within, jnp.nan)
 
 
 class WideM(Wide, MFormat):
@@ -52,11 +87,14 @@ class WideM(Wide, MFormat):
 
     relative_error = 0.0
 
-    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
+    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+        del v_format
         return widen(m, v.dtype)
 
-    def encode(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
-        del v, threshold
+    def encode(
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+    ) -> jax.Array:
+        del v, threshold, v_format
         return m
 
 
@@ -66,11 +104,14 @@ class Bfloat16M(MFormat):
     dtype = np.dtype(jnp.bfloat16)
     relative_error = 2.0**-7
 
-    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
+    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+        del v_format
         return m.astype(v.dtype)
 
-    def encode(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
-        del v
+    def encode(
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+    ) -> jax.Array:
+        del v, v_format
         m = undifferentiable(m)
         largest = float(jnp.finfo(self.dtype).max)
         cut = bits(jnp.clip(narrow(m, np.dtype(np.float32)), -largest, largest))
@@ -101,32 +142,42 @@ class Int8M(MFormat):
     relative_error = 1 / 8
     resolution = OFFSET / 8
 
-    def ratio_of(self, code: jax.Array) -> jax.Array:
-        """m / v in float32."""
+    def magnitude(self, code: jax.Array) -> jax.Array:
+        """|m| / v in float32."""
         code = code.astype(jnp.int32)
         size = from_bits((jnp.abs(code) << 20) + bits_of(self.OFFSET)) - self.OFFSET
-        size = jnp.where(code == self.NAN_CODE, jnp.nan, size)
-        return jnp.where(code < 0, -size, size)
+        return jnp.where(code == self.NAN_CODE, jnp.nan, size)
 
-    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        # Where v is near the largest float, a ratio above 1 may take m beyond it.
+    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+        size = self.magnitude(m).astype(v.dtype) * v
         largest = float(jnp.finfo(v.dtype).max)
-        return jnp.clip(self.ratio_of(m).astype(v.dtype) * v, -largest, largest)
+        if v_format.largest * self.largest_ratio > largest:
+            size = jnp.minimum(size, largest)
+        return with_sign(size, m)
 
-    def encode(self, m: jax.Array, v: jax.Array, threshold: jax.Array) -> jax.Array:
+    def encode(
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+    ) -> jax.Array:
         m = undifferentiable(m)
-        y = narrow(jnp.abs(divide(m, v)), np.dtype(np.float32)) + self.OFFSET
+        y = narrow(jnp.abs(divide(m, v, v_format)), np.dtype(np.float32)) + self.OFFSET
+        y = jnp.minimum(y, self.largest_ratio + self.OFFSET)
         code = (bits(y) - bits_of(self.OFFSET) + (threshold >> 12).astype(jnp.int32)) >> 20
-        code = jnp.minimum(code, 127)
         code = jnp.where(m < 0, -code, code)
         return jnp.where(jnp.isfinite(m), code, self.NAN_CODE).astype(jnp.int8)
 
     def ratio(
-        self, m: jax.Array, v: jax.Array, bias: jax.Array, eps: jax.Array | None
+        self,
+        m: jax.Array,
+        v: jax.Array,
+        v_format: VFormat,
+        bias: jax.Array,
+        eps: jax.Array | None,
+        bound: jax.Array | None,
     ) -> jax.Array:
         # A division would be dear to XLA, which then keeps its result instead of the code.
-        ratio = self.ratio_of(m).astype(v.dtype) * (1 / bias)
-        return ratio if eps is None else ratio * divide(v, v + eps)
+        size = self.magnitude(m).astype(v.dtype) * (1 / bias)
+        size = size if eps is None else size * divide(v, v + eps)
+        return with_sign(size if bound is None else jnp.minimum(size, bound), m)
 
 
 M_FORMATS: dict[str | None, MFormat] = {

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     b1: jax.Array  # over b2 where m is a ratio in the frame, which decays by itself
     a1: jax.Array  # 1 - b1
     b2: jax.Array
-    shift: jax.Array  # int32: octaves by which the frame is folded back
+    shift: jax.Array  # int32: by how much the frame is folded back, as `VFormat.fold` takes it
     scale: jax.Array | None  # s_t; None: there is no frame
     eps_in_max: jax.Array | None
     eps_in_denominator: jax.Array | None  # times s_t
@@ -126,12 +126,13 @@ class Hyperparameters:
         if is_rounded and self.largest_ratio not in (None, float("inf")):
             bound = _bound(count, b1, a1, b2, bias, next_bias if self.nesterov else None)
         in_frame = m_format.is_ratio and v_format.is_framed
+        shift = v_format.shift_of(frame.shift)
         return Step(
             t=jnp.asarray(t),
             b1=b1 / jnp.where(b2 == 0, 1, b2) if in_frame else b1,
             a1=a1,
             b2=b2,
-            shift=frame.shift,
+            shift=shift,
             scale=scale if v_format.is_framed else None,
             eps_in_max=eps if self.eps_in_max else None,
             eps_in_denominator=None if self.eps_in_max else eps * scale,
@@ -139,7 +140,7 @@ class Hyperparameters:
             b1_ahead=b1 * (bias / next_bias) if self.nesterov else None,
             bound=bound,
             threshold=(hash_uint32(jnp.asarray(t, np.uint32)) >> SHIFT_BITS << SHIFT_BITS)
-            | frame.shift.astype(jnp.uint32),
+            | shift.astype(jnp.uint32),
             phase=frame.phase,
             grads_finite=grads_finite,
         )

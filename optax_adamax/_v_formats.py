@@ -19,6 +19,8 @@ class VFormat(Format):
 
     range: tuple[float, float]  # of v within which `relative_error` holds
     relative_error: float  # of v in this range, at most, after any number of steps
+    smallest: float = 0.0  # that `decode` returns
+    largest: float = float("inf")  # likewise
 
     @property
     def is_framed(self) -> bool:
@@ -32,6 +34,10 @@ class VFormat(Format):
     @abc.abstractmethod
     def encode(self, w: jax.Array) -> jax.Array:
         """The float w as it is stored."""
+
+    def shift_of(self, octaves: jax.Array) -> jax.Array:
+        """The `shift` that folds the frame back by so many octaves: int32 in [0, 2**9)."""
+        return octaves
 
     @abc.abstractmethod
     def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
@@ -89,11 +95,13 @@ class Bfloat16V(VFormat):
 
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
         del b2
-        folded = self.decode(w) * from_bits((127 - shift) << 23)
-        return self.encode(jnp.maximum(folded, narrow(abs_g, np.dtype(np.float32))))
+        return self.encode(jnp.maximum(self.fold(w, shift), narrow(abs_g, np.dtype(np.float32))))
+
+    def shift_of(self, octaves: jax.Array) -> jax.Array:
+        return 127 - octaves  # the exponent of the factor
 
     def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
-        return (self.decode(w) * from_bits((127 - shift) << 23)).astype(self.dtype)
+        return self.decode(w) * from_bits(shift << 23)
 
 
 class FramedUint8(NamedTuple):
@@ -116,6 +124,7 @@ class Uint8V(VFormat):
     SPACING: ClassVar[int] = (1 << 23) // CODES_PER_OCTAVE  # of codes, in a float's last places
     FLOOR: ClassVar[float] = 2.0**-30  # w of code 0
     CEILING: ClassVar[float] = float_of(bits_of(FLOOR) + 255 * SPACING)  # w of code 255: 6144
+    smallest, largest = FLOOR, CEILING
     range = (2 * FLOOR, CEILING)  # w is v at one end of an octave of decay, and v / 2 at the other
     relative_error = 1 / (2 * CODES_PER_OCTAVE)
 
@@ -134,9 +143,12 @@ class Uint8V(VFormat):
         del b2
         return jnp.maximum(self.fold(w, shift), self.encode(abs_g))
 
+    def shift_of(self, octaves: jax.Array) -> jax.Array:
+        return jnp.minimum(octaves * self.CODES_PER_OCTAVE, 255)
+
     def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
-        down = jnp.minimum(shift * self.CODES_PER_OCTAVE, 255).astype(self.dtype)
-        return jnp.maximum(w, down) - down
+        shift = shift.astype(self.dtype)
+        return jnp.maximum(w, shift) - shift
 
 
 V_FORMATS: dict[str | None, VFormat] = {

@@ -28,7 +28,7 @@ LARGE = 1 << 16
 
 
 def store(
-    next_m: Callable[[jax.Array, jax.Array, jax.Array, Add], jax.Array],
+    next_m: Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Add], jax.Array],
     next_v: Callable[[jax.Array, jax.Array], jax.Array],
     m: jax.Array,
     v: jax.Array,
@@ -37,7 +37,7 @@ def store(
     *,
     rounds_m: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """``next_m(m, v, g, add), next_v(v, g)``, to be read from where they are stored.
+    """m and v as they are stored, to be read from there.
 
     On CPU XLA repeats what ends in a cast wherever the result is used: the updates would be
     computed from the old m and v, which would have to be copied before they are overwritten. So
@@ -47,7 +47,7 @@ def store(
     Elsewhere nothing is done: in each of these ways a step would take longer on TPU.
 
     Args:
-      next_m: computes m as it is stored; `add` is what adds two products.
+      next_m: computes m as it is stored from m, v, the new v and g; `add` adds two products.
       next_v: computes v as it is stored.
       m: as it is stored.
       v: likewise.
@@ -62,24 +62,38 @@ def store(
         def add(x: jax.Array, y: jax.Array) -> jax.Array:
             return without_fma(x, t) + without_fma(y, t)
 
+        def in_branch(function: Callable[..., jax.Array], old: jax.Array, *rest: jax.Array) -> Any:
+            old = _varying_as(old, g)
+            return jax.lax.cond(t > 0, function, lambda old, *rest: old, old, *rest)
+
         if g.size < LARGE:
-            return next_m(m, v, g, add), next_v(v, g)
+            new_v = next_v(v, g)
+            return next_m(m, v, new_v, g, add), new_v
         if not rounds_m:
-            new_v = jax.lax.cond(t > 0, next_v, lambda v, g: v, _varying_as(v, g), g)
-            return next_m(m, v, g, add), new_v
-        new_m = jax.lax.cond(
-            t > 0, lambda m, v, g: next_m(m, v, g, add), lambda m, v, g: m, _varying_as(m, g), v, g
-        )
+            new_v = in_branch(next_v, v, g)
+            return next_m(m, v, new_v, g, add), new_v
+        new_m = in_branch(lambda m, v, g: next_m(m, v, next_v(v, g), g, add), m, v, g)
         new_v = next_v(v, g)
-        return new_m, jnp.where(t < 0, new_m.astype(new_v.dtype), new_v)
+        return new_m, written_after(new_m, new_v, t)
 
     def elsewhere(
         m: jax.Array, v: jax.Array, g: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         del t
-        return next_m(m, v, g, jnp.add), next_v(v, g)
+        new_v = next_v(v, g)
+        return next_m(m, v, new_v, g, jnp.add), new_v
 
     return jax.lax.platform_dependent(m, v, g, t, cpu=on_cpu, default=elsewhere)
+
+
+def written_after(first: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+    """x, for t >= 0: to be written after `first` is, or in the same loop.
+
+    Where each of two results needs the old value of the other, XLA on CPU copies one before it is
+    overwritten: the one that it happens to write last. On TPU it makes two loops of them. So x is
+    made to depend on `first`. Seen in jaxlib 0.10.2 and libtpu 0.0.50.
+    """
+    return jnp.where(t < 0, first.astype(x.dtype), x)
 
 
 def without_fma(x: jax.Array, t: jax.Array) -> jax.Array:

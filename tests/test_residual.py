@@ -89,12 +89,14 @@ def split_without_clip(theta, residual_dtype, threshold):
     width = jnp.iinfo(residual_dtype).bits
     fine = (_residual._bits(theta) + threshold * (width == 8)) >> (16 - width)
     upper = (fine + (1 << (width - 1))) >> width
-    return fine, (fine - (upper << width)).astype(residual_dtype)
+    stored = jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+    return stored, (fine - (upper << width)).astype(residual_dtype)
 
 
-def stored_part_rounded_down(fine, residual):
-    upper = fine >> jnp.iinfo(residual.dtype).bits
-    return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+def split_rounded_down(theta, residual_dtype, threshold):
+    stored, residual = SPLIT(theta, residual_dtype, threshold)
+    bits = _residual._bits(stored) - ((residual < 0).astype(jnp.uint32) << 16)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32), residual
 
 
 def join_with_any_residual(p, residual):
@@ -108,14 +110,14 @@ def join_without_sign(p, residual):
     return JOIN(jnp.abs(p), residual)
 
 
-JOIN = _residual.join
+JOIN, SPLIT = _residual.join, _residual.split
 
 
 @pytest.mark.parametrize(
     ("name", "other"),
     [
         ("split", split_without_clip),
-        ("stored_part", stored_part_rounded_down),
+        ("split", split_rounded_down),
         ("join", join_with_any_residual),
         ("join", join_without_sign),
         ("_threshold", lambda count, u_bits: jnp.uint32(300)),

@@ -6,10 +6,12 @@ A test that fails under "needless" says that a trick can go: try without it, and
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from compiled import copies, since_010, train_step
 
-from optax_adamax import _xla, adamax
+from optax_adamax import _xla, adamax, compensate_rounding
+from optax_adamax.wrappers import _residual
 from oracle.formats import LOW_BIT
 
 SIZE = 2 * _xla.LARGE
@@ -22,7 +24,8 @@ def copies_and_temporaries(tx):
 
 
 def without_tricks(next_m, next_v, m, v, g, t, **_):
-    return next_m(m, v, g, jnp.add), next_v(v, g)
+    new_v = next_v(v, g)
+    return next_m(m, v, new_v, g, jnp.add), new_v
 
 
 @since_010
@@ -40,6 +43,15 @@ def test_needless_store(mutant):
         for m_dtype, v_dtype in [("bfloat16", "bfloat16"), ("int8", "uint8")]
     ]
     assert found != [(0, 0), (0, 0)], "XLA needs no branch any more"
+
+
+@since_010
+def test_needless_written_after(mutant):
+    mutant(_residual, "written_after", lambda first, x, t: x)
+    with jax.numpy_dtype_promotion("standard"):
+        step = train_step(compensate_rounding(optax.sgd(1e-3)), SIZE, jnp.bfloat16)
+    copied = step.memory_analysis().temp_size_in_bytes // SIZE
+    assert copied > 1, "XLA copies nothing but the old residual any more"
 
 
 def test_products_are_rounded_before_they_are_added():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax._numerics import hash_uint32
-from optax_adamax._xla import without_fma
+from optax_adamax._xla import without_fma, written_after
 
 
 @jax.jit  # traced once for all leaves of one shape
@@ -29,17 +29,15 @@ def add(
     # XLA computes the sum in more than one kernel, and u is a product: in each it must be rounded.
     u = jax.lax.platform_dependent(u, count, cpu=without_fma, default=lambda u, count: u)
     moved = join(p, residual) + u
-    fine, left = split(moved, residual.dtype, _threshold(count, _bits(u)))
-    stored, rounded = p.astype(jnp.float32), stored_part(fine, left)
+    stored = p.astype(jnp.float32)
+    rounded, left = split(moved, residual.dtype, _threshold(count, _bits(u)))
     # The way from p to a number below 2**-16 |p| may be none of float32: p then ends beside it, by
     # more than the half unit in the last place that a cast to bfloat16 mends.
     beside = _bits(stored + (rounded - stored)) - _bits(rounded)
     reached = beside + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(moved)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
-    # By way of the new residual: XLA on CPU then writes the residual first, and copies the old one
-    # rather than the parameter, before it is overwritten.
-    return jnp.where(finite, stored_part(fine, new_residual) - stored, u), new_residual
+    return written_after(new_residual, jnp.where(finite, rounded - stored, u), count), new_residual
 
 
 @jax.jit
@@ -60,7 +58,7 @@ def join(p: jax.Array, residual: jax.Array) -> jax.Array:
 def split(
     theta: jax.Array, residual_dtype: np.dtype, threshold: jax.Array | int
 ) -> tuple[jax.Array, jax.Array]:
-    """The true parameter to the residual's precision, as an integer, and its residual.
+    """The stored parameter, as float32, and its residual.
 
     Args:
       theta: float32, finite.
@@ -73,14 +71,8 @@ def split(
     bits = _bits(jnp.clip(theta, -largest, largest))
     fine = bits if width == 16 else (bits + threshold) >> (16 - width)
     upper = (fine + (1 << (width - 1))) >> width
-    return fine, (fine - (upper << width)).astype(residual_dtype)
-
-
-def stored_part(fine: jax.Array, residual: jax.Array) -> jax.Array:
-    """The stored parameter, as float32, whose residual is known."""
-    width = jnp.iinfo(residual.dtype).bits
-    upper = (fine - residual.astype(jnp.int32).astype(jnp.uint32) + (1 << (width - 1))) >> width
-    return jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+    stored = jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
+    return stored, (fine - (upper << width)).astype(residual_dtype)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from optax_adamax import _xla, adamax, adamaxw, compensate_rounding, limit_spikes
+from optax_adamax.wrappers import _residual
 from oracle import compilers
 from oracle.compilers import TPUS
 
@@ -126,3 +127,9 @@ def test_needless_per_element(mutant):
     name = "2 bytes, all injected"
     cycles = report.__wrapped__("v5e", name).cycles
     assert cycles > 1.05 * bound("v5e", STEPS[name]), "a loop may have as many operands as it likes"
+
+
+def test_needless_written_after(mutant):
+    mutant(_residual, "written_after", lambda first, x, t: x)
+    found = report.__wrapped__("v5e", "7 bytes for all")
+    assert found.loops > 1, "the compiler makes one loop of what does not depend on each other"
