@@ -75,8 +75,7 @@ def update_leaf(
     # u_t = m_t / ((1 - b1^t) v_t)
     v_t = decode_v(new_v)
     if step.b1_ahead is None:
-        eps = step.eps_in_denominator
-        u = m_format.ratio(new_m, v_t, v_format, step.bias, eps, step.bound)
+        u = m_format.ratio(new_m, v_t, v_format, step)
     else:
         u = _look_ahead(g_t(g), m_format.decode(new_m, v_t, v_format), v_t, step)
     return narrow(u, dtype), new_m, new_v
@@ -98,8 +97,7 @@ def _magnitude(g: jax.Array, step: Step) -> jax.Array:
 def _look_ahead(g: jax.Array, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
     """Nesterov's update, (b1 m_t / (1 - b1^(t+1)) + (1 - b1) g_t / (1 - b1^t)) / v_t."""
     m = map_real_imag(lambda g, m: step.b1_ahead * m + step.a1 * g, g, m)
-    eps = step.eps_in_denominator
-    return limited(divide(m, step.bias * (v if eps is None else v + eps)), step.bound)
+    return limited(divide(m, step.divisor(v)), step.bound)
 
 
 def _threshold(g: jax.Array, step: Step) -> jax.Array:

@@ -22,6 +22,7 @@ from optax_adamax._formats import (
     with_sign,
 )
 from optax_adamax._numerics import map_real_imag, narrow, widen
+from optax_adamax._step import Step
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 ANY_V = V_FORMATS[None]  # of which nothing is known but that it is no less than 0
@@ -45,19 +46,10 @@ class MFormat(Format):
     ) -> jax.Array:
         """m as it is stored. `threshold`, in units of 2**-32, is added before bits are cut off."""
 
-    def ratio(
-        self,
-        m: jax.Array,
-        v: jax.Array,
-        v_format: VFormat,
-        bias: jax.Array,
-        eps: jax.Array | None,
-        bound: jax.Array | None,
-    ) -> jax.Array:
-        """m / (bias (v + eps)) of the stored m, limited; 0 where no gradient has been seen."""
+    def ratio(self, m: jax.Array, v: jax.Array, v_format: VFormat, step: Step) -> jax.Array:
+        """m / ((1 - b1^t) (v + eps)) of the stored m, limited; 0 where no gradient was seen."""
         # Not m / v / bias, of which XLA makes this in some programs, and in others not.
-        divisor = bias * (v if eps is None else v + eps)
-        return limited(divide(self.decode(m, v, v_format), divisor), bound)
+        return limited(divide(self.decode(m, v, v_format), step.divisor(v)), step.bound)
 
 
 def divide(m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
@@ -165,19 +157,12 @@ class Int8M(MFormat):
         code = jnp.where(m < 0, -code, code)
         return jnp.where(jnp.isfinite(m), code, self.NAN_CODE).astype(jnp.int8)
 
-    def ratio(
-        self,
-        m: jax.Array,
-        v: jax.Array,
-        v_format: VFormat,
-        bias: jax.Array,
-        eps: jax.Array | None,
-        bound: jax.Array | None,
-    ) -> jax.Array:
+    def ratio(self, m: jax.Array, v: jax.Array, v_format: VFormat, step: Step) -> jax.Array:
         # A division would be dear to XLA, which then keeps its result instead of the code.
-        size = self.magnitude(m).astype(v.dtype) * (1 / bias)
-        size = size if eps is None else size * divide(v, v + eps)
-        return with_sign(size if bound is None else jnp.minimum(size, bound), m)
+        size = self.magnitude(m).astype(v.dtype) * (1 / step.bias)
+        if step.eps_in_denominator is not None:
+            size *= divide(v, v + step.eps_in_denominator)
+        return with_sign(size if step.bound is None else jnp.minimum(size, step.bound), m)
 
 
 M_FORMATS: dict[str | None, MFormat] = {

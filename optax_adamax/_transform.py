@@ -10,11 +10,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._formats import in_node, tree_of
+from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters
 from optax_adamax._leaf import update_leaf
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._numerics import compute_dtype, map_real_imag, wider
 from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_format_of
-from optax_adamax._step import EpsPlacement, Hyperparameters
 
 
 @_checks.with_hints

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_adamax import _leaf, _step, decode_state, scale_by_adamax
+from optax_adamax import _hyperparameters, _leaf, decode_state, scale_by_adamax
 from oracle.formats import LOW_BIT
 
 ROUNDED_M = [form for form in LOW_BIT if form[0] != "float32"]
@@ -220,12 +220,12 @@ def test_mutant_rounding_to_nearest_is_seen(mutant, m_dtype):
 
 
 def test_mutant_walk_by_the_golden_ratio_is_seen(mutant):
-    mutant(_step, "hash_uint32", lambda t: t * np.uint32(2654435769))
+    mutant(_hyperparameters, "hash_uint32", lambda t: t * np.uint32(2654435769))
     check_is_seen(check_mean, "int8", "float32", MOVING)
 
 
 def test_mutant_without_the_hash_is_seen(mutant):
-    mutant(_step, "hash_uint32", jnp.zeros_like)
+    mutant(_hyperparameters, "hash_uint32", jnp.zeros_like)
     check_is_seen(check_mean, "bfloat16", "float32", MOVING)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optax_adamax import _frame, _leaf, _step, decode_state, scale_by_adamax
+from optax_adamax import _frame, _hyperparameters, _leaf, decode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
 from oracle import reference
@@ -276,7 +276,7 @@ def check_rounding_of_m_is_unbiased(m_dtype):
     kept, one, steps = M_FORMATS[m_dtype], jnp.float32(1.0), 20_000
 
     def error(t):
-        threshold = _leaf._threshold(m, _Thresholds(_step.hash_uint32(t)))
+        threshold = _leaf._threshold(m, _Thresholds(_hyperparameters.hash_uint32(t)))
         return kept.decode(kept.encode(m, one, threshold), one) - m
 
     thresholds = jnp.arange(1, steps + 1, dtype=jnp.uint32)
@@ -428,7 +428,7 @@ def test_mutant_resume_without_the_phase_is_seen(v_dtype):
 
 
 def test_mutant_without_the_limit_breaks_the_bound(mutant):
-    mutant(_step, "_bound", lambda *_: jnp.float32(jnp.inf))
+    mutant(_hyperparameters, "_bound", lambda *_: jnp.float32(jnp.inf))
     t = np.arange(1, 400)[:, None]
     with pytest.raises(AssertionError):
         check_step_bound(0.999**t * np.float64([1e-7, 1.0, 1e6]), "int8", "uint8")

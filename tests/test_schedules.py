@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_adamax import _step, scale_by_adamax
+from optax_adamax import _hyperparameters, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from oracle import reference
 from oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
@@ -65,7 +65,7 @@ def test_steps_are_those_of_float64_under_schedules(m_dtype, v_dtype):
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
 def test_mutant_that_clips_at_the_bound_of_constants_is_seen(monkeypatch, m_dtype, v_dtype):
-    monkeypatch.setattr(_step, "_largest_ratio", lambda b1, b2: 1.0)
+    monkeypatch.setattr(_hyperparameters, "_largest_ratio", lambda b1, b2: 1.0)
     with pytest.raises(AssertionError):
         check_schedules(m_dtype, v_dtype)
 
