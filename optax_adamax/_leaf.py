@@ -52,10 +52,10 @@ def update_leaf(
         m: jax.Array, v: jax.Array, new_v: jax.Array, g: jax.Array, add: _xla.Add
     ) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
-        m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))), v_format)
+        m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))))
         m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
         threshold = _threshold(_gradient(g, step), step)
-        new_m = m_format.encode(m_t, decode_v(new_v), threshold, v_format)
+        new_m = m_format.encode(m_t, decode_v(new_v), threshold, v_format.smallest)
         return _if_taken(step, narrow(new_m, m.dtype), m)
 
     def g_t(g: jax.Array) -> jax.Array:
@@ -75,9 +75,9 @@ def update_leaf(
     # u_t = m_t / ((1 - b1^t) v_t)
     v_t = decode_v(new_v)
     if step.b1_ahead is None:
-        u = m_format.ratio(new_m, v_t, v_format, step)
+        u = m_format.ratio(new_m, v_t, step)
     else:
-        u = _look_ahead(g_t(g), m_format.decode(new_m, v_t, v_format), v_t, step)
+        u = _look_ahead(g_t(g), m_format.decode(new_m, v_t), v_t, step)
     return narrow(u, dtype), new_m, new_v
 
 

@@ -23,9 +23,6 @@ from optax_adamax._formats import (
 )
 from optax_adamax._numerics import map_real_imag, narrow, widen
 from optax_adamax._step import Step
-from optax_adamax._v_formats import V_FORMATS, VFormat
-
-ANY_V = V_FORMATS[None]  # of which nothing is known but that it is no less than 0
 
 
 class MFormat(Format):
@@ -37,28 +34,27 @@ class MFormat(Format):
     resolution: float = 0.0  # in units of v: an error that is always possible
 
     @abc.abstractmethod
-    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
         """m as a float of the dtype of the float v, which is of the same step."""
 
     @abc.abstractmethod
     def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
-        """m as it is stored. `threshold`, in units of 2**-32, is added before bits are cut off."""
+        """m as it is stored. `threshold`, in units of 2**-32, is added before bits are cut off.
 
-    def ratio(self, m: jax.Array, v: jax.Array, v_format: VFormat, step: Step) -> jax.Array:
+        `smallest_v`: what v is known to be at least.
+        """
+
+    def ratio(self, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
         """m / ((1 - b1^t) (v + eps)) of the stored m, limited; 0 where no gradient was seen."""
         # Not m / v / bias, of which XLA makes this in some programs, and in others not.
-        return limited(divide(self.decode(m, v, v_format), step.divisor(v)), step.bound)
+        return limited(divide(self.decode(m, v), step.divisor(v)), step.bound)
 
 
-def divide(m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
-    """m / v, and 0 where v is 0.
-
-    If that cannot be in `v_format`, there is no select for it: but on CPU XLA keeps a bare quotient
-    that is used more than once.
-    """
-    if v_format.smallest > 0:
+def divide(m: jax.Array, v: jax.Array, smallest_v: float = 0.0) -> jax.Array:
+    """m / v, and 0 where v is 0, if it may be so small."""
+    if smallest_v > 0:  # on CPU XLA keeps a bare quotient that is used more than once
         return map_real_imag(lambda m: m / v, m)
     unseen = v == 0
     v = jnp.where(unseen, 1, v)
@@ -79,14 +75,13 @@ class WideM(Wide, MFormat):
 
     relative_error = 0.0
 
-    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
-        del v_format
+    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
         return widen(m, v.dtype)
 
     def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
-        del v, threshold, v_format
+        del v, threshold, smallest_v
         return m
 
 
@@ -96,14 +91,13 @@ class Bfloat16M(MFormat):
     dtype = np.dtype(jnp.bfloat16)
     relative_error = 2.0**-7
 
-    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
-        del v_format
+    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
         return m.astype(v.dtype)
 
     def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
-        del v, v_format
+        del v, smallest_v
         m = undifferentiable(m)
         largest = float(jnp.finfo(self.dtype).max)
         cut = bits(jnp.clip(narrow(m, np.dtype(np.float32)), -largest, largest))
@@ -140,24 +134,22 @@ class Int8M(MFormat):
         size = from_bits((jnp.abs(code) << 20) + bits_of(self.OFFSET)) - self.OFFSET
         return jnp.where(code == self.NAN_CODE, jnp.nan, size)
 
-    def decode(self, m: jax.Array, v: jax.Array, v_format: VFormat = ANY_V) -> jax.Array:
+    def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
+        # Where v is near the largest float, a ratio above 1 may take m beyond it.
         size = self.magnitude(m).astype(v.dtype) * v
-        largest = float(jnp.finfo(v.dtype).max)
-        if v_format.largest * self.largest_ratio > largest:
-            size = jnp.minimum(size, largest)
-        return with_sign(size, m)
+        return with_sign(jnp.minimum(size, float(jnp.finfo(v.dtype).max)), m)
 
     def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, v_format: VFormat = ANY_V
+        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
         m = undifferentiable(m)
-        y = narrow(jnp.abs(divide(m, v, v_format)), np.dtype(np.float32)) + self.OFFSET
+        y = narrow(jnp.abs(divide(m, v, smallest_v)), np.dtype(np.float32)) + self.OFFSET
         y = jnp.minimum(y, self.largest_ratio + self.OFFSET)
         code = (bits(y) - bits_of(self.OFFSET) + (threshold >> 12).astype(jnp.int32)) >> 20
         code = jnp.where(m < 0, -code, code)
         return jnp.where(jnp.isfinite(m), code, self.NAN_CODE).astype(jnp.int8)
 
-    def ratio(self, m: jax.Array, v: jax.Array, v_format: VFormat, step: Step) -> jax.Array:
+    def ratio(self, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
         # A division would be dear to XLA, which then keeps its result instead of the code.
         size = self.magnitude(m).astype(v.dtype) * (1 / step.bias)
         if step.eps_in_denominator is not None:

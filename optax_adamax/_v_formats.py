@@ -20,7 +20,6 @@ class VFormat(Format):
     range: tuple[float, float]  # of v within which `relative_error` holds
     relative_error: float  # of v in this range, at most, after any number of steps
     smallest: float = 0.0  # that `decode` returns
-    largest: float = float("inf")  # likewise
 
     @property
     def is_framed(self) -> bool:
@@ -124,7 +123,7 @@ class Uint8V(VFormat):
     SPACING: ClassVar[int] = (1 << 23) // CODES_PER_OCTAVE  # of codes, in a float's last places
     FLOOR: ClassVar[float] = 2.0**-30  # w of code 0
     CEILING: ClassVar[float] = float_of(bits_of(FLOOR) + 255 * SPACING)  # w of code 255: 6144
-    smallest, largest = FLOOR, CEILING
+    smallest = FLOOR
     range = (2 * FLOOR, CEILING)  # w is v at one end of an octave of decay, and v / 2 at the other
     relative_error = 1 / (2 * CODES_PER_OCTAVE)
 
