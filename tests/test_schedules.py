@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import formats
 
 from optax_adamax import _step, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
@@ -70,7 +71,7 @@ def check_schedules(m_dtype, v_dtype):
             assert np.any(expected[:, 0] > 2.5 * bound)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
 def test_steps_are_those_of_float64_under_schedules(m_dtype, v_dtype):
     check_schedules(m_dtype, v_dtype)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parameters import formats
 
 from optax_adamax import adamax, adamaxw, decode_state, encode_state, scale_by_adamax
 from oracle import reference
@@ -61,7 +62,7 @@ def test_an_update_too_large_for_float8_is_its_largest():
     assert np.float32(u) == 448
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_float64_beside_few_bits(m_dtype, v_dtype):
     """Computed in float64; 1e300 is taken for the largest number there is room for."""
     with jax.enable_x64(True):
