@@ -207,7 +207,7 @@ def test_v_decays_in_every_dtype(dtypes, jit):
 
 @every_dtype
 @eager_and_jit
-@pytest.mark.parametrize("eps", [0.0, 1e-8, 1e-40])
+@pytest.mark.parametrize("eps", [0.0, pytest.param(1e-8, marks=pytest.mark.slow), 1e-40])
 @pytest.mark.parametrize("placement", ["max", "denominator"])
 def test_unseen_element_does_not_move(dtypes, jit, eps, placement):
     with jax.enable_x64("float64" in dtypes):

@@ -44,8 +44,18 @@ def widened(tree, dtype=jnp.float32):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-@pytest.mark.parametrize("name", CONSTRUCTORS)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *((jnp.float16, name) for name in CONSTRUCTORS),
+        (jnp.bfloat16, "torch"),
+        *(
+            pytest.param(jnp.bfloat16, name, marks=pytest.mark.slow)
+            for name in CONSTRUCTORS
+            if name != "torch"
+        ),
+    ],
+)
 def test_a_step_is_rounded_once(dtype, name):
     tx, (params, grads) = CONSTRUCTORS[name](), draw(dtype)
     found, _ = steps(tx, params, grads)
