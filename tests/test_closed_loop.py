@@ -13,7 +13,7 @@ import pytest
 from parameters import formats
 
 from optax_adamax import _leaf, _step, decode_state, scale_by_adamax
-from oracle.formats import LOW_BIT
+from oracle.formats import LOW_BIT, SOME_FORMATS
 
 ROUNDED_M = [form for form in LOW_BIT if form[0] != "float32"]
 B1 = np.float32([0.9, 0.95, 0.99, 0.999])
@@ -102,7 +102,7 @@ def check_mean(m_dtype, v_dtype, b2):
 MOVING = np.array([0.999, 0.999, 0.999, 0.9999])
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M))
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_the_mean_of_m(m_dtype, v_dtype):
     check_mean(m_dtype, v_dtype, MOVING)
 
@@ -126,7 +126,7 @@ def check_constant_gradients(m_dtype, v_dtype):
     np.testing.assert_allclose(np.mean(np.float64(u[-10_000:]), axis=0), 1, atol=5e-4)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M))
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_constant_gradients(m_dtype, v_dtype):
     check_constant_gradients(m_dtype, v_dtype)
 
@@ -173,7 +173,7 @@ def check_silence(m_dtype, v_dtype):
     assert u[-1] == 0 if m_dtype == "int8" else u[-1] < 1e-10
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M))
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_silence_after_the_last_gradient(m_dtype, v_dtype):
     check_silence(m_dtype, v_dtype)
 

@@ -22,7 +22,7 @@ PARAMS = {"a": jnp.ones((3, 5)), "b": jnp.ones(7)}
 def gradients(steps=12, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        jax.tree.map(lambda p: jnp.asarray(rng.standard_t(2, p.shape), jnp.float32), PARAMS)
+        jax.tree.map(lambda p: np.asarray(rng.standard_t(2, p.shape), np.float32), PARAMS)
         for _ in range(steps)
     ]
 

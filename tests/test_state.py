@@ -33,7 +33,7 @@ def trained(m_dtype=None, v_dtype=None, steps=20):
     state = tx.init(PARAMS)
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        g = jax.tree.map(lambda p: jnp.asarray(rng.standard_t(2, p.shape), jnp.float32), PARAMS)
+        g = jax.tree.map(lambda p: np.asarray(rng.standard_t(2, p.shape), np.float32), PARAMS)
         _, state = jax.jit(tx.update)(g, state)
     return tx, state
 

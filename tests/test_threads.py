@@ -32,7 +32,7 @@ def run(tx, seed=0, update=None):
     rng, params = np.random.default_rng(seed), PARAMS
     state, update = tx.init(params), update or jax.jit(tx.update)
     for _ in range(5):
-        g = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        g = jax.tree.map(lambda p: np.asarray(rng.normal(size=p.shape), np.float32), params)
         updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
     return params, state

@@ -108,7 +108,7 @@ def nested(arrays):
     }
 
 
-# All options in float64, where nothing hides an error, and the first and the last of them otherwise.
+# All options in float64, where nothing hides an error; otherwise the first and the last of them.
 CONTINUED = [
     pytest.param(dtype, schedule, o, marks=() if few or o in OPTIONS[::4] else pytest.mark.slow)
     for dtype, schedule, few in [
