@@ -19,7 +19,7 @@ def wide(x):
 
 def neighbours(x):
     """The next numbers of bfloat16 below and above, in float64; inf is the one after the last."""
-    order = np.unique(wide(VALUES[~np.isnan(VALUES)]))
+    order = np.unique(wide(VALUES[~np.isnan(VALUES.astype(np.float32))]))
     at = np.searchsorted(order, x)
     return order[np.maximum(at - 1, 0)], order[np.minimum(at + 1, len(order) - 1)]
 

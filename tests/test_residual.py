@@ -14,7 +14,7 @@ from optax_adamax.wrappers import _residual
 FLUSHED = 2.0**-118  # below it XLA on CPU flushes updates of float32 to zero
 SMALLEST = 2.0**-117  # an absolute error that is always allowed
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
-FINITE = VALUES[np.isfinite(VALUES)]
+FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
 
 def assert_nearest(stored, true):

@@ -27,12 +27,19 @@ class Step(NamedTuple):
     v: dict[str, Any]
 
 
-def grid(options):
+def label(value):
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
+def grid(options, label=label):
     """Each of these in float64, where nothing hides an error; in float32 a few, the others slow."""
     few = (options[0], options[-1])
     return [
         pytest.param(
-            dtype, o, marks=pytest.mark.slow if dtype is np.float32 and o not in few else ()
+            dtype,
+            o,
+            marks=pytest.mark.slow if dtype is np.float32 and o not in few else (),
+            id=f"{dtype.__name__}-{label(o)}",
         )
         for dtype in (np.float32, np.float64)
         for o in options

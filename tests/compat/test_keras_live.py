@@ -113,7 +113,7 @@ def same(start, run, peer, dtype, steps=1, beta_1=0.9):
     assert_same(start, run, peer, dtype, peer_fault=fault)
 
 
-@pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS), ids=str)
+@pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
 def test_every_call_is_that_of_keras(dtype, options):
     # 2 ulps a step in float32 beside Keras' bias correction: measured, at most 1.6.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)

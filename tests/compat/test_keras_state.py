@@ -31,9 +31,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(
-    autouse=True, params=[pytest.param(np.float32, marks=pytest.mark.slow), np.float64], ids=str
-)
+@pytest.fixture(autouse=True, params=[pytest.param(np.float32, marks=pytest.mark.slow), np.float64])
 def dtype(request):
     """Keras computes in this dtype, and mixes dtypes and ranks as strict JAX forbids."""
     before = keras.config.floatx()
@@ -120,7 +118,9 @@ CONTINUED = [
 ] + [pytest.param(np.float32, True, o, marks=pytest.mark.slow) for o in OPTIONS]
 
 
-@pytest.mark.parametrize(("dtype", "schedule", "options"), CONTINUED, indirect=["dtype"], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "schedule", "options"), CONTINUED, indirect=["dtype"], ids=peer_grid.label
+)
 def test_continued_from_keras_and_in_keras(options, schedule, dtype):
     names, weights, grads = setup(dtype)
     theirs = ours = 0.01
@@ -153,7 +153,7 @@ def test_continued_from_keras_and_in_keras(options, schedule, dtype):
     peer_grid.assert_equal_trees(half.state(), whole.state(), dtype)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64], indirect=True, ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], indirect=True)
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
 def test_a_file_of_keras_is_read(options, dtype, tmp_path):
     names, weights, grads = setup(dtype)

@@ -41,7 +41,9 @@ def bias_fault(dtype, b1=0.9):
     return np.abs((1 - power) / (1 - b1**t) - 1)
 
 
-@pytest.mark.parametrize(("dtype", "named"), peer_grid.grid(OPTIONS), ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "named"), peer_grid.grid(OPTIONS, lambda named: " ".join([named[0], *named[1]]))
+)
 @pytest.mark.parametrize(
     "scheduled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["rate", "schedule"]
 )
