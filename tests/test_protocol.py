@@ -156,7 +156,7 @@ def every_dtype(name, x64):
     return params, {pair: jnp.ones(2, pair[1]) for pair in pairs}
 
 
-@every_transformation
+@compiled_transformations
 @with_and_without_x64
 def test_dtypes_of_state_and_updates(name, x64):
     with jax.enable_x64(x64):
@@ -192,7 +192,7 @@ def test_state_can_be_carried_by_scan(name, x64):
         assert types(last) == types(state)
 
 
-@every_transformation
+@compiled_transformations
 def test_second_call_does_not_retrace(name):
     tx, params = build(name), TREES["every kind of leaf"]
     chex.clear_trace_counter()

@@ -146,8 +146,15 @@ def test_the_global_norm_is_clipped_as_in_keras(dtype):
         same(start, run, peer.steps, dtype)
 
 
-@pytest.mark.parametrize("accumulation", [None, 3])
-@pytest.mark.parametrize("frequency", [None, 1, 4])
+@pytest.mark.parametrize(
+    ("accumulation", "frequency"),
+    [
+        (None, None),
+        (None, 1),
+        (3, 4),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(None, 4), (3, None), (3, 1)]),
+    ],
+)
 def test_averages_and_sums_are_those_of_keras(accumulation, frequency):
     options = {
         "learning_rate": 0.1,
@@ -182,8 +189,14 @@ def test_without_an_average_nothing_is_finalized():
     assert final["x"] is params["x"]
 
 
-@pytest.mark.parametrize("accumulation", [None, 3])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"),
+    [
+        (np.float32, None),
+        (np.float64, 3),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(np.float32, 3), (np.float64, None)]),
+    ],
+)
 def test_schedules_count_calls(dtype, accumulation):
     rates = {9: 0.1, 21: 0.01, 10**9: 0.001}
 

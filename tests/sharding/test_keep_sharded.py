@@ -162,8 +162,15 @@ def test_collectives_of_a_train_step(name, options):
 
 
 @HOST_MEMORY
-@pytest.mark.parametrize("options", ["host", "zero and host"])
-@pytest.mark.parametrize("types", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("types", "options"),
+    [
+        ("auto", "zero and host"),
+        ("explicit", "host"),
+        pytest.param("auto", "host", marks=pytest.mark.slow),
+        pytest.param("explicit", "zero and host", marks=pytest.mark.slow),
+    ],
+)
 def test_a_donated_state_in_host_memory_is_there_once(types, options):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 0)
     tx = sharding.keep_sharded(optax_adamax.adamax(0.1), params, **OPTIONS[options])
@@ -269,8 +276,15 @@ def bytes_accessed(compiled):
     return compiled.cost_analysis()["bytes accessed"]
 
 
-@pytest.mark.parametrize("types", ["auto", "explicit"])
-@pytest.mark.parametrize("options", ["zero", pytest.param("zero and host", marks=HOST_MEMORY)])
+@pytest.mark.parametrize(
+    ("types", "options"),
+    [
+        ("explicit", "zero"),
+        pytest.param("auto", "zero and host", marks=HOST_MEMORY),
+        pytest.param("auto", "zero", marks=pytest.mark.slow),
+        pytest.param("explicit", "zero and host", marks=[HOST_MEMORY, pytest.mark.slow]),
+    ],
+)
 def test_update_params(types, options):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
     tx = exact_adamaxw("2 bytes")
