@@ -18,8 +18,13 @@ from sharding.processes import CAN_AVOID_CONTRACTION, free_port, run_all, run_to
 # For each layout: processes, devices of each, mesh of data x model, and what to run.
 LAYOUTS = {
     "one process": (1, 8, (4, 2), [("float32", "like parameters"), ("2 bytes", "zero")]),
-    "two processes": (2, 4, (4, 2), [("3 bytes", "like parameters"), ("4 bytes", "zero")]),
-    "four processes": (4, 2, (4, 2), [("float32", "zero"), ("2 bytes", "zero")]),
+    "two processes": (2, 4, (4, 2), [("float32", "zero"), ("2 bytes", "zero")]),
+    "four processes": (
+        4,
+        2,
+        (4, 2),
+        [("3 bytes", "like parameters"), ("4 bytes", "zero"), ("2 bytes", "zero")],
+    ),
 }
 TIMEOUT = 240  # seconds; a run takes 5 to 25
 
@@ -39,23 +44,19 @@ def run_beside_one_device(layout, folder, **config):
     return run(*places, runs, folder / "together", **config), alone
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        # Four are in every run, and one is in test_keep_sharded.py.
-        pytest.param("one process", marks=pytest.mark.slow),
-        pytest.param("two processes", marks=pytest.mark.slow),
-    ],
-)
-def test_same_bits(layout, tmp_path):
-    results, alone = run_beside_one_device(layout, tmp_path)
+@pytest.mark.slow  # test_keep_sharded.py has it in every run, without a process of its own
+def test_one_process(tmp_path):
+    results, alone = run_beside_one_device("one process", tmp_path)
     for name, result in results.items():
         assert_same_bits(result, alone[name])
 
 
-def test_four_processes_and_their_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    "layout", ["two processes", pytest.param("four processes", marks=pytest.mark.slow)]
+)
+def test_processes_and_their_checkpoint(layout, tmp_path):
     saved = tmp_path / "saved"
-    results, alone = run_beside_one_device("four processes", tmp_path, checkpoint=str(saved))
+    results, alone = run_beside_one_device(layout, tmp_path, checkpoint=str(saved))
     for name, result in results.items():
         assert_same_bits(result, alone[name])
     tx = exact_adamaxw("2 bytes")
