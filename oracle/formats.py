@@ -12,6 +12,8 @@ V_DTYPES = ["float32", "bfloat16", "uint8"]
 FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 LOW_BIT = FORMATS[1:]
 SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
+# One for each way through the step: is m rounded, is it a ratio, has v a frame?
+WAYS = [*SOME_FORMATS, ("bfloat16", "float32"), ("int8", "float32"), ("float32", "uint8")]
 
 
 def state_bytes(m_dtype, v_dtype):

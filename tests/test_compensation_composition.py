@@ -95,7 +95,9 @@ def assert_same_masters(run, other):
     assert_equal(*(master_params(state, params) for params, state in (run, other)))
 
 
-@pytest.mark.parametrize("storage", STORAGE)
+@pytest.mark.parametrize(
+    "storage", ["8 bytes", pytest.param("4 bytes", marks=pytest.mark.slow), "2 bytes"]
+)
 def test_masters_are_the_float32_run(storage):
     """The true parameters are those of a float32 run with the same gradients."""
     m_dtype, v_dtype = STORAGE[storage]

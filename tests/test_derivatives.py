@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import formats
 
 from optax_adamax import scale_by_adamax
 from oracle import reference
@@ -54,7 +55,7 @@ def test_second_derivatives_are_those_of_float64(b1):
     np.testing.assert_allclose(hessian, expected, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_derivatives_in_few_bits_are_refused(m_dtype, v_dtype):
     x = jnp.float32([0.9, 0.999, 1e-8, 1.0])
     for derivative in (jax.grad, jax.jacfwd):
@@ -62,7 +63,7 @@ def test_derivatives_in_few_bits_are_refused(m_dtype, v_dtype):
             derivative(loss)(x, m_dtype=m_dtype, v_dtype=v_dtype)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_parameters_may_be_differentiated_behind_stop_gradient(m_dtype, v_dtype):
     """As in meta-learning of the first order, which the error proposes."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)

@@ -109,8 +109,17 @@ def train_haiku(tx):
     return losses, params
 
 
-@pytest.mark.parametrize("constructor", ["adamax", "adamaxw"])
-@pytest.mark.parametrize("train", [train_linen, train_nnx, train_equinox, train_haiku])
+FRAMEWORKS = [train_linen, train_nnx, train_equinox, train_haiku]
+
+
+@pytest.mark.parametrize(
+    ("train", "constructor"),
+    [
+        *((train, "adamax") for train in FRAMEWORKS),
+        (train_linen, "adamaxw"),
+        *(pytest.param(train, "adamaxw", marks=pytest.mark.slow) for train in FRAMEWORKS[1:]),
+    ],
+)
 def test_training_is_that_of_optax(train, constructor):
     decay = {"weight_decay": 0.1} if constructor == "adamaxw" else {}
     losses, params = train(getattr(optax_adamax, constructor)(RATE, **decay))

@@ -30,8 +30,18 @@ def test_a_million_steps():
     check_long_run(SOME_FORMATS, 1_000_000)
 
 
-@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "skip_step"])
-@pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype, nonfinite",
+    [
+        *((*form, "propagate") for form in SOME_FORMATS),
+        *((*SOME_FORMATS[-1], policy) for policy in ("zero", "skip_step")),
+        *(
+            pytest.param(*form, policy, marks=pytest.mark.slow)
+            for form in SOME_FORMATS[:-1]
+            for policy in ("zero", "skip_step")
+        ),
+    ],
+)
 def test_the_count_stops_at_its_largest_and_the_run_goes_on(m_dtype, v_dtype, nonfinite):
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=nonfinite)
     update, state = jax.jit(tx.update), tx.init(jnp.zeros(4))
@@ -65,7 +75,9 @@ ENDS = [
 
 
 @pytest.mark.parametrize("rule", ENDS, ids=str)
-@pytest.mark.parametrize("v_dtype", V_DTYPES)
+@pytest.mark.parametrize(
+    "v_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "uint8"]
+)
 def test_hyperparameters_at_the_ends_of_their_ranges(rule, v_dtype):
     """Directions beside the oracle, from the first step on: b1 near 1 must not cancel."""
     rng = np.random.default_rng(0)

@@ -10,25 +10,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from parameters import formats
 
 from optax_adamax import _frame, _hyperparameters, _leaf, decode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
 from oracle import reference
-from oracle.formats import FORMATS, LOW_BIT, step_bound
+from oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, step_bound
 
 LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
 STEPS = 100_000 if LONG else 3_000
 
 
-ROUNDED_M = [x for x in FORMATS if x[0] != "float32"]
+ROUNDED_M = [x for x in LOW_BIT if x[0] != "float32"]
 
 
 def scan(gradients, state=None, b2_at=None, **rule):
     """Runs scale_by_adamax(**rule), with b2_at[t] for b2 if given; the last state and all u, v."""
-    gradients = jnp.asarray(gradients, jnp.float32)
+    gradients = np.float32(gradients)
     start, run = _compiled(tuple(sorted(rule.items())), b2_at is not None)
-    b2 = jnp.asarray(np.zeros(len(gradients)) if b2_at is None else b2_at, jnp.float32)
+    b2 = np.float32(np.zeros(len(gradients)) if b2_at is None else b2_at)
     state, outputs = run(start(gradients[0]) if state is None else state, (gradients, b2))
     return state, *(np.asarray(x, np.float64) for x in outputs)
 
@@ -83,12 +84,14 @@ def check_v_does_not_drift(v_dtype, b2=0.999, steps=STEPS):
 
 
 @pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
-@pytest.mark.parametrize("b2", [0.5, 0.9, 0.999, 1 - 1e-6, 1.0])
+@pytest.mark.parametrize(
+    "b2", [0.5, 0.999, 1.0, *(pytest.param(b2, marks=pytest.mark.slow) for b2 in (0.9, 1 - 1e-6))]
+)
 def test_v_does_not_drift(v_dtype, b2):
     check_v_does_not_drift(v_dtype, b2)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", [x for x in LOW_BIT if x[1] != "float32"])
+@pytest.mark.parametrize("m_dtype, v_dtype", formats([x for x in LOW_BIT if x[1] != "float32"]))
 def test_annealed_b2(m_dtype, v_dtype):
     """b2 from 0.9 to 0.9999 in 20,000 steps, traced."""
     steps = 20_000
@@ -180,10 +183,10 @@ def test_no_bits_of_nan_or_infinity_become_a_number(bad):
 # 3: the step bound.
 
 
-def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), eps=0.0, **rule):
+def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), **rule):
     b1, b2 = betas
     gradients = np.asarray(gradients, np.float32).reshape(len(gradients), -1)
-    _, u, _ = scan(gradients, b1=b1, b2=b2, eps=eps, m_dtype=m_dtype, v_dtype=v_dtype, **rule)
+    _, u, _ = scan(gradients, b1=b1, b2=b2, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype, **rule)
     t = np.arange(1, len(gradients) + 1)[:, None]
     assert np.all(np.abs(u) <= step_bound(t, *betas) * (1 + 1e-6))
 
@@ -191,7 +194,7 @@ def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), eps=0.0, *
 SIZES = [0.0, 1e-45, 1e-38, 1e-20, 2**-30, 1e-8, 1e-3, 1.0, 5e3, 1e5, 1e30, 3.4e38]
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 @given(
     st.lists(
         st.tuples(st.sampled_from(SIZES), st.floats(-1, 1, width=32)), min_size=40, max_size=40
@@ -204,7 +207,7 @@ def test_step_bound(m_dtype, v_dtype, gradients, betas, placement):
     check_step_bound(sequence, m_dtype, v_dtype, betas, eps_placement=placement)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
 def test_step_bound_where_it_is_tight(m_dtype, v_dtype):
     t = np.arange(1, 400)[:, None]
     scales = np.float64([1e-7, 1e-3, 1.0, 1e3, 1e6])
@@ -212,23 +215,23 @@ def test_step_bound_where_it_is_tight(m_dtype, v_dtype):
     check_step_bound(heavy_tails(2000, decades=(-12, 30)), m_dtype, v_dtype)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
-@pytest.mark.parametrize("sequence", [[3.4e38, 0.0, 3.4e38], [0.0, 0.0, 3.4e38, -3.4e38]])
-def test_step_bound_at_the_largest_numbers(m_dtype, v_dtype, sequence):
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
+def test_step_bound_at_the_largest_numbers(m_dtype, v_dtype):
     """7.5 v, and v itself when rounded up, are beyond float32 here (found by Hypothesis)."""
-    check_step_bound(sequence, m_dtype, v_dtype)
-    _, u, _ = scan(np.float32(sequence)[:, None], m_dtype=m_dtype, v_dtype=v_dtype)
-    assert np.all(u[np.array(sequence) != 0] != 0)
+    sequences = np.float32([[3.4e38, 0.0, 3.4e38, 0.0], [0.0, 0.0, 3.4e38, -3.4e38]]).T
+    check_step_bound(sequences, m_dtype, v_dtype)
+    _, u, _ = scan(sequences, m_dtype=m_dtype, v_dtype=v_dtype)
+    assert np.all(u[sequences != 0] != 0)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
 def test_step_bound_at_the_smallest_numbers(m_dtype, v_dtype):
     """v (1 - b1^t) is subnormal here, and flushed to zero (found by Hypothesis)."""
-    for zeros in (0, 5, 39):
-        check_step_bound([0.0] * zeros + [2.0**-126] * 3, m_dtype, v_dtype)
+    sequences = [[0.0] * zeros + [2.0**-126] * 3 + [0.0] * (39 - zeros) for zeros in (0, 5, 39)]
+    check_step_bound(np.transpose(sequences), m_dtype, v_dtype)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_gradients_are_loud_for_ever_and_alone(m_dtype, v_dtype, bad):
     gradients = np.float32(np.random.default_rng(0).normal(size=(50, 4)))
@@ -255,12 +258,12 @@ def check_momentum_dies(m_dtype, v_dtype):
         assert np.all(np.asarray(state.v.framed_uint8) == 0)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", ROUNDED_M)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_momentum_dies(m_dtype, v_dtype):
     check_momentum_dies(m_dtype, v_dtype)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
 def test_untouched_elements_stay_zero(m_dtype, v_dtype):
     gradients = heavy_tails(1000)
     gradients[:, :8] = 0
@@ -310,7 +313,7 @@ def check_resumed_run_is_the_run(m_dtype, v_dtype, resume):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
 def test_resumed_run_is_the_run(m_dtype, v_dtype):
     check_resumed_run_is_the_run(
         m_dtype, v_dtype, lambda s: jax.tree.map(lambda x: jnp.asarray(np.array(x)), s)
@@ -323,7 +326,7 @@ def run_python(update, state, gradients):
     return state
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", [x for x in LOW_BIT if x[0] != "float32"])
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_same_codes_eager_jit_scan_vmap_and_sharded(m_dtype, v_dtype):
     gradients = jnp.asarray(heavy_tails(60, size=64))
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)

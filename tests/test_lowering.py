@@ -41,9 +41,16 @@ ELEMENTWISE |= {"round_nearest_even", "shift_left", "shift_right_arithmetic", "s
 ELEMENTWISE |= {"and", "xor"}  # of what is finite, and in the hash of the count
 ELEMENTWISE |= {"case", "return"}  # a choice of platform, at compile time
 
+
+def case(option, dtype):
+    """Half precision and complex128 are slow where an option makes no difference for them."""
+    few = dtype in ("float32", "float64", "complex64") or option in ("default", "8 bits")
+    return pytest.param(option, dtype, marks=() if few else pytest.mark.slow)
+
+
 every_case = pytest.mark.parametrize(
     ("option", "dtype"),
-    [(option, dtype) for option, (_, dtypes) in OPTIONS.items() for dtype in dtypes],
+    [case(option, dtype) for option, (_, dtypes) in OPTIONS.items() for dtype in dtypes],
 )
 
 

@@ -68,6 +68,13 @@ WIDE = [
 ]
 
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
+# Where programs are compiled, these stand for the others: with both kinds of v and of m, with and
+# without Nesterov momentum, a chain and a decay.
+COMPILED = ("scale_by_adamax", "8 bits", "16 bits", "adamaxw")
+compiled_transformations = pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x in COMPILED else pytest.mark.slow) for x in TRANSFORMATIONS],
+)
 every_tree = pytest.mark.parametrize("tree", TREES)
 with_and_without_x64 = pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 
@@ -149,7 +156,7 @@ def every_dtype(name, x64):
     return params, {pair: jnp.ones(2, pair[1]) for pair in pairs}
 
 
-@every_transformation
+@compiled_transformations
 @with_and_without_x64
 def test_dtypes_of_state_and_updates(name, x64):
     with jax.enable_x64(x64):
@@ -185,7 +192,7 @@ def test_state_can_be_carried_by_scan(name, x64):
         assert types(last) == types(state)
 
 
-@every_transformation
+@compiled_transformations
 def test_second_call_does_not_retrace(name):
     tx, params = build(name), TREES["every kind of leaf"]
     chex.clear_trace_counter()
@@ -238,7 +245,7 @@ def assert_like_one_device(name, updates, state, atol=0, moment_atol=0):
         np.testing.assert_allclose(np.reshape(actual, leaf.shape), leaf, rtol=0, atol=moment_atol)
 
 
-@every_transformation
+@compiled_transformations
 def test_scan_is_the_loop(name):
     tx, params = build(name), many(0)
     gradients = jax.tree.map(lambda *g: np.stack(g), many(1), many(2))
@@ -253,7 +260,7 @@ def test_scan_is_the_loop(name):
     assert_like_one_device(name, last, state, atol=4 * 2**-23, moment_atol=4 * 2**-23)
 
 
-@every_transformation
+@compiled_transformations
 def test_vmap_is_a_run_for_each_row(name):
     tx = build(name)
     updates, state = two_steps(jax.vmap(tx.init), jax.jit(jax.vmap(tx.update)))
@@ -261,7 +268,7 @@ def test_vmap_is_a_run_for_each_row(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@every_transformation
+@compiled_transformations
 def test_pmap(name):
     def place(tree):
         return jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), tree)
@@ -272,7 +279,7 @@ def test_pmap(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@every_transformation
+@compiled_transformations
 def test_shard_map(name):
     tx = build(name)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
@@ -286,7 +293,7 @@ def test_shard_map(name):
     assert_like_one_device(name, updates, state)
 
 
-@every_transformation
+@compiled_transformations
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_state_is_sharded_like_the_parameters(name, axis_type):
     tx, mesh = build(name), jax.make_mesh((8,), ("x",), axis_types=(axis_type,))

@@ -14,7 +14,7 @@ from optax_adamax.wrappers import _residual
 FLUSHED = 2.0**-118  # below it XLA on CPU flushes updates of float32 to zero
 SMALLEST = 2.0**-117  # an absolute error that is always allowed
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
-FINITE = VALUES[np.isfinite(np.asarray(VALUES).astype(np.float32))]
+FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
 
 def assert_nearest(stored, true):
@@ -64,7 +64,7 @@ def check_every_value(residual_dtype, compiled=True):
         with np.errstate(over="ignore", invalid="ignore"):
             wanted = before + update.astype(np.float64)
             float32 = (before.astype(np.float32) + update).astype(np.float64)
-        new, new_state = step(FINITE, state, jnp.asarray(update))
+        new, new_state = jax.tree.map(np.asarray, step(FINITE, state, update))
         after = wide(master_params(new_state, new))
         followed = (np.abs(wanted) <= LARGEST) & (np.abs(wanted) >= FLUSHED)
         assert_nearest(new[followed], after[followed])

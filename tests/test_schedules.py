@@ -1,9 +1,12 @@
 """b1 and b2 that change on the way, in each format, beside the float64 oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import formats
 
 from optax_adamax import _hyperparameters, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
@@ -13,8 +16,9 @@ from oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
 STEPS = 200
 
 
-def run(gradients, m_dtype, v_dtype, b1_at, b2_at):
-    """Directions under traced b1 and b2."""
+@functools.cache
+def compiled(m_dtype, v_dtype):
+    """The directions of gradients under b1 and b2, a row of each for a step."""
 
     def body(state, x):
         g, b1, b2 = x
@@ -22,9 +26,18 @@ def run(gradients, m_dtype, v_dtype, b1_at, b2_at):
         u, state = tx.update(g, state)
         return state, u
 
-    start = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init(jnp.zeros(gradients.shape[1]))
-    xs = tuple(jnp.asarray(x, jnp.float32) for x in (gradients, b1_at, b2_at))
-    return np.float64(jax.jit(lambda: jax.lax.scan(body, start, xs)[1])())
+    @jax.jit
+    def run(xs):
+        start = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init(xs[0][0])
+        return jax.lax.scan(body, start, xs)[1]
+
+    return run
+
+
+def run(gradients, m_dtype, v_dtype, b1_at, b2_at):
+    """Directions under traced b1 and b2."""
+    xs = tuple(np.float32(x) for x in (gradients, b1_at, b2_at))
+    return np.float64(compiled(m_dtype, v_dtype)(xs))
 
 
 def exact(gradients, b1_at, b2_at):
@@ -58,14 +71,14 @@ def check_schedules(m_dtype, v_dtype):
             assert np.any(expected[:, 0] > 2.5 * bound)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
 def test_steps_are_those_of_float64_under_schedules(m_dtype, v_dtype):
     check_schedules(m_dtype, v_dtype)
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
-def test_mutant_that_clips_at_the_bound_of_constants_is_seen(monkeypatch, m_dtype, v_dtype):
-    monkeypatch.setattr(_hyperparameters, "_largest_ratio", lambda b1, b2: 1.0)
+def test_mutant_that_clips_at_the_bound_of_constants_is_seen(mutant, m_dtype, v_dtype):
+    mutant(_hyperparameters, "_largest_ratio", lambda b1, b2: 1.0)
     with pytest.raises(AssertionError):
         check_schedules(m_dtype, v_dtype)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from parameters import formats
 
 from optax_adamax import _xla, adamax, scale_by_adamax
 from oracle.formats import FORMATS, SOME_FORMATS
@@ -23,7 +24,7 @@ def gradients(size=16):
 
 
 @pytest.mark.parametrize("size", [16, _xla.LARGE])
-@pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS, SOME_FORMATS))
 def test_a_state_that_is_the_same_meets_gradients_that_are_not(m_dtype, v_dtype, size):
     """As where the mean over devices was forgotten or is taken later: each device has its own."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)

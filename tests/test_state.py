@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parameters import formats
 
 from optax_adamax import (
     FramedBfloat16,
@@ -18,10 +19,10 @@ from optax_adamax import (
     encode_state,
     scale_by_adamax,
 )
-from oracle.formats import FORMATS, SOME_FORMATS, m_error, v_error
+from oracle.formats import FORMATS, SOME_FORMATS, WAYS, m_error, v_error
 
 # None, here, is float32.
-CASES = [*FORMATS, (None, None), (None, "uint8"), ("int8", None)]
+CASES = formats([*FORMATS, (None, None), (None, "uint8"), ("int8", None)], [*WAYS, (None, None)])
 PARAMS = {"a": jnp.ones((3, 5)), "b": {"c": jnp.ones(()), "n": None}}
 
 
@@ -32,7 +33,7 @@ def trained(m_dtype=None, v_dtype=None, steps=20):
     state = tx.init(PARAMS)
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        g = jax.tree.map(lambda p: jnp.asarray(rng.standard_t(2, p.shape), jnp.float32), PARAMS)
+        g = jax.tree.map(lambda p: np.asarray(rng.standard_t(2, p.shape), np.float32), PARAMS)
         _, state = jax.jit(tx.update)(g, state)
     return tx, state
 

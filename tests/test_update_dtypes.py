@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parameters import formats
 
 from optax_adamax import adamax, adamaxw, decode_state, encode_state, scale_by_adamax
 from oracle import reference
@@ -61,7 +62,7 @@ def test_an_update_too_large_for_float8_is_its_largest():
     assert np.float32(u) == 448
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_float64_beside_few_bits(m_dtype, v_dtype):
     """Computed in float64; 1e300 is taken for the largest number there is room for."""
     with jax.enable_x64(True):
@@ -83,18 +84,15 @@ def test_float64_beside_few_bits(m_dtype, v_dtype):
 def test_states_of_vmap_are_decoded_row_by_row(m_dtype, v_dtype):
     """Each row has a phase of its own, and three rows of three elements must not mix them up."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
-    rows = []
-    for steps in (1, 250, 500):
-        _, state = jax.jit(
-            lambda n: jax.lax.fori_loop(
-                0,
-                n,
-                lambda i, c: tx.update(jnp.float32([1, 2, 3]), c[1]),
-                (jnp.zeros(3), tx.init(jnp.zeros(3))),
-            )
-        )(steps)
-        rows.append(state)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+    @jax.jit
+    def after(steps):
+        carry = jnp.zeros(3), tx.init(jnp.zeros(3))
+        g = jnp.float32([1, 2, 3])
+        return jax.lax.fori_loop(0, steps, lambda i, c: tx.update(g, c[1]), carry)[1]
+
+    rows = [after(steps) for steps in (1, 250, 500)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
     for whole, row in zip(
         jax.tree.leaves(decode_state(stacked)),
         zip(*(jax.tree.leaves(decode_state(row)) for row in rows), strict=True),

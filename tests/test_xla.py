@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from compiled import copies, since_010, train_step
+from parameters import formats
 
 from optax_adamax import _xla, adamax, compensate_rounding
 from optax_adamax.wrappers import _residual
@@ -29,7 +30,7 @@ def without_tricks(next_m, next_v, m, v, g, t, **_):
 
 
 @since_010
-@pytest.mark.parametrize("m_dtype, v_dtype", LOW_BIT)
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_nothing_is_copied_and_nothing_kept(m_dtype, v_dtype):
     tx = adamax(1e-3, m_dtype=m_dtype, v_dtype=v_dtype)
     assert copies_and_temporaries(tx) == (0, 0)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 SHAPE = (3, 4)
 STEPS = 50
@@ -24,6 +25,25 @@ class Step(NamedTuple):
     p: dict[str, Any]
     m: dict[str, Any]
     v: dict[str, Any]
+
+
+def label(value):
+    return value.__name__ if isinstance(value, type) else str(value)
+
+
+def grid(options, label=label):
+    """Each of these in float64, where nothing hides an error; in float32 a few, the others slow."""
+    few = (options[0], options[-1])
+    return [
+        pytest.param(
+            dtype,
+            o,
+            marks=pytest.mark.slow if dtype is np.float32 and o not in few else (),
+            id=f"{dtype.__name__}-{label(o)}",
+        )
+        for dtype in (np.float32, np.float64)
+        for o in options
+    ]
 
 
 def gradients(dtype, seed=0, kinds=KINDS):

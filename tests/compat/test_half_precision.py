@@ -44,8 +44,18 @@ def widened(tree, dtype=jnp.float32):
     return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-@pytest.mark.parametrize("name", CONSTRUCTORS)
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *((jnp.float16, name) for name in CONSTRUCTORS),
+        (jnp.bfloat16, "torch"),
+        *(
+            pytest.param(jnp.bfloat16, name, marks=pytest.mark.slow)
+            for name in CONSTRUCTORS
+            if name != "torch"
+        ),
+    ],
+)
 def test_a_step_is_rounded_once(dtype, name):
     tx, (params, grads) = CONSTRUCTORS[name](), draw(dtype)
     found, _ = steps(tx, params, grads)
@@ -78,14 +88,24 @@ def test_what_a_loss_scale_saves_is_kept_in_float16():
     np.testing.assert_allclose(updates["w"].astype(np.float32), -0.1, rtol=2**-10)
 
 
-@pytest.mark.parametrize("name", ["torch", "mlx", "accumulation"])
+WIDER = [
+    (jnp.bfloat16, jnp.float32, jnp.float32),
+    (jnp.float32, jnp.bfloat16, jnp.float32),
+    (jnp.float16, jnp.bfloat16, jnp.bfloat16),
+    (jnp.float16, jnp.float16, jnp.float16),
+]
+
+
 @pytest.mark.parametrize(
-    ("gradient", "parameter", "wider"),
+    ("name", "gradient", "parameter", "wider"),
     [
-        (jnp.bfloat16, jnp.float32, jnp.float32),
-        (jnp.float32, jnp.bfloat16, jnp.float32),
-        (jnp.float16, jnp.bfloat16, jnp.bfloat16),
-        (jnp.float16, jnp.float16, jnp.float16),
+        *(("torch", *dtypes) for dtypes in WIDER),
+        *((name, *WIDER[0]) for name in ("mlx", "accumulation")),
+        *(
+            pytest.param(name, *dtypes, marks=pytest.mark.slow)
+            for name in ("mlx", "accumulation")
+            for dtypes in WIDER[1:]
+        ),
     ],
 )
 def test_updates_have_the_wider_dtype(gradient, parameter, wider, name):

@@ -113,8 +113,7 @@ def same(start, run, peer, dtype, steps=1, beta_1=0.9):
     assert_same(start, run, peer, dtype, peer_fault=fault)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
 def test_every_call_is_that_of_keras(dtype, options):
     # 2 ulps a step in float32 beside Keras' bias correction: measured, at most 1.6.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
@@ -147,8 +146,15 @@ def test_the_global_norm_is_clipped_as_in_keras(dtype):
         same(start, run, peer.steps, dtype)
 
 
-@pytest.mark.parametrize("accumulation", [None, 3])
-@pytest.mark.parametrize("frequency", [None, 1, 4])
+@pytest.mark.parametrize(
+    ("accumulation", "frequency"),
+    [
+        (None, None),
+        (None, 1),
+        (3, 4),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(None, 4), (3, None), (3, 1)]),
+    ],
+)
 def test_averages_and_sums_are_those_of_keras(accumulation, frequency):
     options = {
         "learning_rate": 0.1,
@@ -183,8 +189,14 @@ def test_without_an_average_nothing_is_finalized():
     assert final["x"] is params["x"]
 
 
-@pytest.mark.parametrize("accumulation", [None, 3])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("dtype", "accumulation"),
+    [
+        (np.float32, None),
+        (np.float64, 3),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in [(np.float32, 3), (np.float64, None)]),
+    ],
+)
 def test_schedules_count_calls(dtype, accumulation):
     rates = {9: 0.1, 21: 0.01, 10**9: 0.001}
 

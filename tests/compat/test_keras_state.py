@@ -31,7 +31,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True, params=[np.float32, np.float64], ids=["float32", "float64"])
+@pytest.fixture(autouse=True, params=[pytest.param(np.float32, marks=pytest.mark.slow), np.float64])
 def dtype(request):
     """Keras computes in this dtype, and mixes dtypes and ranks as strict JAX forbids."""
     before = keras.config.floatx()
@@ -106,8 +106,21 @@ def nested(arrays):
     }
 
 
-@pytest.mark.parametrize("schedule", [False, True], ids=["rate", "schedule"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# All options in float64, where nothing hides an error; otherwise the first and the last of them.
+CONTINUED = [
+    pytest.param(dtype, schedule, o, marks=() if few or o in OPTIONS[::4] else pytest.mark.slow)
+    for dtype, schedule, few in [
+        (np.float64, False, True),
+        (np.float64, True, False),
+        (np.float32, False, False),
+    ]
+    for o in OPTIONS
+] + [pytest.param(np.float32, True, o, marks=pytest.mark.slow) for o in OPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "schedule", "options"), CONTINUED, indirect=["dtype"], ids=peer_grid.label
+)
 def test_continued_from_keras_and_in_keras(options, schedule, dtype):
     names, weights, grads = setup(dtype)
     theirs = ours = 0.01
@@ -140,6 +153,7 @@ def test_continued_from_keras_and_in_keras(options, schedule, dtype):
     peer_grid.assert_equal_trees(half.state(), whole.state(), dtype)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], indirect=True)
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
 def test_a_file_of_keras_is_read(options, dtype, tmp_path):
     names, weights, grads = setup(dtype)

@@ -55,8 +55,7 @@ def lucid_run(
     return steps
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
 def test_every_step_is_that_of_lucid(dtype, options):
     # 2 ulps a step in float32: measured, at most 1.3.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)

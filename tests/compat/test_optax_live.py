@@ -42,12 +42,18 @@ def bias_fault(dtype, b1=0.9):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else " ".join(x)
+    ("dtype", "named"), peer_grid.grid(OPTIONS, lambda named: " ".join([named[0], *named[1]]))
 )
-@pytest.mark.parametrize("learning_rate", [0.1, lambda t: jnp.where(t < 20, 0.1, 0.01)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_every_step_is_that_of_optax(dtype, learning_rate, name, options):
+@pytest.mark.parametrize(
+    "scheduled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["rate", "schedule"]
+)
+def test_every_step_is_that_of_optax(dtype, scheduled, named):
+    check_every_step(dtype, named, (lambda t: jnp.where(t < 20, 0.1, 0.01)) if scheduled else 0.1)
+
+
+def check_every_step(dtype, named, learning_rate):
     # 2 ulps a step in float32 beside optax's own bias correction: measured, at most 1.2.
+    name, options = named
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
     with jax.enable_x64(dtype == np.float64):
         peer = optax_run(getattr(optax, name)(learning_rate, **options), start, grads)

@@ -69,8 +69,7 @@ def torch_steps(optimizer, leaves, grads):
     return steps
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
 def test_every_step_is_that_of_torch(dtype, options):
     # 2 ulps a step in float32: measured, at most 1.3.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)

@@ -17,6 +17,7 @@ from sharding.common import (
     FORMATS,
     HOST_MEMORY,
     assert_same_bits,
+    each_format,
     exact_adamaxw,
     is_at,
     mesh_of,
@@ -72,7 +73,7 @@ def assert_in_place(tree, wanted):
     assert jax.tree.all(jax.tree.map(lambda x, w: is_at(x, w.sharding), tree, wanted))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_from_8_devices_to_4_and_another_sharding(name, tmp_path):
     tx = exact_adamaxw(name)
     before = start(tx, mesh_of(), zero_axis="data")

@@ -16,6 +16,7 @@ from sharding.common import (
     OPTIONS,
     assert_same_bits,
     collectives,
+    each_format,
     is_at,
     mesh_of,
     random_like,
@@ -48,7 +49,7 @@ def bytes_on_a_device(stats):
 
 
 @pytest.mark.parametrize("types", ["auto", "explicit"])
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 @pytest.mark.parametrize(("options", "parts"), [("like parameters", 2), ("zero", 8)])
 def test_no_leaf_is_ever_whole_on_one_device(name, types, options, parts):
     params = big_structs(mesh_of(AXIS_TYPES[types]))

@@ -1,6 +1,6 @@
 """The step: the same bits on 8 devices as on 1, no communication but ZeRO's gather."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from sharding.common import (
     OPTIONS,
     assert_same_bits,
     collectives,
+    each_format,
     exact_adamaxw,
     is_at,
     mesh_of,
@@ -48,30 +49,27 @@ def train(tx, params, state, **jit_options):
     return history, state
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    """The trajectory of each format on one device, without anything of `sharding`."""
+@cache
+def on_one_device(name):
+    """The trajectory of a format on one device, without anything of `sharding`."""
     params = random_like(structs(mesh_of(shape=(1, 1))), 99)
-    return {
-        name: train(exact_adamaxw(name), params, exact_adamaxw(name).init(params))
-        for name in FORMATS
-    }
+    return train(exact_adamaxw(name), params, exact_adamaxw(name).init(params))
 
 
 @pytest.mark.parametrize(("name", "types", "options"), CASES)
-def test_trajectory(name, types, options, on_one_device):
+def test_trajectory(name, types, options):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
     tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
     state = sharding.init_sharded(tx, params, **OPTIONS[options])
     history, state = train(tx, params, state)
-    assert_same_bits((history, state), on_one_device[name])
+    assert_same_bits((history, state), on_one_device(name))
     assert all(is_at(u, params[k].sharding) for k, u in history[-1][1].items())
     wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
 
 
 @pytest.mark.parametrize("options", ["zero", pytest.param("host", marks=HOST_MEMORY)])
-def test_trajectory_on_axes_of_both_types(options, on_one_device):
+def test_trajectory_on_axes_of_both_types(options):
     """JAX 0.10.2 needs the out_shardings."""
     params = random_like(structs(mesh_of(AXIS_TYPES["mixed"])), 99)
     tx = sharding.keep_sharded(exact_adamaxw("float32"), params, **OPTIONS[options])
@@ -80,17 +78,17 @@ def test_trajectory_on_axes_of_both_types(options, on_one_device):
     of_params = jax.tree.map(lambda p: p.sharding, params)
     places = (of_params, wanted, of_params)
     history, state = train(tx, params, state, out_shardings=places)
-    assert_same_bits((history, state), on_one_device["float32"])
+    assert_same_bits((history, state), on_one_device("float32"))
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
 
 
 @pytest.mark.parametrize("name", ["float32", "2 bytes"])
-def test_plain_jit_keeps_the_state_beside_the_parameters(name, on_one_device):
+def test_plain_jit_keeps_the_state_beside_the_parameters(name):
     """No wrapper is needed without ZeRO and host memory."""
     params = random_like(structs(mesh_of()), 99)
     tx = exact_adamaxw(name)
     history, state = train(tx, params, sharding.init_sharded(tx, params))
-    assert_same_bits((history, state), on_one_device[name])
+    assert_same_bits((history, state), on_one_device(name))
     wanted = sharding.state_shardings(tx, params)
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
     update = jax.jit(tx.update).lower(params, state, params).compile()
@@ -141,7 +139,7 @@ def network(mesh):
     return params, batch, loss
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 @pytest.mark.parametrize("options", ["like parameters", "zero"])
 def test_collectives_of_a_train_step(name, options):
     params, batch, loss = network(mesh_of())
@@ -164,8 +162,15 @@ def test_collectives_of_a_train_step(name, options):
 
 
 @HOST_MEMORY
-@pytest.mark.parametrize("options", ["host", "zero and host"])
-@pytest.mark.parametrize("types", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("types", "options"),
+    [
+        ("auto", "zero and host"),
+        ("explicit", "host"),
+        pytest.param("auto", "host", marks=pytest.mark.slow),
+        pytest.param("explicit", "zero and host", marks=pytest.mark.slow),
+    ],
+)
 def test_a_donated_state_in_host_memory_is_there_once(types, options):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 0)
     tx = sharding.keep_sharded(optax_adamax.adamax(0.1), params, **OPTIONS[options])
@@ -271,14 +276,21 @@ def bytes_accessed(compiled):
     return compiled.cost_analysis()["bytes accessed"]
 
 
-@pytest.mark.parametrize("types", ["auto", "explicit"])
-@pytest.mark.parametrize("options", ["zero", pytest.param("zero and host", marks=HOST_MEMORY)])
-def test_update_params(types, options, on_one_device):
+@pytest.mark.parametrize(
+    ("types", "options"),
+    [
+        ("explicit", "zero"),
+        pytest.param("auto", "zero and host", marks=HOST_MEMORY),
+        pytest.param("auto", "zero", marks=pytest.mark.slow),
+        pytest.param("explicit", "zero and host", marks=[HOST_MEMORY, pytest.mark.slow]),
+    ],
+)
+def test_update_params(types, options):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
     tx = exact_adamaxw("2 bytes")
     state = sharding.init_sharded(tx, params, **OPTIONS[options])
     update_params = jax.jit(sharding.make_update_params(tx, params, **OPTIONS[options]))
-    history, last_state = on_one_device["2 bytes"]
+    history, last_state = on_one_device("2 bytes")
     for t in range(STEPS):
         params, state = update_params(random_like(params, t), state, params)
         assert_same_bits(params, history[t][0])

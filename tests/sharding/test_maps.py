@@ -1,6 +1,6 @@
 """The plain transformation under shard_map and pmap: the specs serve, the bits are the same."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from sharding.common import (
     EXACT_PRODUCTS,
     FORMATS,
     assert_same_bits,
+    each_format,
     mesh_of,
     random_like,
     structs,
@@ -29,25 +30,21 @@ def transformation(name):
     return optax_adamax.adamax(**EXACT_PRODUCTS, **FORMATS[name])
 
 
-@pytest.fixture(scope="module")
-def on_one_device():
-    """Updates of every step and the last state of each format, on one device."""
+@cache
+def on_one_device(name):
+    """Updates of every step and the last state of a format, on one device."""
     params = random_like(structs(mesh_of(shape=(1, 1))), 99)
-
-    def train(tx):
-        state, history = tx.init(params), []
-        update = jax.jit(tx.update)
-        for t in range(STEPS):
-            updates, state = update(random_like(params, t), state)
-            history.append(updates)
-        return history, state
-
-    return {name: train(transformation(name)) for name in FORMATS}
+    tx, history = transformation(name), []
+    state, update = tx.init(params), jax.jit(tx.update)
+    for t in range(STEPS):
+        updates, state = update(random_like(params, t), state)
+        history.append(updates)
+    return history, state
 
 
 @pytest.mark.parametrize("types", ["auto", "explicit"])
-@pytest.mark.parametrize("name", FORMATS)
-def test_shard_map(name, types, on_one_device):
+@each_format
+def test_shard_map(name, types):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
     tx = transformation(name)
     state = sharding.init_sharded(tx, params)
@@ -65,7 +62,7 @@ def test_shard_map(name, types, on_one_device):
     for t in range(STEPS):
         updates, state = update(random_like(params, t), state)
         history.append(updates)
-    assert_same_bits((history, state), on_one_device[name])
+    assert_same_bits((history, state), on_one_device(name))
 
 
 def integers(params, devices=8):
@@ -76,7 +73,7 @@ def integers(params, devices=8):
     }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_zero_by_hand_under_shard_map(name):
     """What keep_sharded leaves to XLA, written out: scatter the gradients, gather the updates."""
     mesh = mesh_of(shape=(8, 1))
@@ -119,7 +116,7 @@ def test_zero_by_hand_under_shard_map(name):
     assert_same_bits(state, reference)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@each_format
 def test_pmap(name):
     """Replicated as pmap has it: a leading axis of devices on every array."""
     params = {"w": jnp.ones((16, 3)), "b": jnp.ones(5)}

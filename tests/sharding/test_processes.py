@@ -7,7 +7,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sharding.common import (
-    FORMATS,
     assert_same_bits,
     exact_adamaxw,
     mesh_of,
@@ -18,50 +17,54 @@ from sharding.processes import CAN_AVOID_CONTRACTION, free_port, run_all, run_to
 
 # For each layout: processes, devices of each, mesh of data x model, and what to run.
 LAYOUTS = {
-    "one device": (1, 1, (1, 1), [(name, "like parameters") for name in FORMATS]),
     "one process": (1, 8, (4, 2), [("float32", "like parameters"), ("2 bytes", "zero")]),
-    "two processes": (2, 4, (4, 2), [("3 bytes", "like parameters"), ("4 bytes", "zero")]),
-    "four processes": (4, 2, (4, 2), [("float32", "zero"), ("2 bytes", "zero")]),
+    "two processes": (2, 4, (4, 2), [("float32", "zero"), ("2 bytes", "zero")]),
+    "four processes": (
+        4,
+        2,
+        (4, 2),
+        [("3 bytes", "like parameters"), ("4 bytes", "zero"), ("2 bytes", "zero")],
+    ),
 }
 TIMEOUT = 240  # seconds; a run takes 5 to 25
 
 
-def run(layout, folder, **config):
-    processes, devices, mesh, runs = LAYOUTS[layout]
+def run(processes, devices, mesh, runs, folder, **config):
+    folder.mkdir()
     config |= {"processes": processes, "devices": devices, "mesh": mesh, "runs": runs}
     config |= {"out": str(folder), "exact_products": not CAN_AVOID_CONTRACTION}
     run_together("worker_train.py", config, folder, TIMEOUT)
     return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, _ in runs}
 
 
-@pytest.fixture(scope="module")
-def on_one_device(tmp_path_factory):
-    return run("one device", tmp_path_factory.mktemp("one_device"))
+def run_beside_one_device(layout, folder, **config):
+    """The results of a layout, and those of one device."""
+    *places, runs = LAYOUTS[layout]
+    alone = run(1, 1, (1, 1), [(name, "like parameters") for name, _ in runs], folder / "alone")
+    return run(*places, runs, folder / "together", **config), alone
+
+
+@pytest.mark.slow  # test_keep_sharded.py has it in every run, without a process of its own
+def test_one_process(tmp_path):
+    results, alone = run_beside_one_device("one process", tmp_path)
+    for name, result in results.items():
+        assert_same_bits(result, alone[name])
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [
-        "one process",
-        pytest.param("two processes", marks=pytest.mark.slow),  # 15 s; four are in every run
-    ],
+    "layout", ["two processes", pytest.param("four processes", marks=pytest.mark.slow)]
 )
-def test_same_bits(layout, on_one_device, tmp_path):
-    results = run(layout, tmp_path)
+def test_processes_and_their_checkpoint(layout, tmp_path):
+    saved = tmp_path / "saved"
+    results, alone = run_beside_one_device(layout, tmp_path, checkpoint=str(saved))
     for name, result in results.items():
-        assert_same_bits(result, on_one_device[name])
-
-
-def test_four_processes_and_their_checkpoint(on_one_device, tmp_path):
-    results = run("four processes", tmp_path, checkpoint=str(tmp_path / "saved"))
-    for name, result in results.items():
-        assert_same_bits(result, on_one_device[name])
+        assert_same_bits(result, alone[name])
     tx = exact_adamaxw("2 bytes")
     for shape in ((1, 1), (4, 2)):
         params = structs(mesh_of(shape=shape))
         target = {"params": params, "state": state_structs(tx, params)}
         with ocp.StandardCheckpointer() as checkpointer:
-            restored = checkpointer.restore(tmp_path / "saved" / "2 bytes", target)
+            restored = checkpointer.restore(saved / "2 bytes", target)
         _, params, state = results["2 bytes"]
         assert_same_bits(restored, {"params": params, "state": state})
 

@@ -1,0 +1,10 @@
+"""Formats as parameters of tests."""
+
+import pytest
+
+from oracle.formats import WAYS
+
+
+def formats(given, always=WAYS):
+    """All that are given; those beyond `always` only repeat the others, and are marked slow."""
+    return [pytest.param(*x, marks=[] if x in always else pytest.mark.slow) for x in given]
