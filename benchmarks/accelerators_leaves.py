@@ -75,8 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     path = reporting.RESULTS / "accelerators_leaves.json"
     before = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
     targets = available(arguments.targets)
+    made = reporting.provenance("benchmarks.accelerators_leaves", packages=installed())
     rows = [row for row in before if row["target"] not in {target.name for target in targets}]
     for target in targets:
         for model, shapes in MODELS.items():

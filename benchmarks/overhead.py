@@ -1,13 +1,17 @@
-"""What an update costs in Python, outside `jax.jit`; and how often a step is traced.
+"""What an update of a small leaf costs: in Python, and in a jitted step; how often that is traced.
 
     python -m benchmarks.overhead [--quick]
 
 Time of a call of `update` on leaves of four elements, in alternation with optax.adamax, outside
-of `jit` and while it is traced. Then a jitted step over changes of the learning rate, b2 and the
-count: it must be traced once. Takes half a minute.
+of `jit` and while it is traced. Then a jitted step on one small leaf, donated: JAX runs a program
+of less than some thousand operations in the thread that calls it, and hands others to another
+thread, which takes longer than the step; so once more where all run inline. Then a jitted step over
+changes of the learning rate, b2 and the count: it must be traced once. Takes a minute.
 """
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -19,10 +23,12 @@ from benchmarks import reporting, timing
 from optax_adamax import adamax
 
 LEAVES, ROUNDS, STEPS = (1, 10), 20, 20
+SIZES, CALLS = (64, 256), 1000
 REFERENCE = "optax.adamax"
 CANDIDATES = {
     REFERENCE: lambda: optax.adamax(1e-3),
     "adamax": lambda: adamax(1e-3),
+    "adamax, 4 bytes": lambda: adamax(1e-3, m_dtype="bfloat16", v_dtype="bfloat16"),
     "adamax, 2 bytes": lambda: adamax(1e-3, m_dtype="int8", v_dtype="uint8"),
 }
 
@@ -37,12 +43,36 @@ def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
             return lambda: jax.make_jaxpr(lambda g, s, p: tx.update(g, s, p))(params, state, params)
         return lambda: jax.block_until_ready(tx.update(params, state, params))
 
-    runners = {name: runner(make()) for name, make in CANDIDATES.items()}
+    return compare({name: runner(make()) for name, make in CANDIDATES.items()}, rounds)
+
+
+def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, Any]:
+    """Times of runners, each of so many calls, and their ratios to the reference."""
     seconds = timing.alternate(runners, rounds)
     ratios = timing.ratios(seconds, REFERENCE)
     return {
-        name: {"ratio": ratios[name], "seconds": timing.spread(seconds[name])} for name in runners
+        name: {"ratio": ratios[name], "seconds": timing.spread(seconds[name] / calls)}
+        for name in runners
     }
+
+
+def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
+    """Time of a jitted step on one leaf; `inline`, before JAX starts: in the thread that calls."""
+    jax.config.update("jax_cpu_enable_async_dispatch", not inline)
+    ones = jnp.ones(size)
+
+    def runner(step: timing.Step) -> Any:
+        def run() -> None:
+            for _ in range(calls):
+                step.carry = step.step(*step.carry, step.batch)
+            jax.block_until_ready(step.carry)
+
+        return run
+
+    steps = {
+        name: timing.Step(make(), ones, timing.given, ones) for name, make in CANDIDATES.items()
+    }
+    return compare({name: runner(step) for name, step in steps.items()}, rounds, calls)
 
 
 def traces(steps: int) -> int:
@@ -84,12 +114,17 @@ def main() -> None:
             count = "1 leaf" if leaves == 1 else f"{leaves} leaves"
             rows = python_time(leaves, rounds, traced=traced)
             results["rows"][f"{count}, {how}"] = rows
-            for name, row in rows.items():
-                seconds = row["seconds"]["median"]
-                print(
-                    f"{count:>9}, {how:12} {name:16} {timing.text(row['ratio'])}, "
-                    f"{1e3 * seconds:.2f} ms"
-                )
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
+        for size in SIZES:
+            for inline in (False, True):
+                rows = pool.submit(jitted_time, size, rounds, CALLS, inline).result()
+                where = ", all inline" if inline else ""
+                results["rows"][f"a jitted step on {size} elements{where}"] = rows
+    for what, rows in results["rows"].items():
+        for name, row in rows.items():
+            milliseconds = 1e3 * row["seconds"]["median"]
+            print(f"{what:40} {name:16} {timing.text(row['ratio'])}, {milliseconds:.3g} ms")
     print(f"{STEPS} steps with changing learning rate, b2 and count: traced {results['traces']}")
     if not quick:
         provenance = reporting.provenance("benchmarks.overhead")

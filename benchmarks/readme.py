@@ -100,14 +100,14 @@ def packing(results: dict[str, Any]) -> str:
 
 
 def overhead(results: dict[str, Any]) -> str:
-    """Python time of an update."""
+    """Python time of an update, and time of a step on a small leaf."""
     names = list(next(iter(results["rows"].values())))
     rows = [
-        [how, f"{1e3 * row[names[0]]['seconds']['median']:.2f} ms"]
+        [how, f"{1e3 * row[names[0]]['seconds']['median']:.2g} ms"]
         + [timing.text(row[name]["ratio"]) for name in names[1:]]
         for how, row in results["rows"].items()
     ]
-    return table(["a call of `update`", *names], rows)
+    return table(["", *names], rows)
 
 
 def quality(results: dict[str, Any]) -> str:

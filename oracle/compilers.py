@@ -97,6 +97,7 @@ def installed() -> list[str]:
 
 def available(names: Sequence[str]) -> list[Target]:
     """The targets with these names for which there is a compiler; says which are left out."""
+    jax.config.update("jax_platforms", "cpu")  # JAX drops the platform of a GPU that it looked for
     found = []
     for target in (TARGETS[name] for name in names):
         if (plugin := PLUGINS[target.platform]) in installed():
