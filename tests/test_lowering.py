@@ -97,7 +97,13 @@ def test_arithmetic_is_in_float32_but_for_wide_parameters(option, dtype):
     assert floats <= {"f32", "f64"} if is_wide(dtype) else floats == {"f32"}
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# The others export the same operations again.
+EXPORTED = ("default", "nesterov", "float64", "bfloat16", "8 bits", "8 bits of v")
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(x, marks=() if x in EXPORTED else pytest.mark.slow) for x in OPTIONS]
+)
 def test_exported_program_computes_what_jit_computes(option):
     options, dtypes = OPTIONS[option]
     with jax.enable_x64(is_wide(dtypes[0])):
