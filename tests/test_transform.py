@@ -256,7 +256,7 @@ def test_subnormal_gradients_move_by_no_more_than_the_bound(size, jit):
     ones = np.ones(1, np.float32)
     state = tx.init(ones)
     update = jax.jit(tx.update) if jit else tx.update
-    u, state = update(np.float32(size) * ones, state)
+    u, state = update(np.full(1, size, np.float32), state)
     assert 0 <= np.asarray(u)[0] <= 1
     u, _ = update(ones, state)
     np.testing.assert_allclose(u, 0.1 / 0.19, rtol=1e-6)
