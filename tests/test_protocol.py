@@ -78,6 +78,7 @@ def only_slow_but(*names):
 
 
 compiled_transformations = pytest.mark.parametrize("name", only_slow_but(*COMPILED))
+floats_and_8_bits = pytest.mark.parametrize("name", only_slow_but("scale_by_adamax", "8 bits"))
 every_tree = pytest.mark.parametrize("tree", TREES)
 X64_IDS = ["x32", "x64"]
 every_axis_type = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -208,7 +209,7 @@ def test_state_can_be_carried_by_scan(name, x64):
         assert types(last) == types(state)
 
 
-@pytest.mark.parametrize("name", only_slow_but(*COMPILED, "adamaxw"))
+@pytest.mark.parametrize("name", only_slow_but("8 bits", "adamaxw"))
 def test_second_call_does_not_retrace(name):
     tx, params = build(name), TREES["every kind of leaf"]
     chex.clear_trace_counter()
@@ -273,7 +274,7 @@ def test_scan_is_the_loop(name):
     assert_like_one_device(name, last, state, atol=4 * 2**-23, moment_atol=4 * 2**-23)
 
 
-@compiled_transformations
+@floats_and_8_bits
 def test_vmap_is_a_run_for_each_row(name):
     tx = build(name)
     updates, state = two_steps(jax.jit(jax.vmap(tx.init)), jax.jit(jax.vmap(tx.update)))
@@ -281,7 +282,7 @@ def test_vmap_is_a_run_for_each_row(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@compiled_transformations
+@floats_and_8_bits
 def test_pmap(name):
     def place(tree):
         return jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), tree)
@@ -335,7 +336,11 @@ def assert_sharded(tx, state, start, sharding):
 
 
 @pytest.mark.parametrize("name", only_slow_but("8 bits"))
-@every_axis_type
+@pytest.mark.parametrize(
+    "axis_type",
+    [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_eager_state_is_sharded_like_the_parameters(name, axis_type):
     tx, mesh = build(name), jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
     sharding = NamedSharding(mesh, P("x"))

@@ -81,10 +81,10 @@ def test_conversion_in_mid_run(m_dtype, v_dtype, other):
 @pytest.mark.parametrize("m_dtype, v_dtype", CASES)
 def test_conversion_to_the_same_format_keeps_every_bit(m_dtype, v_dtype):
     _, state = trained(m_dtype, v_dtype)
-    same = encode_state(state, m_dtype, v_dtype)
+    same = encode(state, m_dtype, v_dtype)
     jax.tree.map(np.testing.assert_array_equal, state, same)
-    floats = decode_state(state)
-    jax.tree.map(np.testing.assert_array_equal, floats, decode_state(floats))
+    floats = decode(state)
+    jax.tree.map(np.testing.assert_array_equal, floats, decode(floats))
 
 
 def test_conversion_of_a_chain_with_wrappers():
