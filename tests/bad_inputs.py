@@ -22,12 +22,17 @@ from optax_adamax import (
 )
 from optax_adamax.compat import optax as compat_optax
 
-PARAMS = {"a": jnp.ones(3), "b": {"c": jnp.ones((2, 2)), "z": jnp.ones(2, jnp.complex64)}}
-REAL = {"a": jnp.ones(3), "b": jnp.ones((2, 2))}
+LEAVES = {
+    "a": jnp.asarray(np.ones(3, np.float32)),
+    "c": jnp.asarray(np.ones((2, 2), np.float32)),
+    "z": jnp.asarray(np.ones(2, np.complex64)),
+}
+PARAMS = {"a": LEAVES["a"], "b": {"c": LEAVES["c"], "z": LEAVES["z"]}}
+REAL = {"a": LEAVES["a"], "b": LEAVES["c"]}
 
 
 def gradients(**changes):
-    leaves = {"a": jnp.ones(3), "c": jnp.ones((2, 2)), "z": jnp.ones(2, jnp.complex64), **changes}
+    leaves = {**LEAVES, **changes}
     return {"a": leaves["a"], "b": {"c": leaves["c"], "z": leaves["z"]}}
 
 
@@ -48,10 +53,13 @@ def given():
     plain, low = scale_by_adamax(), scale_by_adamax(m_dtype="int8", v_dtype="uint8")
     skip = adamax(0.1, m_dtype="int8", v_dtype="uint8", nonfinite="skip_step")
     spikes = limit_spikes(skip, 5.0)
-    made = [plain, plain.update(gradients(), plain.init(PARAMS))[1]]
-    for tx in (low, skip, spikes):
-        made += [tx, tx.update(REAL, tx.init(REAL))[1]]
-    return Given(*made)
+    given = [(plain, PARAMS), (low, REAL), (skip, REAL), (spikes, REAL)]
+
+    @jax.jit
+    def states():
+        return [tx.update(params, tx.init(params))[1] for tx, params in given]
+
+    return Given(*(x for (tx, _), state in zip(given, states(), strict=True) for x in (tx, state)))
 
 
 # Arguments of the constructors.

@@ -29,6 +29,6 @@ def test_bad_input(given, call, error, words):
 
 def test_what_is_given_is_good(given):
     """So the calls above fail for what the table says."""
-    given.plain.update(bad_inputs.gradients(), given.state)
+    jax.eval_shape(given.plain.update, bad_inputs.gradients(), given.state)
     for tx, state in zip(given[2::2], given[3::2], strict=True):
-        tx.update(bad_inputs.REAL, state)
+        jax.eval_shape(tx.update, bad_inputs.REAL, state)

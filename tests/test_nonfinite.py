@@ -25,21 +25,27 @@ from oracle import reference
 from oracle.formats import FORMATS, SOME_FORMATS
 
 # One for each way in which m and v can be kept; the other combinations are marked slow.
-some_formats = pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)
+ends_of_formats = pytest.mark.parametrize(
+    "m_dtype, v_dtype", formats(SOME_FORMATS, SOME_FORMATS[::2])
+)
 every_format = pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS, SOME_FORMATS))
 every_policy = pytest.mark.parametrize("policy", ["zero", "skip_step"])
 some_pairs = pytest.mark.parametrize(
     "policy, m_dtype, v_dtype",
     [
-        *(("zero", *form) for form in SOME_FORMATS[1:]),
-        *(("skip_step", *form) for form in SOME_FORMATS[::2]),
-        pytest.param("zero", *SOME_FORMATS[0], marks=pytest.mark.slow),
-        pytest.param("skip_step", *SOME_FORMATS[1], marks=pytest.mark.slow),
+        ("zero", *SOME_FORMATS[1]),
+        ("skip_step", *SOME_FORMATS[2]),
+        *(pytest.param("zero", *x, marks=pytest.mark.slow) for x in SOME_FORMATS[::2]),
+        *(pytest.param("skip_step", *x, marks=pytest.mark.slow) for x in SOME_FORMATS[:2]),
     ],
 )
 
 STEPS, BAD_STEPS = 24, (0, 3, 4, 11, 23)
-PARAMS = {"a": jnp.linspace(-1, 1, 12).reshape(3, 4), "b": [jnp.ones(5), None], "c": jnp.ones(())}
+PARAMS = {
+    "a": np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4),
+    "b": [None],
+    "c": np.ones((), np.float32),
+}
 SCHEDULE = optax.exponential_decay(0.05, 5, 0.7)
 
 
@@ -64,6 +70,10 @@ def spoiled(gradients):
     ], bad
 
 
+decode = jax.jit(decode_state)
+encode = jax.jit(encode_state, static_argnums=(1, 2))
+
+
 @functools.cache
 def compiled(tx):
     @jax.jit
@@ -82,6 +92,11 @@ def run(tx, gradients, params=PARAMS, state=None):
         updates, params, state = step(params, state, g)
         steps.append((updates, params, state))
     return steps
+
+
+@functools.cache
+def adamax_with(policy):
+    return adamax(0.1, nonfinite=policy)
 
 
 def assert_same(tree, other):
@@ -116,7 +131,7 @@ def test_a_skipped_step_is_no_step(m_dtype, v_dtype):
     assert int(good_state.nonfinite_count) == 0
 
 
-@some_formats
+@ends_of_formats
 def test_a_skipped_step_is_that_of_apply_if_finite(m_dtype, v_dtype):
     gradients, _ = spoiled(clean_gradients())
     _, params, state = run(adamaxw_of(m_dtype, v_dtype, nonfinite="skip_step"), gradients)[-1]
@@ -163,15 +178,21 @@ def test_a_bad_element_counts_as_zero(m_dtype, v_dtype):
     assert int(optax.tree.get(steps[-1][2], "ScaleByAdamaxState").count) == STEPS
 
 
-@pytest.mark.parametrize("v_dtype, rtol", [("float32", 1e-5), ("bfloat16", 2**-8), ("uint8", 0.09)])
+@pytest.mark.parametrize(
+    "v_dtype, rtol",
+    formats(
+        [("float32", 1e-5), ("bfloat16", 2**-8), ("uint8", 0.09)],
+        [("float32", 1e-5), ("uint8", 0.09)],
+    ),
+)
 def test_bad_elements_against_the_oracle(v_dtype, rtol):
     rng = np.random.default_rng(3)
     gradients = rng.standard_t(3, (200, 64)).astype(np.float32)
     gradients[rng.random(gradients.shape) < 0.2] = np.nan
     tx = scale_by_adamax(b2=0.99, v_dtype=v_dtype, nonfinite="zero")
-    steps = run(tx, gradients, jnp.zeros(64))
+    steps = run(tx, gradients, np.zeros(64, np.float32))
     directions, expected = reference.run(np.nan_to_num(gradients), b2=0.99)
-    state = decode_state(steps[-1][2])
+    state = decode(steps[-1][2])
     assert int(state.nonfinite_count) == np.isnan(gradients).sum()
     np.testing.assert_allclose(state.inner_state.v, expected.v, rtol=rtol)
     np.testing.assert_allclose(state.inner_state.m, expected.m, rtol=1e-5, atol=1e-6)
@@ -182,15 +203,15 @@ def test_bad_elements_against_the_oracle(v_dtype, rtol):
 @every_policy
 def test_complex_gradients(policy):
     """Not finite is also what has an infinite modulus, for that is what v would hold."""
-    params = jnp.ones(3, jnp.complex64)
     tx = scale_by_adamax(nonfinite=policy)
-    good = jnp.asarray([1 + 2j, -1j, 3], jnp.complex64)
-    (_, _, before), = run(tx, [good], params)  # fmt: skip
+    update = jax.jit(tx.update)
+    good = np.array([1 + 2j, -1j, 3], np.complex64)
+    _, before = update(good, tx.init(good))
     for bad in (complex(np.nan, 1), complex(1, -np.inf), complex(3e38, 3e38)):
-        updates, after = tx.update(good.at[1].set(bad), before)
+        updates, after = update(np.array([good[0], bad, good[2]], np.complex64), before)
         assert int(after.nonfinite_count) == 1
         if policy == "zero":
-            expected, zeroed = tx.update(good.at[1].set(0), before)
+            expected, zeroed = update(np.array([good[0], 0, good[2]], np.complex64), before)
             assert_same((updates, after.inner_state), (expected, zeroed.inner_state))
         else:
             assert not np.any(updates)
@@ -198,19 +219,22 @@ def test_complex_gradients(policy):
 
 
 @every_policy
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_no_bad_element_of_a_large_leaf_is_missed(policy, dtype):
     """`jnp.max` would lose NaN here (jaxlib 0.10.2, on CPU)."""
     size = 1 << 16
     tx = scale_by_adamax(nonfinite=policy)
-    update, state = jax.jit(tx.update), tx.init(jnp.zeros(size, dtype))
+    update, state = jax.jit(tx.update), tx.init(np.zeros(size, dtype))
     for bad in (np.nan, np.inf, -np.inf):
         for place in (0, 12345, size // 2, size - 1):
-            g = jnp.ones(size, dtype).at[place].set(bad)
+            g = np.ones(size, dtype)
+            g[place] = bad
             updates, after = update(g, state)
-            assert int(after.nonfinite_count) == 1 and updates[place] == 0
+            assert int(after.nonfinite_count) == 1 and np.asarray(updates)[place] == 0
             assert int(after.inner_state.count) == (policy == "zero")
-    largest = jnp.full(size, jnp.finfo(dtype).max, dtype)
+    largest = np.full(size, jnp.finfo(dtype).max, dtype)
     assert int(update(largest, state)[1].nonfinite_count) == 0
 
 
@@ -220,19 +244,21 @@ def test_no_bad_element_of_a_large_leaf_is_missed(policy, dtype):
 @some_pairs
 def test_scan_is_the_loop(policy, m_dtype, v_dtype):
     gradients, _ = spoiled(clean_gradients())
-    tx = adamax(SCHEDULE, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=policy)
-    _, _, expected = run(tx, gradients)[-1]
+    tx = adamaxw_of(m_dtype, v_dtype, nonfinite=policy)
+    _, expected_params, expected = run(tx, gradients)[-1]
 
     @jax.jit
     def scan(gradients):
-        def body(state, g):
-            return tx.update(g, state, PARAMS)[1], None
+        def body(carry, g):
+            params, state = carry
+            updates, state = tx.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(body, tx.init(PARAMS), gradients)[0]
+        return jax.lax.scan(body, (PARAMS, tx.init(PARAMS)), gradients)[0]
 
-    state = scan(jax.tree.map(lambda *g: np.stack(g), *gradients))
+    params, state = scan(jax.tree.map(lambda *g: np.stack(g), *gradients))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, state, expected)
+    jax.tree.map(close, (params, state), (expected_params, expected))
     assert int(state.nonfinite_count) == int(expected.nonfinite_count) > 0
 
 
@@ -246,8 +272,8 @@ def test_all_devices_agree(policy, m_dtype, v_dtype):
     gradients[2, 37], gradients[4, [0, 63]] = np.nan, np.inf
     tx = adamaxw_of(m_dtype, v_dtype, nonfinite=policy)
     place = functools.partial(jax.device_put, device=split)
-    _, params, state = run(tx, [place(g) for g in gradients], place(jnp.ones(64)))[-1]
-    _, expected, alone = run(tx, gradients, jnp.ones(64))[-1]
+    _, params, state = run(tx, [place(g) for g in gradients], place(np.ones(64, np.float32)))[-1]
+    _, expected, alone = run(tx, gradients, np.ones(64, np.float32))[-1]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, (params, state), (expected, alone))
     counts = {int(shard.data) for shard in state.nonfinite_count.addressable_shards}
@@ -260,15 +286,16 @@ def test_vmap_decides_row_by_row(policy):
     tx = scale_by_adamax(m_dtype="int8", v_dtype="uint8", nonfinite=policy)
     g = np.random.default_rng(0).normal(size=(4, 3, 16)).astype(np.float32)
     g[2, 1, 5] = np.nan
-    params = jnp.zeros((3, 16))
-    state = jax.vmap(tx.init)(params)
+    params = np.zeros((3, 16), np.float32)
+    state, update = jax.jit(jax.vmap(tx.init))(params), jax.jit(jax.vmap(tx.update))
     for x in g:
-        updates, state = jax.jit(jax.vmap(tx.update))(x, state)
+        updates, state = update(x, state)
+    updates = np.asarray(updates)
     np.testing.assert_array_equal(state.nonfinite_count, [0, 1, 0])
     for row in range(3):
         alone, _, expected = run(tx, g[:, row], params[row])[-1]
         np.testing.assert_allclose(updates[row], alone, rtol=1e-5, atol=1e-6)
-        assert int(expected.inner_state.count) == int(state.inner_state.count[row])
+        assert int(expected.inner_state.count) == np.asarray(state.inner_state.count)[row]
 
 
 # Beside the rest.
@@ -285,52 +312,56 @@ def test_inside_inject_hyperparams_and_apply_if_finite(policy):
     expected = 6 if policy == "zero" else len(BAD_STEPS)
     assert int(optax.tree.get(state, "nonfinite_count")) == expected
     assert all(np.all(np.isfinite(p)) for p in jax.tree.leaves(params))
-    around = optax.apply_if_finite(adamax(0.1, nonfinite=policy), 2)
+    around = optax.apply_if_finite(adamax_with(policy), 2)
     _, params, state = run(around, gradients)[-1]
     assert int(state.total_notfinite) == len(BAD_STEPS)
     assert int(optax.tree.get(state, "nonfinite_count")) == 0  # apply_if_finite lets none through
-    persistent = [jax.tree.map(lambda g: g * jnp.nan, gradients[1])] * 5
+    persistent = [jax.tree.map(lambda g: g * np.float32(np.nan), gradients[1])] * 5
     _, params, state = run(around, persistent)[-1]  # until it gives up
-    assert int(optax.tree.get(state, "nonfinite_count")) == 3 * (22 - 4 if policy == "zero" else 1)
+    assert int(optax.tree.get(state, "nonfinite_count")) == 3 * (
+        sum(np.size(p) for p in jax.tree.leaves(PARAMS)) if policy == "zero" else 1
+    )
     assert_same(params, PARAMS)
 
 
 @every_policy
 def test_hyperparameters_may_be_traced(policy):
-    g = jnp.asarray([1.0, np.nan])
+    ones, g = np.ones(2, np.float32), np.float32([1.0, np.nan])
 
     @jax.jit
     def two_steps(b1, b2):
         tx = scale_by_adamax(b1, b2, v_dtype="bfloat16", nonfinite=policy)
-        return tx.update(g, tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[1])
+        updates, state = tx.update(g, tx.update(ones, tx.init(ones))[1])
+        return updates, decode_state(state)
 
-    updates, state = two_steps(0.9, 0.5)
+    updates, state = map(jax.device_get, two_steps(0.9, 0.5))
     expected = 0.5 if policy == "zero" else 1.0
-    np.testing.assert_allclose(decode_state(state).inner_state.v[1], expected, rtol=1e-6)
+    np.testing.assert_allclose(state.inner_state.v[1], expected, rtol=1e-6)
     momentum = 0.09 / 0.19 / 0.5  # of the one gradient, in a v that has halved since
     np.testing.assert_allclose(updates[1], momentum if policy == "zero" else 0, rtol=1e-6)
 
 
 @every_policy
 def test_none_masks_and_nothing(policy):
-    tx = adamax(0.1, nonfinite=policy)
+    tx = adamax_with(policy)
     updates, state = tx.update((), tx.init(()))
     assert updates == () and int(state.nonfinite_count) == 0
     masked = optax.masked(tx, {"a": True, "b": False})
-    gradients = {"a": jnp.asarray([jnp.nan]), "b": jnp.asarray([jnp.nan])}
+    gradients = {"a": np.float32([np.nan]), "b": np.float32([np.nan])}
     updates, state = masked.update(gradients, masked.init(gradients))
-    assert updates["a"] == 0 and np.isnan(updates["b"])
+    assert np.asarray(updates["a"]) == 0 and np.isnan(updates["b"])
     assert int(optax.tree.get(state, "nonfinite_count")) == 1
-    empty = jnp.zeros((0, 3))
-    assert int(tx.update(empty, tx.init(empty))[1].nonfinite_count) == 0
+    empty = np.zeros((0, 3), np.float32)
+    assert int(jax.jit(tx.update)(empty, tx.init(empty))[1].nonfinite_count) == 0
 
 
 @every_policy
 def test_the_counter_stops_at_its_largest(policy):
     tx = scale_by_adamax(nonfinite=policy)
-    state = tx.init(jnp.ones(5))._replace(nonfinite_count=jnp.int32(2**31 - 3))
+    bad, update = np.full(5, np.nan, np.float32), jax.jit(tx.update)
+    state = tx.init(bad)._replace(nonfinite_count=np.int32(2**31 - 3))
     for _ in range(4):
-        _, state = tx.update(jnp.full(5, jnp.nan), state)
+        _, state = update(bad, state)
     assert int(state.nonfinite_count) == 2**31 - 1
 
 
@@ -338,29 +369,30 @@ def test_the_counter_stops_at_its_largest(policy):
 def test_states_are_converted_and_continued(policy):
     """From a run without a policy, to another format, and to optax and back."""
     gradients, _ = spoiled(clean_gradients())
-    _, params, plain = run(adamax(0.1), clean_gradients())[-1]
-    tx = adamax(0.1, m_dtype="int8", v_dtype="uint8", nonfinite=policy)
+    plain_tx = adamaxw_of("float32", "float32")
+    _, params, plain = run(plain_tx, clean_gradients())[-1]
+    tx = adamaxw_of("int8", "uint8", nonfinite=policy)
     empty = tx.init(params)
-    state = empty._replace(inner_state=encode_state(plain, "int8", "uint8"))
+    state = empty._replace(inner_state=encode(plain, "int8", "uint8"))
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, empty)
     _, _, state = run(tx, gradients, params, state)[-1]
     assert int(state.nonfinite_count) > 0
-    decoded = decode_state(state)
+    decoded = decode(state)
     assert (
         isinstance(decoded, HandleNonfiniteState)
         and decoded.nonfinite_count == state.nonfinite_count
     )
     assert decoded.inner_state[0].m["a"].dtype == jnp.float32
-    again = encode_state(state, "int8", "uint8")
+    again = encode(state, "int8", "uint8")
     assert_same(again, state)
 
 
 @every_policy
 def test_to_optax_and_back(policy):
-    _, params, state = run(adamax(0.1, nonfinite=policy), clean_gradients())[-1]
+    _, params, state = run(adamax_with(policy), clean_gradients())[-1]
     theirs = compat_optax.dump_state(state, params, optax.adamax(0.1))
     assert_same(optax.tree.get(theirs, "mu"), state.inner_state[0].m)
-    back = compat_optax.load_state(theirs, params, adamax(0.1, nonfinite=policy))
+    back = compat_optax.load_state(theirs, params, adamax_with(policy))
     assert_same(back.inner_state, state.inner_state)
     assert isinstance(back, HandleNonfiniteState) and int(back.nonfinite_count) == 0
 
@@ -376,15 +408,17 @@ def test_the_default_has_the_state_that_it_always_had(make):
 # What it costs.
 
 
+@functools.cache
+def train_step_of(size, m_dtype, v_dtype, policy):
+    return train_step(adamaxw(1e-3, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=policy), size)
+
+
 @since_010
 @every_policy
-@every_format
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS, SOME_FORMATS[::2]))
 def test_no_pass_over_memory_but_the_reduction(policy, m_dtype, v_dtype):
     size = 1 << 16
-    plain, policed = (
-        train_step(adamaxw(1e-3, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=x), size)
-        for x in ("propagate", policy)
-    )
+    plain, policed = (train_step_of(size, m_dtype, v_dtype, x) for x in ("propagate", policy))
     assert copies(policed, size) == 0
     assert passes(policed, size) == passes(plain, size)
     account = policed.memory_analysis()
