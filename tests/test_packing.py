@@ -85,7 +85,8 @@ def same(x, y):
 
 
 def test_without_a_compiler():
-    tx, params = TRANSFORMATIONS["adamaxw, schedule"], {"a": full(3), "b": full(6), "c": full(3)}
+    """With few operations: `test_sharded_leaves` does the same with adamax."""
+    tx, params = optax.sgd(0.1, momentum=0.9), {"a": full(3), "b": full(6), "c": full(3)}
     unpacked, _ = run(tx, params, steps=2, compiler=lambda f: f)
     packed, _ = run(pack_small_leaves(tx, 5), params, steps=2, compiler=lambda f: f)
     same(packed, unpacked)
