@@ -18,6 +18,8 @@ from oracle.formats import SOME_FORMATS
 # Each moment in each of its low formats, alone and with the other.
 SOME_LOW_BIT = [*SOME_FORMATS[1:], ("int8", "bfloat16"), (None, "uint8")]
 low_bit_formats = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS))
+# Wrappers that look at no format: the fewest bits, where both moments need all that a step has.
+few_bits = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS[2:]))
 PARAMS = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float32)}
 
 
@@ -65,7 +67,7 @@ def assert_same_codes(state, other):
     jax.tree.map(same, codes(state), codes(other))
 
 
-@low_bit_formats
+@few_bits
 def test_multi_steps(m_dtype, v_dtype):
     tx, sequence = optimizer(m_dtype, v_dtype), gradients()
     halves = [g for pair in zip(sequence, sequence, strict=True) for g in pair]
@@ -73,7 +75,7 @@ def test_multi_steps(m_dtype, v_dtype):
     assert_same_codes(state, plain_run(m_dtype, v_dtype)[1])
 
 
-@low_bit_formats
+@few_bits
 def test_masked_and_partition(m_dtype, v_dtype):
     tx = optimizer(m_dtype, v_dtype)
     only_a = [{"a": g["a"]} for g in gradients()]
@@ -88,7 +90,7 @@ def test_masked_and_partition(m_dtype, v_dtype):
             np.testing.assert_array_equal(tree["a"], other["a"])
 
 
-@low_bit_formats
+@few_bits
 def test_flatten(m_dtype, v_dtype):
     updates, state = run(optax.flatten(optimizer(m_dtype, v_dtype)), gradients())
     expected, plain = plain_run(m_dtype, v_dtype)
@@ -98,7 +100,7 @@ def test_flatten(m_dtype, v_dtype):
         np.testing.assert_array_equal(flat, np.concatenate(leaves))
 
 
-@low_bit_formats
+@few_bits
 def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
     tx, sequence = optimizer(m_dtype, v_dtype), gradients()
     bad = jax.tree.map(lambda g: np.full_like(g, np.nan), sequence[0])
@@ -159,8 +161,16 @@ def run_in(dtype, m_dtype=None, v_dtype=None):
         return np.float64(u), np.float64(jax.jit(decode_state)(state).v)
 
 
-@low_bit_formats
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype, dtype",
+    [
+        # Every dtype in the fewest bits, and every format with one dtype.
+        pytest.param(*form, dtype, marks=[] if always else pytest.mark.slow)
+        for form in SOME_LOW_BIT
+        for dtype in ("bfloat16", "float16", "float64")
+        for always in [form == SOME_FORMATS[2] or (form in SOME_FORMATS and dtype == "bfloat16")]
+    ],
+)
 def test_every_parameter_dtype(m_dtype, v_dtype, dtype):
     u, v = run_in(dtype, m_dtype, v_dtype)
     expected, exact_v = run_in(dtype)
