@@ -17,11 +17,13 @@ def wide(x):
     return np.asarray(x).astype(np.float64)
 
 
+ORDER = np.unique(wide(VALUES[~np.isnan(VALUES.astype(np.float32))]))
+
+
 def neighbours(x):
     """The next numbers of bfloat16 below and above, in float64; inf is the one after the last."""
-    order = np.unique(wide(VALUES[~np.isnan(VALUES.astype(np.float32))]))
-    at = np.searchsorted(order, x)
-    return order[np.maximum(at - 1, 0)], order[np.minimum(at + 1, len(order) - 1)]
+    at = np.searchsorted(ORDER, x)
+    return ORDER[np.maximum(at - 1, 0)], ORDER[np.minimum(at + 1, len(ORDER) - 1)]
 
 
 def take(tx, params, state, gradient):

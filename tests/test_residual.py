@@ -13,6 +13,7 @@ from optax_adamax.wrappers import _residual
 
 FLUSHED = 2.0**-118  # below it XLA on CPU flushes updates of float32 to zero
 SMALLEST = 2.0**-117  # an absolute error that is always allowed
+STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UNIT}
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
@@ -59,13 +60,15 @@ def check_every_value(residual_dtype, compiled=True):
     residual = jnp.asarray(rng.integers(ends.min, ends.max + 1, FINITE.shape), residual_dtype)
     state = tx.init(FINITE)
     state = state._replace(residual=type(state.residual)(residual))
-    before = wide(master_params(state, FINITE))
+    # A function of its own: a program kept for `master_params` would hide a mutant.
+    masters = jax.jit(lambda *xs: master_params(*xs)) if compiled else master_params
+    before = wide(masters(state, FINITE))
     for name, update in adversarial_updates(FINITE, rng).items():
         with np.errstate(over="ignore", invalid="ignore"):
             wanted = before + update.astype(np.float64)
             float32 = (before.astype(np.float32) + update).astype(np.float64)
         new, new_state = jax.tree.map(np.asarray, step(FINITE, state, update))
-        after = wide(master_params(new_state, new))
+        after = wide(masters(new_state, new))
         followed = (np.abs(wanted) <= LARGEST) & (np.abs(wanted) >= FLUSHED)
         assert_nearest(new[followed], after[followed])
         size = np.maximum(np.abs(wide(FINITE)), np.abs(wanted))
@@ -79,9 +82,16 @@ def check_every_value(residual_dtype, compiled=True):
         np.testing.assert_array_equal(np.isfinite(wide(new)), np.isfinite(float32), name)
 
 
-@residuals
-@pytest.mark.parametrize("compiled", [False, True])
-def test_every_value_takes_every_kind_of_update(residual_dtype, compiled):
+@pytest.mark.parametrize(
+    "compiled, residual_dtype",
+    [
+        (True, "int8"),
+        (True, "int16"),
+        (False, "int8"),
+        pytest.param(False, "int16", marks=pytest.mark.slow),
+    ],
+)
+def test_every_value_takes_every_kind_of_update(compiled, residual_dtype):
     check_every_value(residual_dtype, compiled)
 
 
@@ -137,25 +147,23 @@ def test_a_parameter_set_from_outside_has_no_residual(residual_dtype):
     """A pruned one stays at zero, and infinity and NaN are what they say, in whatever is stored."""
     ends = jnp.iinfo(residual_dtype)
     residual = jnp.asarray([ends.min, -1, 1, ends.max] * 5, residual_dtype)
-    params = jnp.repeat(jnp.asarray([0.0, -0.0, jnp.inf, -jnp.inf, jnp.nan], jnp.bfloat16), 4)
+    params = np.repeat(np.array([0.0, -0.0, np.inf, -np.inf, np.nan], jnp.bfloat16), 4)
     state = adding(residual_dtype).init(params)
     state = state._replace(residual=type(state.residual)(residual))
-    np.testing.assert_array_equal(master_params(state, params), wide(params))
-    new, state = stepper(adding(residual_dtype))(params, state, jnp.zeros(20))
+    masters = jax.jit(master_params)
+    np.testing.assert_array_equal(masters(state, params), wide(params))
+    new, state = STEP[residual_dtype](params, state, np.zeros(20, np.float32))
     np.testing.assert_array_equal(wide(new), wide(params))
-    np.testing.assert_array_equal(master_params(state, new), wide(params))
+    np.testing.assert_array_equal(masters(state, new), wide(params))
 
 
 def test_what_is_not_finite_is_added_as_it_is():
     params = jnp.asarray([jnp.inf, -jnp.inf, jnp.nan, 1, 1, 3e38], jnp.bfloat16)
     updates = jnp.asarray([1, 1, 1, jnp.nan, -jnp.inf, 3e38], jnp.float32)
-    new, state = stepper(adding("int8"))(params, adding("int8").init(params), updates)
+    new, state = STEP["int8"](params, adding("int8").init(params), updates)
     plain = [np.inf, -np.inf, np.nan, np.nan, -np.inf, np.inf]
     np.testing.assert_array_equal(np.asarray(new).astype(np.float32), plain)
     np.testing.assert_array_equal(master_params(state, new), plain)
-
-
-STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UNIT}
 
 
 @given(
@@ -164,13 +172,13 @@ STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UN
     st.lists(st.floats(-1, 1, width=32, allow_subnormal=False), min_size=1, max_size=30),
 )
 def test_the_true_parameter_follows_float64(residual_dtype, start, updates):
-    step = STEP[residual_dtype]
+    step, masters = STEP[residual_dtype], jax.jit(master_params)
     params = jnp.asarray(start, jnp.bfloat16)
     state = adding(residual_dtype).init(params)
     for u in updates:
-        before = np.float64(master_params(state, params))
+        before = np.float64(masters(state, params))
         size = max(abs(np.float64(params)), abs(before + u))
-        params, state = step(params, state, jnp.float32(u))
-        true = np.float64(master_params(state, params))
+        params, state = step(params, state, np.float32(u))
+        true = np.float64(masters(state, params))
         assert abs(true - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
         assert_nearest(params, true)
