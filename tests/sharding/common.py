@@ -2,10 +2,12 @@
 
 import functools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -136,6 +138,32 @@ def assert_same_bits(got, wanted):
         where = jax.tree_util.keystr(path)
         assert (a.dtype, a.shape) == (b.dtype, b.shape), where
         assert a.tobytes() == b.tobytes(), f"{where} differs in {np.sum(a != b)} elements"
+
+
+STEPS = 6
+
+
+def train(tx, params, state, **jit_options):
+    """Parameters and updates of every step, the last state, and the step itself."""
+
+    @partial(jax.jit, donate_argnums=1, **jit_options)
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    history = []
+    for t in range(STEPS):
+        params, state, updates = step(params, state, random_like(params, t))
+        history.append((params, updates))
+    return history, state, step
+
+
+@functools.cache
+def on_one_device(name):
+    """History and state of `train` in a format on one device, without anything of `sharding`."""
+    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
+    tx = exact_adamaxw(name)
+    return train(tx, params, jax.jit(tx.init)(params))[:2]
 
 
 def is_at(array, sharding):
