@@ -1,8 +1,9 @@
 """What the tests of sharding share: meshes, parameters, gradients, and how two runs compare."""
 
+import contextlib
 import functools
+import logging
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ STEPS = 6
 def train(tx, params, state, **jit_options):
     """Parameters and updates of every step, the last state, and the step itself."""
 
-    @partial(jax.jit, donate_argnums=1, **jit_options)
+    @functools.partial(jax.jit, donate_argnums=1, **jit_options)
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, updates
@@ -164,6 +165,19 @@ def on_one_device(name):
     params = random_like(structs(mesh_of(shape=(1, 1))), 99)
     tx = exact_adamaxw(name)
     return train(tx, params, jax.jit(tx.init)(params))[:2]
+
+
+@contextlib.contextmanager
+def count_compilations(name):
+    """Gathers the messages that JAX compiles the function `name`."""
+    found, logger = [], logging.getLogger("jax")
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield found
+    logger.removeHandler(handler)
+    found[:] = [x for x in found if re.match(rf"Compiling (jit\()?{name}\b", x)]
 
 
 def is_at(array, sharding):

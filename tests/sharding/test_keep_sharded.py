@@ -1,7 +1,5 @@
 """The step: the same bits on 8 devices as on 1, no communication but ZeRO's gather."""
 
-import contextlib
-import logging
 from functools import cache, partial
 
 import jax
@@ -25,6 +23,7 @@ from sharding.common import (
     STEPS,
     assert_same_bits,
     collectives,
+    count_compilations,
     each_format,
     exact_adamaxw,
     is_at,
@@ -46,19 +45,6 @@ def kept(name, types, options):
     with count_compilations("step") as compilations:
         history, state, step = train(tx, params, state)
     return params, history, state, step, len(compilations)
-
-
-@contextlib.contextmanager
-def count_compilations(name):
-    """Gathers the messages that JAX compiles jit(name)."""
-    found, logger = [], logging.getLogger("jax")
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())
-    logger.addHandler(handler)
-    with jax.log_compiles():
-        yield found
-    logger.removeHandler(handler)
-    found[:] = [message for message in found if message.startswith(f"Compiling jit({name})")]
 
 
 @pytest.mark.parametrize(("name", "types", "options"), CASES)
