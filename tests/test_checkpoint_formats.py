@@ -53,7 +53,7 @@ def states():
     v = jax.tree.map(lambda p: np.exp(np.float32(rng.normal(size=p.shape))), PARAMS)
     m = jax.tree.map(lambda v: v * np.float32(rng.uniform(-1, 1, v.shape)), v)
     exact = ScaleByAdamaxState(jnp.int32(7), *jax.tree.map(jnp.asarray, (m, v)))
-    return {format: encode_state(exact, *format) for format in FORMATS}
+    return jax.jit(lambda s: {format: encode_state(s, *format) for format in FORMATS})(exact)
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +124,9 @@ def test_every_format_is_converted_from_what_was_saved(states, saved):
     assert_same_bits(restored, states)
     for source, destination in PAIRS:
         convert = functools.partial(encode_state, m_dtype=destination[0], v_dtype=destination[1])
-        if source in SOME_FORMATS and destination in SOME_FORMATS:
-            converted = convert(restored[source])
-        else:
-            converted = jax.eval_shape(convert, restored[source])
+        is_run = source in SOME_FORMATS and destination in SOME_FORMATS
+        run = jax.jit(convert) if is_run else functools.partial(jax.eval_shape, convert)
+        converted = run(restored[source])
         tx = scale_by_adamax(m_dtype=destination[0], v_dtype=destination[1])
         wanted = jax.eval_shape(tx.init, PARAMS)
         assert jax.tree.map(jnp.result_type, converted) == jax.tree.map(jnp.result_type, wanted)
