@@ -1,5 +1,6 @@
 """Real training in each framework: the same run as with optax's own Adamax."""
 
+import functools
 import warnings
 
 import equinox as eqx
@@ -20,6 +21,7 @@ with warnings.catch_warnings():  # flax 0.12.0 looks for names that JAX 0.8.0 de
 RATE = 0.05
 STEPS = 15
 INPUTS = np.random.default_rng(0).normal(size=(32, 3)).astype(np.float32)
+KEY = jax.random.key(0)
 TARGETS = np.sin(INPUTS.sum(1, keepdims=True))
 
 
@@ -27,10 +29,15 @@ def squared_error(predictions):
     return jnp.mean((predictions - TARGETS) ** 2)
 
 
+@functools.cache
+def linen_model():
+    model = linen.Sequential([linen.Dense(8), linen.tanh, linen.Dense(1)])
+    return model, jax.jit(model.init)(KEY, INPUTS)
+
+
 def train_linen(tx):
     """flax.linen with a TrainState."""
-    model = linen.Sequential([linen.Dense(8), linen.tanh, linen.Dense(1)])
-    params = model.init(jax.random.key(0), INPUTS)
+    model, params = linen_model()
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
     @jax.jit
@@ -64,9 +71,14 @@ def train_nnx(tx):
     return losses, nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
+@functools.cache
+def equinox_model():
+    return eqx.filter_jit(eqx.nn.MLP)(3, 1, 8, 1, activation=jnp.tanh, key=KEY)
+
+
 def train_equinox(tx):
     """Equinox: a model whose leaves are not all arrays, so that gradients and state have None."""
-    model = eqx.nn.MLP(3, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
+    model = equinox_model()
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     assert any(callable(leaf) for leaf in jax.tree.leaves(rest))
     state = tx.init(arrays)
@@ -86,12 +98,17 @@ def train_equinox(tx):
     return losses, eqx.filter(model, eqx.is_inexact_array)
 
 
-def train_haiku(tx):
-    """dm-haiku."""
+@functools.cache
+def haiku_network():
     network = hk.without_apply_rng(
         hk.transform(lambda x: hk.nets.MLP([8, 1], activation=jnp.tanh)(x))
     )
-    params = network.init(jax.random.key(0), INPUTS)
+    return network, jax.jit(network.init)(KEY, INPUTS)
+
+
+def train_haiku(tx):
+    """dm-haiku."""
+    network, params = haiku_network()
     state = tx.init(params)
 
     @jax.jit

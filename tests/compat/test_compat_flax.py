@@ -28,7 +28,7 @@ class Linen(linen.Module):
 
 
 def boxed_linen():
-    params = Linen().init(jax.random.key(0), jnp.ones((1, 2)))
+    params = jax.jit(Linen().init)(jax.random.key(0), np.ones((1, 2), np.float32))
     # The bias is boxed by hand, for with_partitioning of a bias needs a mesh of one axis.
     dense = params["params"]["Dense_0"]
     dense["bias"] = linen.Partitioned(dense["bias"], names=("out",))
@@ -45,11 +45,11 @@ def test_patterns_find_boxed_parameters_of_linen():
     params = boxed_linen()
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = keras.adamax(0.1, weight_decay=1.0, exclude_from_weight_decay=["^bias$"])
-    updates, _ = tx.update(zeros, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(zeros, jax.jit(tx.init)(params), params)
     assert np.all(plain(updates)["bias"] == 0) and np.all(plain(updates)["kernel"] < 0)
 
     tx = torch.adamax(0.1, groups=[{"params": "bias$", "lr": 0.2}, {}])
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, jax.jit(tx.init)(params), params)
     np.testing.assert_allclose(plain(updates)["bias"], -0.2, rtol=1e-6)
     np.testing.assert_allclose(plain(updates)["kernel"], -0.1, rtol=1e-6)
 
@@ -102,10 +102,14 @@ def test_a_loaded_state_gets_into_the_optimizer_of_nnx(groups, formats):
     state = torch.load_state(saved_by_torch(), params, tx, names, order=ORDER)
     nnx.update(optimizer.opt_state, nnx.state(state))
     grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
-    optimizer.update(model, grads)
+    nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))(optimizer, model, grads)
 
-    updates, state = tx.update(nnx.as_pure(grads), state, params)
-    expected = optax.apply_updates(params, updates)
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    expected, state = step(params, state, nnx.as_pure(grads))
     after = nnx.as_pure(nnx.state(model, nnx.Param))
     jax.tree.map(np.testing.assert_array_equal, after, expected)
     kept = nnx.as_pure(optimizer.opt_state)

@@ -1,11 +1,14 @@
 """What the tests of sharding share: meshes, parameters, gradients, and how two runs compare."""
 
+import contextlib
 import functools
+import logging
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -136,6 +139,45 @@ def assert_same_bits(got, wanted):
         where = jax.tree_util.keystr(path)
         assert (a.dtype, a.shape) == (b.dtype, b.shape), where
         assert a.tobytes() == b.tobytes(), f"{where} differs in {np.sum(a != b)} elements"
+
+
+STEPS = 6
+
+
+def train(tx, params, state, **jit_options):
+    """Parameters and updates of every step, the last state, and the step itself."""
+
+    @functools.partial(jax.jit, donate_argnums=1, **jit_options)
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, updates
+
+    history = []
+    for t in range(STEPS):
+        params, state, updates = step(params, state, random_like(params, t))
+        history.append((params, updates))
+    return history, state, step
+
+
+@functools.cache
+def on_one_device(name):
+    """History and state of `train` in a format on one device, without anything of `sharding`."""
+    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
+    tx = exact_adamaxw(name)
+    return train(tx, params, jax.jit(tx.init)(params))[:2]
+
+
+@contextlib.contextmanager
+def count_compilations(name):
+    """Gathers the messages that JAX compiles the function `name`."""
+    found, logger = [], logging.getLogger("jax")
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger.addHandler(handler)
+    with jax.log_compiles():
+        yield found
+    logger.removeHandler(handler)
+    found[:] = [x for x in found if re.match(rf"Compiling (jit\()?{name}\b", x)]
 
 
 def is_at(array, sharding):

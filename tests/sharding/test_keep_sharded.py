@@ -20,51 +20,39 @@ from sharding.common import (
     HOST_MEMORY,
     NEWLY_SPLIT,
     OPTIONS,
+    STEPS,
     assert_same_bits,
     collectives,
+    count_compilations,
     each_format,
     exact_adamaxw,
     is_at,
     mesh_of,
+    on_one_device,
     random_like,
     state_structs,
     structs,
+    train,
 )
-
-STEPS = 6
-
-
-def train(tx, params, state, **jit_options):
-    """Parameters and updates of every step, and the last state."""
-
-    @partial(jax.jit, donate_argnums=1, **jit_options)
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, updates
-
-    history = []
-    for t in range(STEPS):
-        params, state, updates = step(params, state, random_like(params, t))
-        history.append((params, updates))
-    return history, state
 
 
 @cache
-def on_one_device(name):
-    """The trajectory of a format on one device, without anything of `sharding`."""
-    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
-    return train(exact_adamaxw(name), params, exact_adamaxw(name).init(params))
+def kept(name, types, options):
+    """A case that several tests look at: its parameters, and what `train` gives."""
+    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
+    tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
+    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    with count_compilations("step") as compilations:
+        history, state, step = train(tx, params, state)
+    return params, history, state, step, len(compilations)
 
 
 @pytest.mark.parametrize(("name", "types", "options"), CASES)
 def test_trajectory(name, types, options):
-    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
-    tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
-    state = sharding.init_sharded(tx, params, **OPTIONS[options])
-    history, state = train(tx, params, state)
+    params, history, state, *_ = kept(name, types, options)
     assert_same_bits((history, state), on_one_device(name))
     assert all(is_at(u, params[k].sharding) for k, u in history[-1][1].items())
-    wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
+    wanted = sharding.state_shardings(exact_adamaxw(name), params, **OPTIONS[options])
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
 
 
@@ -77,7 +65,7 @@ def test_trajectory_on_axes_of_both_types(options):
     wanted = sharding.state_shardings(tx, params, **OPTIONS[options])
     of_params = jax.tree.map(lambda p: p.sharding, params)
     places = (of_params, wanted, of_params)
-    history, state = train(tx, params, state, out_shardings=places)
+    history, state, _ = train(tx, params, state, out_shardings=places)
     assert_same_bits((history, state), on_one_device("float32"))
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
 
@@ -87,12 +75,16 @@ def test_plain_jit_keeps_the_state_beside_the_parameters(name):
     """No wrapper is needed without ZeRO and host memory."""
     params = random_like(structs(mesh_of()), 99)
     tx = exact_adamaxw(name)
-    history, state = train(tx, params, sharding.init_sharded(tx, params))
+    history, state, step = train(tx, params, sharding.init_sharded(tx, params))
     assert_same_bits((history, state), on_one_device(name))
     wanted = sharding.state_shardings(tx, params)
     assert jax.tree.all(jax.tree.map(is_at, state, wanted))
-    update = jax.jit(tx.update).lower(params, state, params).compile()
-    assert collectives(update) == []
+    assert collectives(step.lower(params, state, params).compile()) == []
+
+
+@cache
+def gathers(types):
+    return gather_alone(structs(mesh_of(AXIS_TYPES[types])))
 
 
 def gather_alone(updates):
@@ -108,13 +100,11 @@ def gather_alone(updates):
 
 @pytest.mark.parametrize(("name", "types", "options"), CASES)
 def test_collectives(name, types, options):
-    params = structs(mesh_of(AXIS_TYPES[types]))
-    tx = optax_adamax.scale_by_adamax(**FORMATS[name])
-    kept = sharding.keep_sharded(tx, params, **OPTIONS[options])
-    state = state_structs(tx, params, **OPTIONS[options])
-    found = collectives(jax.jit(kept.update).lower(params, state, params).compile())
+    params, _, _, step, _ = kept(name, types, options)
+    state = state_structs(exact_adamaxw(name), params, **OPTIONS[options])
+    found = collectives(step.lower(params, state, params).compile())
     if "zero_axis" in OPTIONS[options]:
-        assert found == gather_alone(params)
+        assert found == gathers(types)
         assert [kind for kind, _ in found] == ["all-gather"] * len(NEWLY_SPLIT)
     else:
         assert found == []
@@ -139,25 +129,49 @@ def network(mesh):
     return params, batch, loss
 
 
+def update_by_hand(tx, gradients, state, params):
+    updates, state = tx.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def compile_step(update_params, name, options, **jit_options):
+    """A step of the network with a state of adamax in the format `name`."""
+    params, batch, loss = network(mesh_of())
+    state = state_structs(network_adamax(name), params, **OPTIONS[options])
+
+    def step(params, state, batch):
+        return update_params(jax.grad(loss)(params, batch), state, params)
+
+    step = jax.jit(step, donate_argnums=(0, 1), **jit_options)
+    return step.lower(params, state, batch).compile()
+
+
+def network_adamax(name):
+    return optax_adamax.adamax(1e-3, **FORMATS[name])
+
+
+@cache
+def train_step(name, options):
+    """The step with keep_sharded, compiled."""
+    kept = sharding.keep_sharded(network_adamax(name), network(mesh_of())[0], **OPTIONS[options])
+    return compile_step(partial(update_by_hand, kept), name, options)
+
+
+@cache
+def collectives_of_gradients():
+    params, batch, loss = network(mesh_of())
+    places = jax.tree.map(lambda p: p.sharding, params)
+    return collectives(jax.jit(jax.grad(loss), out_shardings=places).lower(params, batch).compile())
+
+
 @each_format
 @pytest.mark.parametrize("options", ["like parameters", "zero"])
 def test_collectives_of_a_train_step(name, options):
-    params, batch, loss = network(mesh_of())
-    tx = optax_adamax.adamax(1e-3, **FORMATS[name])
-    kept = sharding.keep_sharded(tx, params, **OPTIONS[options])
-    state = state_structs(tx, params, **OPTIONS[options])
-
-    def step(params, state, batch):
-        updates, state = kept.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    places = jax.tree.map(lambda p: p.sharding, params)
-    without = jax.jit(jax.grad(loss), out_shardings=places).lower(params, batch).compile()
-    found = collectives(jax.jit(step).lower(params, state, batch).compile())
-    wanted = collectives(without)
+    found = collectives(train_step(name, options))
+    wanted = collectives_of_gradients()
     assert [kind for kind, _ in wanted].count("all-reduce") >= 3
     if "zero_axis" in OPTIONS[options]:
-        wanted = sorted(wanted + gather_alone(params))
+        wanted = sorted(wanted + gather_alone(network(mesh_of())[0]))
     assert found == wanted
 
 
@@ -182,16 +196,9 @@ def test_a_donated_state_in_host_memory_is_there_once(types, options):
 
 
 @pytest.mark.parametrize(("name", "types", "options"), CASES)
-def test_compiles_once(name, types, options, caplog):
-    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 0)
-    tx = sharding.keep_sharded(exact_adamaxw(name), params, **OPTIONS[options])
-    state = sharding.init_sharded(tx, params, **OPTIONS[options])
-    update = jax.jit(tx.update)
-    gradients = [random_like(params, t) for t in range(3)]
-    with jax.log_compiles():
-        for g in gradients:
-            _, state = update(g, state, params)
-    assert [record.message.startswith("Compiling") for record in caplog.records].count(True) == 1
+def test_compiles_once(name, types, options):
+    *_, compilations = kept(name, types, options)
+    assert compilations == 1
 
 
 @pytest.mark.parametrize("types", ["auto", "explicit"])
@@ -237,26 +244,14 @@ def test_extra_arguments_reach_the_transformation():
 @pytest.mark.parametrize("name", ["float32", "2 bytes"])
 def test_a_zero_step_costs_no_more_than_the_choice_of_the_partitioner(name):
     """Without `sharding`, `out_shardings` say where XLA shall leave the results."""
-    params, batch, loss = network(mesh_of())
-    tx = optax_adamax.adamax(1e-3, **FORMATS[name])
+    params, *_ = network(mesh_of())
+    tx = network_adamax(name)
     state = state_structs(tx, params, zero_axis="data")
     shardings = jax.tree.map(lambda x: x.sharding, (params, state))
-    kept = sharding.keep_sharded(tx, params, zero_axis="data")
-
-    def update_by_hand(tx, gradients, state, params):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def compile(update_params, **options):
-        def step(params, state, batch):
-            return update_params(jax.grad(loss)(params, batch), state, params)
-
-        step = jax.jit(step, donate_argnums=(0, 1), **options)
-        return step.lower(params, state, batch).compile()
-
-    ours = compile(sharding.make_update_params(tx, params, zero_axis="data"))
-    choice = compile(partial(update_by_hand, tx), out_shardings=shardings)
-    updates_gathered = compile(partial(update_by_hand, kept))
+    update_params = sharding.make_update_params(tx, params, zero_axis="data")
+    ours = compile_step(update_params, name, "zero")
+    choice = compile_step(partial(update_by_hand, tx), name, "zero", out_shardings=shardings)
+    updates_gathered = train_step(name, "zero")
     assert collectives(ours) == collectives(choice)
     assert temporaries(ours) <= temporaries(choice)
     assert bytes_accessed(ours) <= bytes_accessed(choice)

@@ -1,6 +1,6 @@
 """The plain transformation under shard_map and pmap: the specs serve, the bits are the same."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,12 @@ from sharding.common import (
     FORMATS,
     assert_same_bits,
     each_format,
+    exact_adamaxw,
     mesh_of,
+    on_one_device,
     random_like,
     structs,
+    train,
 )
 
 STEPS = 4
@@ -30,38 +33,22 @@ def transformation(name):
     return optax_adamax.adamax(**EXACT_PRODUCTS, **FORMATS[name])
 
 
-@cache
-def on_one_device(name):
-    """Updates of every step and the last state of a format, on one device."""
-    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
-    tx, history = transformation(name), []
-    state, update = tx.init(params), jax.jit(tx.update)
-    for t in range(STEPS):
-        updates, state = update(random_like(params, t), state)
-        history.append(updates)
-    return history, state
-
-
 @pytest.mark.parametrize("types", ["auto", "explicit"])
 @each_format
 def test_shard_map(name, types):
-    params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
-    tx = transformation(name)
+    mesh = mesh_of(AXIS_TYPES[types])
+    params = random_like(structs(mesh), 99)
+    tx = exact_adamaxw(name)
     state = sharding.init_sharded(tx, params)
     specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(tx, params))
     of_params = jax.tree.map(lambda p: p.sharding.spec, params)
-    update = jax.jit(
-        jax.shard_map(
-            tx.update,
-            mesh=mesh_of(AXIS_TYPES[types]),
-            in_specs=(of_params, specs),
-            out_specs=(of_params, specs),
-        )
+    update = jax.shard_map(
+        tx.update,
+        mesh=mesh,
+        in_specs=(of_params, specs, of_params),
+        out_specs=(of_params, specs),
     )
-    history = []
-    for t in range(STEPS):
-        updates, state = update(random_like(params, t), state)
-        history.append(updates)
+    history, state, _ = train(optax.GradientTransformation(tx.init, update), params, state)
     assert_same_bits((history, state), on_one_device(name))
 
 
@@ -108,7 +95,7 @@ def test_zero_by_hand_under_shard_map(name):
         return whole, state
 
     gradients = integers(params)
-    alone, reference = jax.jit(tx.update), tx.init(params)
+    alone, reference = jax.jit(tx.update), jax.jit(tx.init)(params)
     for _ in range(STEPS):
         updates, state = update(gradients, state)
         wanted, reference = alone(jax.tree.map(lambda g: g.sum(0), gradients), reference)
@@ -119,7 +106,7 @@ def test_zero_by_hand_under_shard_map(name):
 @each_format
 def test_pmap(name):
     """Replicated as pmap has it: a leading axis of devices on every array."""
-    params = {"w": jnp.ones((16, 3)), "b": jnp.ones(5)}
+    params = {"w": np.ones((16, 3), np.float32), "b": np.ones(5, np.float32)}
     tx = transformation(name)
 
     @partial(jax.pmap, axis_name="data", donate_argnums=1)
@@ -127,20 +114,24 @@ def test_pmap(name):
         return tx.update(jax.lax.pmean(gradients, "data"), state)
 
     gradients = integers(params)
-    state = jax.pmap(tx.init)(jax.tree.map(lambda p: jnp.stack([p] * 8), params))
-    alone, reference = jax.jit(tx.update), tx.init(params)
+    state = jax.pmap(tx.init)(jax.tree.map(lambda p: np.stack([p] * 8), params))
+    alone, reference = jax.jit(tx.update), jax.jit(tx.init)(params)
     for _ in range(STEPS):
         updates, state = update(gradients, state)
         wanted, reference = alone(jax.tree.map(lambda g: g.mean(0), gradients), reference)
-        for device in range(8):
-            assert_same_bits(jax.tree.map(lambda u, d=device: u[d], updates), wanted)
+        assert_same_on_each_device(updates, wanted)
+    assert_same_on_each_device(state, reference)
+
+
+def assert_same_on_each_device(stacked, wanted):
+    stacked = jax.tree.map(np.asarray, stacked)
     for device in range(8):
-        assert_same_bits(jax.tree.map(lambda x, d=device: x[d], state), reference)
+        assert_same_bits(jax.tree.map(lambda x, d=device: x[d], stacked), wanted)
 
 
 def test_the_state_of_parameters_stacked_by_pmap():
     """Arrays that pmap returns have a NamedSharding, and their moments get the same."""
-    params = jax.pmap(lambda x: x * 2)(jnp.ones((8, 3)))
+    params = jax.pmap(lambda x: x * 2)(np.ones((8, 3), np.float32))
     if not isinstance(params.sharding, NamedSharding):
         pytest.skip("JAX 0.7 returns arrays with a PmapSharding, which has no mesh")
     state = sharding.init_sharded(optax.trace(0.9), params)

@@ -1,5 +1,7 @@
 """The buffers of pack_small_leaves: whole on each device, beside leaves that are split."""
 
+from functools import cache
+
 import jax
 import numpy as np
 import optax
@@ -63,6 +65,14 @@ def test_report_names_packing():
     assert sharding.unsplit_leaves(PACKED, whole) == []
 
 
+@cache
+def step_on_one_device():
+    """The first step, without anything of `sharding`."""
+    params = random_like(structs(mesh_of(shape=(1, 1))), 99)
+    gradients, params = jax.tree.map(np.asarray, (random_like(params, 0), params))
+    return jax.jit(lambda g, p: PACKED.update(g, PACKED.init(p), p))(gradients, params)
+
+
 @pytest.mark.parametrize("types", ["auto", "explicit"])
 def test_step(types):
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
@@ -70,8 +80,7 @@ def test_step(types):
     kept = sharding.keep_sharded(PACKED, params, zero_axis="data")
     state = sharding.init_sharded(PACKED, params, zero_axis="data")
     got = jax.jit(kept.update)(gradients, state, params)
-    alone = jax.tree.map(np.asarray, (gradients, params))
-    assert_same_bits(got, jax.jit(PACKED.update)(alone[0], PACKED.init(alone[1]), alone[1]))
+    assert_same_bits(got, step_on_one_device())
     updates, state = got
     assert all(is_at(u, params[k].sharding) for k, u in updates.items())
     wanted = sharding.state_shardings(PACKED, params, zero_axis="data")
@@ -93,11 +102,12 @@ def test_a_checkpoint_fits_whatever_the_sharding(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
-        on_one_device = PACKED.init(jax.tree.map(np.asarray, params))
+        params = jax.tree.map(np.asarray, params)
+        on_one_device = jax.jit(PACKED.init)(params)
         assert_same_bits(checkpointer.restore(tmp_path / "state", on_one_device), state)
         for other in (
-            optax_adamax.pack_small_leaves(INNER, max_size=64).init(params),
-            PACKED.init({**params, "bias": params["fsdp"], "fsdp": params["bias"]}),
+            jax.jit(optax_adamax.pack_small_leaves(INNER, max_size=64).init)(params),
+            jax.jit(PACKED.init)({**params, "bias": params["fsdp"], "fsdp": params["bias"]}),
         ):
             with pytest.raises(ValueError, match="tree structures do not match"):
                 checkpointer.restore(tmp_path / "state", other)

@@ -7,6 +7,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sharding.common import (
+    NEWLY_SPLIT,
+    PARAMETERS,
     assert_same_bits,
     exact_adamaxw,
     mesh_of,
@@ -15,23 +17,28 @@ from sharding.common import (
 )
 from sharding.processes import CAN_AVOID_CONTRACTION, free_port, run_all, run_together
 
-# For each layout: processes, devices of each, mesh of data x model, and what to run.
+ALL = tuple(PARAMETERS)
+
+# For each layout: processes, devices of each, mesh of data x model, parameters, and what to run.
+# Each process compiles for itself: two have only what ZeRO splits, and so what is communicated.
 LAYOUTS = {
-    "one process": (1, 8, (4, 2), [("float32", "like parameters"), ("2 bytes", "zero")]),
-    "two processes": (2, 4, (4, 2), [("float32", "zero"), ("2 bytes", "zero")]),
+    "one process": (1, 8, (4, 2), ALL, [("float32", "like parameters"), ("2 bytes", "zero")]),
+    "two processes": (2, 4, (4, 2), NEWLY_SPLIT, [("float32", "zero"), ("2 bytes", "zero")]),
     "four processes": (
         4,
         2,
         (4, 2),
+        ALL,
         [("3 bytes", "like parameters"), ("4 bytes", "zero"), ("2 bytes", "zero")],
     ),
 }
 TIMEOUT = 240  # seconds; a run takes 5 to 25
 
 
-def run(processes, devices, mesh, runs, folder, **config):
+def run(processes, devices, mesh, parameters, runs, folder, **config):
     folder.mkdir()
-    config |= {"processes": processes, "devices": devices, "mesh": mesh, "runs": runs}
+    config |= {"processes": processes, "devices": devices, "mesh": mesh}
+    config |= {"parameters": parameters, "runs": runs}
     config |= {"out": str(folder), "exact_products": not CAN_AVOID_CONTRACTION}
     run_together("worker_train.py", config, folder, TIMEOUT)
     return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, _ in runs}
@@ -40,7 +47,8 @@ def run(processes, devices, mesh, runs, folder, **config):
 def run_beside_one_device(layout, folder, **config):
     """The results of a layout, and those of one device."""
     *places, runs = LAYOUTS[layout]
-    alone = run(1, 1, (1, 1), [(name, "like parameters") for name, _ in runs], folder / "alone")
+    without = [(name, "like parameters") for name, _ in runs]
+    alone = run(1, 1, (1, 1), places[-1], without, folder / "alone")
     return run(*places, runs, folder / "together", **config), alone
 
 
@@ -62,6 +70,7 @@ def test_processes_and_their_checkpoint(layout, tmp_path):
     tx = exact_adamaxw("2 bytes")
     for shape in ((1, 1), (4, 2)):
         params = structs(mesh_of(shape=shape))
+        params = {name: params[name] for name in LAYOUTS[layout][3]}
         target = {"params": params, "state": state_structs(tx, params)}
         with ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(saved / "2 bytes", target)

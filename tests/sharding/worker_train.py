@@ -57,7 +57,7 @@ def transformation(name, config):
 def train(name, options, config):
     """Updates of all steps, and the last parameters and state."""
     mesh = mesh_of((AUTO, AUTO), config["mesh"])
-    shapes = structs(mesh)
+    shapes = {name: structs(mesh)[name] for name in config["parameters"]}
     if name == "float32":
         place = NamedSharding(mesh, P(None, "model"))
         shapes["complex"] = jax.ShapeDtypeStruct((8, 6), np.complex64, sharding=place)
