@@ -53,29 +53,17 @@ def hash_uint32(x: jax.Array) -> jax.Array:
     return x ^ (x >> 14)
 
 
-@jax.custom_jvp
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
-    """1 - (1 - a)**t without cancellation, for a in [0, 1] and t >= 1."""
-    return -jnp.expm1(t * jnp.log1p(-a))
+    """1 - (1 - a)**t without cancellation, for a in [0, 1] and whole t >= 1.
 
-
-@one_minus_power.defjvp
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    # At a = 1 (b1 = 0) the derivative of the expression above is 0 * inf.
-    (a, t), (a_dot, _) = primals, tangents
-    return one_minus_power(a, t), t * _power(1 - a, t - 1) * a_dot
-
-
-@jax.custom_jvp
-def _power(x: jax.Array, n: jax.Array) -> jax.Array:
-    """x**n for whole n >= 0: with finite derivatives of every order at x = 0, unlike `lax.pow`."""
-    return x**n
-
-
-@_power.defjvp
-def _(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
-    (x, n), (x_dot, _) = primals, tangents
-    return _power(x, n), n * _power(x, jnp.maximum(n - 1, 0)) * x_dot
+    At a = 1 (b1 = 0) the derivatives of the expression for other a are 0 * inf, so there stands one
+    whose first and second derivatives are right. Not a rule for them: JAX leaves rules out where it
+    differentiates a `lax.scan` a second time.
+    """
+    x, at_one = 1 - a, a == 1
+    power = jnp.where(t == 1, x, jnp.where(t == 2, x * x, 0))
+    others = -jnp.expm1(t * jnp.log1p(-jnp.where(at_one, 0, a)))
+    return jnp.where(at_one, 1 - power, others)
 
 
 def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -26,6 +26,19 @@ def loss(x, **rule):
     return total
 
 
+def scanned_loss(x):
+    """The same by `jax.lax.scan`."""
+    tx = scale_by_adamax(x[0], x[1], x[2])
+
+    def step(state, inputs):
+        g, weight = inputs
+        u, state = tx.update(jnp.sin(x[3] * g), state)
+        return state, jnp.vdot(weight, u)
+
+    inputs = np.float32(GRADIENTS), np.float32(WEIGHTS)
+    return jnp.sum(jax.lax.scan(step, tx.init(np.zeros(3, np.float32)), inputs)[1])
+
+
 def exact_loss(x, **rule):
     u, _ = reference.run(np.sin(x[3] * GRADIENTS), b1=x[0], b2=x[1], eps=x[2], **rule)
     return np.sum(WEIGHTS * u)
@@ -48,14 +61,15 @@ def test_derivatives_are_those_of_float64(rule):
     np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
-HESSIAN = jax.jit(jax.hessian(loss))
+HESSIANS = [jax.jit(jax.hessian(loss)), jax.jit(jax.hessian(scanned_loss))]
 
 
+@pytest.mark.parametrize("hessian", HESSIANS, ids=["unrolled", "scan"])
 @pytest.mark.parametrize("b1", [0.5, 0.0])
-def test_second_derivatives_are_those_of_float64(b1):
-    """At b1 = 0 too, where (1 - b1)^(t-1) is 0^0 at t = 1."""
+def test_second_derivatives_are_those_of_float64(b1, hessian):
+    """At b1 = 0 too, where b1^(t-1) is 0^0 at t = 1."""
     x = np.array([b1, 0.8, 0.01, 1.1])
-    hessian = HESSIAN(np.float32(x))
+    hessian = hessian(np.float32(x))
     expected = differences(lambda x: differences(exact_loss, x, 1e-4), x, 1e-4)
     np.testing.assert_allclose(hessian, expected, rtol=2e-3, atol=2e-3)
 
