@@ -310,12 +310,17 @@ def test_shard_map(name):
     assert_like_one_device(name, updates, state)
 
 
+def over_eight_devices(axis_type):
+    """A mesh, what splits the first dimension over it, and what places a tree so."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+    sharding = NamedSharding(mesh, P("x"))
+    return mesh, sharding, functools.partial(jax.device_put, device=sharding)
+
+
 @compiled_transformations
 @every_axis_type
 def test_state_is_sharded_like_the_parameters(name, axis_type):
-    tx, mesh = build(name), jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
-    sharding = NamedSharding(mesh, P("x"))
-    place = functools.partial(jax.device_put, device=sharding)
+    tx, (mesh, sharding, place) = build(name), over_eight_devices(axis_type)
     with jax.set_mesh(mesh):
         start = tx.init(place(many(0)))
         updates, state = two_steps(lambda _: start, jax.jit(tx.update), place)
@@ -342,9 +347,7 @@ def assert_sharded(tx, state, start, sharding):
     ids=str,
 )
 def test_eager_state_is_sharded_like_the_parameters(name, axis_type):
-    tx, mesh = build(name), jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
-    sharding = NamedSharding(mesh, P("x"))
-    place = functools.partial(jax.device_put, device=sharding)
+    tx, (mesh, sharding, place) = build(name), over_eight_devices(axis_type)
     with jax.set_mesh(mesh):
         start = tx.init(place(many(0)))
         _, state = tx.update(place(many(1)), start, place(many(0)))

@@ -144,15 +144,20 @@ def assert_same_bits(got, wanted):
 STEPS = 6
 
 
-def train(tx, params, state, **jit_options):
-    """Parameters and updates of every step, the last state, and the step itself."""
+def step_of(tx, **jit_options):
+    """A compiled step, which returns the updates too."""
 
-    @functools.partial(jax.jit, donate_argnums=1, **jit_options)
+    @functools.partial(jax.jit, **jit_options)
     def step(params, state, gradients):
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, updates
 
-    history = []
+    return step
+
+
+def train(tx, params, state, **jit_options):
+    """Parameters and updates of every step, the last state, and the step itself."""
+    step, history = step_of(tx, donate_argnums=1, **jit_options), []
     for t in range(STEPS):
         params, state, updates = step(params, state, random_like(params, t))
         history.append((params, updates))

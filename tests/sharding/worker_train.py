@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -25,6 +24,7 @@ from sharding.common import (
     OPTIONS,
     mesh_of,
     random_like,
+    step_of,
     structs,
 )
 
@@ -65,12 +65,7 @@ def train(name, options, config):
     tx = sharding.keep_sharded(transformation(name, config), params, **OPTIONS[options])
     state = sharding.init_sharded(tx, params, **OPTIONS[options])
 
-    @jax.jit
-    def step(params, state, gradients):
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, updates
-
-    history = []
+    step, history = step_of(tx), []
     for t in range(STEPS):
         params, state, updates = step(params, state, random_like(params, t))
         history.append(updates)
