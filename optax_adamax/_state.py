@@ -55,7 +55,7 @@ def decode_state(state: T) -> T:
       >>> params = jnp.array([1.0, 2.0])
       >>> _, state = tx.update(jnp.array([0.1, -0.2]), tx.init(params), params)
       >>> print(decode_state(state)[0].v)
-      [0.10406212 0.2081242 ]
+      [0.10406211 0.20812419]
     """
     return _map_states(_decode, state)
 
@@ -150,7 +150,8 @@ def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     m_format, v = _m_format(state.m), _decode_v(state.v)
     m = tree_of(state.m, m_format)
     if m_format.is_rounded:
-        m = jax.tree.map(on_device(m_format.decode), m, v)
+        decode = on_device(functools.partial(_decode_leaf_of_m, m_format=m_format))
+        m = jax.tree.map(decode, m, v)
     return ScaleByAdamaxState(state.count, m, v)
 
 
@@ -163,6 +164,15 @@ def _decode_v(v: Any) -> Any:
     return jax.tree.map(lambda codes: decode(codes, v.phase), tree_of(v, v_format))
 
 
+# The conversion of a leaf is compiled: by itself each operation would be a program for each shape.
+
+
+@functools.partial(jax.jit, static_argnames="m_format")
+def _decode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat) -> jax.Array:
+    return m_format.decode(m, v)
+
+
+@functools.partial(jax.jit, static_argnames="v_format")
 def decode_framed(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.Array:
     """v of one leaf that is kept in a frame of this phase."""
     # In a state made by `jax.vmap` there is a phase for each row.
@@ -175,30 +185,40 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
     floats = _decode(state)
     keeps_v = is_kept(state.v, v_format, V_FORMATS)
     keeps_m = is_kept(state.m, m_format, M_FORMATS)
-    v = state.v if keeps_v else _encode_v(floats, v_format)
+
+    @on_device
+    def encode_v(v: jax.Array, m: jax.Array) -> jax.Array:
+        dtype = _stored_dtype(v_format, v, m, real=True)
+        return _encode_leaf_of_v(v, v_format) if v_format.is_rounded else narrow(v, dtype)
 
     @on_device
     def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
-        dtype = m.dtype if m_format.dtype is None else m_format.stored_dtype(m, real=False)
-        return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
+        dtype = _stored_dtype(m_format, m, m, real=False)
+        return _encode_leaf_of_m(m, v, m_format) if m_format.is_rounded else narrow(m, dtype)
 
-    m = state.m
-    if not (keeps_m and keeps_v):
+    m, v = state.m, state.v
+    if not keeps_v:
+        phase = on_device(lambda count: jnp.zeros_like(count, jnp.uint32))(state.count)
+        v = in_node(jax.tree.map(encode_v, floats.v, floats.m), v_format, phase)
+    if not (keeps_m and (keeps_v or not m_format.is_ratio)):
         m = in_node(jax.tree.map(encode_m, floats.m, _decode_v(v)), m_format)
     return ScaleByAdamaxState(state.count, m, v)
 
 
-def _encode_v(floats: ScaleByAdamaxState, v_format: VFormat) -> Any:
-    phase = on_device(lambda count: jnp.zeros_like(count, jnp.uint32))(floats.count)
+def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> np.dtype:
+    """The dtype for x, which is m or v of a leaf; refuses complex parameters in few bits."""
+    return x.dtype if format.dtype is None else format.stored_dtype(m, real=real)
 
-    @on_device
-    def encode(v: jax.Array, m: jax.Array) -> jax.Array:
-        if v_format.dtype is not None:
-            v_format.stored_dtype(m, real=True)  # refuses complex parameters in few bits
-        scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
-        return v_format.encode(v * scale if v_format.is_framed else v)
 
-    return in_node(jax.tree.map(encode, floats.v, floats.m), v_format, phase)
+@functools.partial(jax.jit, static_argnames="v_format")
+def _encode_leaf_of_v(v: jax.Array, v_format: VFormat) -> jax.Array:
+    scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
+    return v_format.encode(v * scale if v_format.is_framed else v)
+
+
+@functools.partial(jax.jit, static_argnames="m_format")
+def _encode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat) -> jax.Array:
+    return m_format.encode(m, v, jnp.uint32(1 << 31))
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:

@@ -1,9 +1,9 @@
 """Pytest plugin: the adamax cases of optax's own suite, with our functions in place of its own.
 
-Run ``pytest -p optax_suite_plugin DIR``, where DIR is that of the installed optax, which ships its
-suite. Its cases are counted, so that none goes missing, and a case fails that skips itself or does
-not call our `init`. With ``--one-of-each`` it runs each test once for each of our functions: the
-other cases repeat it in other dtypes and on other functions.
+Run ``pytest -p optax_suite_plugin FILES`` on those of the installed optax, which ships its suite.
+Its cases are counted, so that none goes missing, and a case fails that skips itself or does not
+call our `init`. With ``--one-of-each`` it runs each test once for each of our functions: the other
+cases repeat it in other dtypes and on other functions.
 """
 
 import functools

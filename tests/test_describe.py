@@ -61,7 +61,7 @@ def by_path(description):
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
 def test_counts_are_those_of_the_decoded_state(m_dtype, v_dtype):
     state = trained(m_dtype, v_dtype)
-    floats = jax.jit(decode_state)(state)[0]
+    floats = decode_state(state)[0]
     low, high = V_FORMATS[v_dtype].range
     eps = 1e-8
     described = by_path(describe_state(state))
@@ -90,15 +90,12 @@ def test_what_uint8_cannot_hold_is_said():
     assert leaf.at_top == pytest.approx(3 / 10)  # 7e3, 1e7, 1e38
     assert 'write v_dtype="bfloat16"' in leaf.advice and "optax.scale" in leaf.advice
     assert "upper end of uint8" in leaf.advice
-    state = encode(trained("float32", "float32"), "bfloat16", "bfloat16")
+    state = encode_state(trained("float32", "float32"), "bfloat16", "bfloat16")
     assert describe_state(state).fits
 
 
-encode = jax.jit(encode_state, static_argnums=(1, 2))
-
-
 def state_of(m, v, *formats):
-    return encode(ScaleByAdamaxState(jnp.int32(5), {"w": m}, {"w": v}), *formats)
+    return encode_state(ScaleByAdamaxState(jnp.int32(5), {"w": m}, {"w": v}), *formats)
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)

@@ -31,7 +31,7 @@ def squared_error(predictions):
 
 @functools.cache
 def linen_model():
-    model = linen.Sequential([linen.Dense(8), linen.tanh, linen.Dense(1)])
+    model = linen.Sequential([linen.Dense(8), linen.tanh, linen.Dense(1, use_bias=False)])
     return model, jax.jit(model.init)(KEY, INPUTS)
 
 
@@ -57,8 +57,9 @@ def train_linen(tx):
 
 def train_nnx(tx):
     """flax.nnx, whose Optimizer keeps the state in variables of its own."""
-    layers = nnx.Rngs(0)
-    model = nnx.Sequential(nnx.Linear(3, 8, rngs=layers), nnx.tanh, nnx.Linear(8, 1, rngs=layers))
+    rngs = nnx.Rngs(0)
+    last = nnx.Linear(8, 1, use_bias=False, rngs=rngs)
+    model = nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), nnx.tanh, last)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -73,7 +74,9 @@ def train_nnx(tx):
 
 @functools.cache
 def equinox_model():
-    return eqx.filter_jit(eqx.nn.MLP)(3, 1, 8, 1, activation=jnp.tanh, key=KEY)
+    return eqx.filter_jit(eqx.nn.MLP)(
+        3, 1, 8, 1, activation=jnp.tanh, use_final_bias=False, key=KEY
+    )
 
 
 def train_equinox(tx):
@@ -101,7 +104,7 @@ def train_equinox(tx):
 @functools.cache
 def haiku_network():
     network = hk.without_apply_rng(
-        hk.transform(lambda x: hk.nets.MLP([8, 1], activation=jnp.tanh)(x))
+        hk.transform(lambda x: hk.nets.MLP([8, 1], activation=jnp.tanh, with_bias=False)(x))
     )
     return network, jax.jit(network.init)(KEY, INPUTS)
 

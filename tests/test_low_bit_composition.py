@@ -120,7 +120,7 @@ def test_all_hyperparameters_injected(m_dtype, v_dtype):
     v = np.zeros_like(PARAMS["b"])
     for t, g in enumerate(sequence):
         v = np.maximum(np.float32(0.9 + 0.005 * t) * v, np.abs(g["b"]))
-    kept = jax.jit(decode_state)(state).inner_state[0].v["b"]
+    kept = decode_state(state).inner_state[0].v["b"]
     np.testing.assert_allclose(kept, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 12 + 1e-4}[v_dtype])
     state.hyperparams["learning_rate"] = jnp.float32(0.0)
     with jax.numpy_dtype_promotion("standard"):
@@ -158,7 +158,7 @@ def run_in(dtype, m_dtype=None, v_dtype=None):
         for g in sequence:
             u, state = update(g, state)
             assert u.dtype == dtype and jax.tree.map(jnp.result_type, state) == kinds
-        return np.float64(u), np.float64(jax.jit(decode_state)(state).v)
+        return np.float64(u), np.float64(decode_state(state).v)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_arithmetic_is_in_float32_but_for_wide_parameters(option, dtype):
 
 
 # The others export the same operations again.
-EXPORTED = ("default", "nesterov", "float64", "bfloat16", "8 bits", "8 bits of v")
+EXPORTED = ("default", "float64", "bfloat16", "8 bits")
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,6 @@ def spoiled(gradients):
     ], bad
 
 
-decode = jax.jit(decode_state)
-encode = jax.jit(encode_state, static_argnums=(1, 2))
-
-
 @functools.cache
 def compiled(tx):
     @jax.jit
@@ -192,7 +188,7 @@ def test_bad_elements_against_the_oracle(v_dtype, rtol):
     tx = scale_by_adamax(b2=0.99, v_dtype=v_dtype, nonfinite="zero")
     steps = run(tx, gradients, np.zeros(64, np.float32))
     directions, expected = reference.run(np.nan_to_num(gradients), b2=0.99)
-    state = decode(steps[-1][2])
+    state = decode_state(steps[-1][2])
     assert int(state.nonfinite_count) == np.isnan(gradients).sum()
     np.testing.assert_allclose(state.inner_state.v, expected.v, rtol=rtol)
     np.testing.assert_allclose(state.inner_state.m, expected.m, rtol=1e-5, atol=1e-6)
@@ -373,17 +369,17 @@ def test_states_are_converted_and_continued(policy):
     _, params, plain = run(plain_tx, clean_gradients())[-1]
     tx = adamaxw_of("int8", "uint8", nonfinite=policy)
     empty = tx.init(params)
-    state = empty._replace(inner_state=encode(plain, "int8", "uint8"))
+    state = empty._replace(inner_state=encode_state(plain, "int8", "uint8"))
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, empty)
     _, _, state = run(tx, gradients, params, state)[-1]
     assert int(state.nonfinite_count) > 0
-    decoded = decode(state)
+    decoded = decode_state(state)
     assert (
         isinstance(decoded, HandleNonfiniteState)
         and decoded.nonfinite_count == state.nonfinite_count
     )
     assert decoded.inner_state[0].m["a"].dtype == jnp.float32
-    again = encode(state, "int8", "uint8")
+    again = encode_state(state, "int8", "uint8")
     assert_same(again, state)
 
 

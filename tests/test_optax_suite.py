@@ -25,7 +25,7 @@ def run_suite(directory, *options):
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "JAX_PLATFORMS": "cpu"}
     process = subprocess.run(
-        [*command, str(Path(optax.__file__).parent)],
+        [*command, *files_of_adamax()],
         cwd=directory,
         env=environment,
         capture_output=True,
@@ -36,6 +36,15 @@ def run_suite(directory, *options):
     words = r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)"
     outcomes = Counter({word: int(number) for number, word in re.findall(words, summary)})
     return outcomes, process.stdout + process.stderr
+
+
+def files_of_adamax():
+    """Those of the suite with its cases: they say its name, or use the list of all in alias_test.
+
+    A case that is missed is missed by the plugin, which counts them.
+    """
+    suite = sorted(Path(optax.__file__).parent.rglob("*_test.py"))
+    return [str(path) for path in suite if re.search("adamax|alias_test", path.read_text("utf-8"))]
 
 
 def is_every_case(number):

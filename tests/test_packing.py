@@ -39,10 +39,10 @@ def full(shape, value=1.0, dtype=np.float32):
     return jnp.asarray(np.full(shape, value, dtype))
 
 
-# Shapes of four sizes, in an order in which equal sizes are apart.
+# Shapes of three sizes, in an order in which equal sizes are apart.
 PARAMS = {
-    "a": full(3),
-    "b": [full((4, 3), 2.0), None, full(())],
+    "a": full((4, 3), 2.0),
+    "b": [full(3), None],
     "c": (full((9, 9)), optax.MaskedNode(), {}),
     "d": full((2, 2, 3), -1.0),
 }
@@ -190,7 +190,7 @@ def test_gradients_of_another_dtype():
         (lambda g: g | {"f": g["a"]}, r"lacks \[\] and has \[\"\['f'\]\"\]"),
         (lambda g: {k: x for k, x in g.items() if k != "a"}, r"lacks \[\"\['a'\]\"\] and has \[\]"),
         (lambda g: g | {"d": g["d"].reshape(3, 2, 2)}, r"\['d'\] has shape \(3, 2, 2\), but"),
-        (lambda g: g | {"a": full(4)}, r"\['a'\] has shape \(4,\), but .* \(3,\)"),
+        (lambda g: g | {"a": full(4)}, r"\['a'\] has shape \(4,\), but .* \(4, 3\)"),
     ],
 )
 def test_refuses_gradients_of_another_tree(change, message):
@@ -216,7 +216,7 @@ def test_refuses_what_it_cannot_take():
 
 
 WRAPPERS = {
-    "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 0, p)),
+    "masked": lambda tx: optax.masked(tx, lambda p: jax.tree.map(lambda x: jnp.ndim(x) > 1, p)),
     "partition": lambda tx: optax.partition(
         {0: tx, 1: optax.set_to_zero()}, lambda p: jax.tree.map(lambda x: jnp.ndim(x) % 2, p)
     ),
@@ -272,7 +272,7 @@ def test_state_is_converted_and_kept_by_checkpoints():
     start = pack_small_leaves(CODED, MAX_SIZE).init(PARAMS)
     same(pickle.loads(pickle.dumps(state)), state)
     same(flax.serialization.from_bytes(start, flax.serialization.to_bytes(state)), state)
-    floats = jax.jit(decode_state)(state)
+    floats = decode_state(state)
     assert jax.eval_shape(encode_state, floats).layout == state.layout
     plain = pack_small_leaves(adamax(0.1), MAX_SIZE)
     assert jax.tree.structure(plain.init(PARAMS)) == jax.tree.structure(floats)

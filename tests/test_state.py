@@ -24,8 +24,6 @@ from oracle.formats import FORMATS, SOME_FORMATS, WAYS, m_error, v_error
 # None, here, is float32.
 CASES = formats([*FORMATS, (None, None), (None, "uint8"), ("int8", None)], [*WAYS, (None, None)])
 PARAMS = {"a": np.ones((3, 5), np.float32), "b": {"c": np.ones((), np.float32), "n": None}}
-decode = jax.jit(decode_state)
-encode = jax.jit(encode_state, static_argnums=(1, 2))
 
 
 @functools.cache
@@ -41,7 +39,7 @@ def trained(m_dtype=None, v_dtype=None, steps=20):
 
 
 def moments(state):
-    floats = jax.device_get(decode(state))[0]
+    floats = jax.device_get(decode_state(state))[0]
     return jax.tree.leaves(floats.m), jax.tree.leaves(floats.v)
 
 
@@ -49,7 +47,7 @@ def moments(state):
 def test_decoded_states_are_floats_near_the_float32_run(m_dtype, v_dtype):
     _, state = trained(m_dtype, v_dtype)
     _, exact = trained()
-    floats = decode(state)
+    floats = decode_state(state)
     assert isinstance(floats, tuple) and isinstance(floats[0], ScaleByAdamaxState)
     assert jax.tree.structure(floats) == jax.tree.structure(exact)
     for m, v, exact_m, exact_v in zip(*moments(state), *moments(exact), strict=True):
@@ -64,7 +62,7 @@ def test_conversion_in_mid_run(m_dtype, v_dtype, other):
     """A converted state holds the same moments but for one rounding, and the run goes on."""
     _, state = trained(*other)
     tx, _ = trained(m_dtype, v_dtype)
-    converted = encode(state, m_dtype, v_dtype)
+    converted = encode_state(state, m_dtype, v_dtype)
     assert jax.tree.structure(converted) == jax.tree.structure(tx.init(PARAMS))
     assert int(converted[0].count) == 20
     for m, v, old_m, old_v in zip(*moments(converted), *moments(state), strict=True):
@@ -72,7 +70,7 @@ def test_conversion_in_mid_run(m_dtype, v_dtype, other):
         assert np.all(np.abs(m - old_m) <= m_error(m_dtype or "float32", old_m, old_v))
     g = PARAMS
     u, after = jax.jit(tx.update)(g, converted)
-    exact, _ = jax.jit(trained()[0].update)(g, decode(state))
+    exact, _ = jax.jit(trained()[0].update)(g, decode_state(state))
     for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(x, y, atol=0.1 * 0.25)
     assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, converted)
@@ -81,10 +79,21 @@ def test_conversion_in_mid_run(m_dtype, v_dtype, other):
 @pytest.mark.parametrize("m_dtype, v_dtype", CASES)
 def test_conversion_to_the_same_format_keeps_every_bit(m_dtype, v_dtype):
     _, state = trained(m_dtype, v_dtype)
-    same = encode(state, m_dtype, v_dtype)
+    same = encode_state(state, m_dtype, v_dtype)
     jax.tree.map(np.testing.assert_array_equal, state, same)
-    floats = decode(state)
-    jax.tree.map(np.testing.assert_array_equal, floats, decode(floats))
+    floats = decode_state(state)
+    jax.tree.map(np.testing.assert_array_equal, floats, decode_state(floats))
+
+
+@pytest.mark.parametrize("wanted", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float64", "complex128", "float32"])
+def test_conversion_to_another_width(dtype, wanted):
+    few = {"m_dtype": "int8", "v_dtype": "uint8"} if dtype == "float32" else {}
+    with jax.enable_x64(True):
+        params = np.ones(3, dtype)
+        converted = encode_state(scale_by_adamax(**few).init(params), wanted, wanted)
+        expected = jax.eval_shape(scale_by_adamax(m_dtype=wanted, v_dtype=wanted).init, params)
+        assert jax.tree.map(jax.typeof, converted) == jax.tree.map(jax.typeof, expected)
 
 
 def test_conversion_of_a_chain_with_wrappers():
@@ -107,8 +116,8 @@ def test_lost_moments_stay_lost_in_every_format():
     tx = scale_by_adamax()
     ones = np.ones(2, np.float32)
     _, state = jax.jit(tx.update)(np.float32([1, np.nan]), tx.init(ones))
-    low = encode(state, "int8", "uint8")
-    m = np.asarray(decode(low).m)
+    low = encode_state(state, "int8", "uint8")
+    m = np.asarray(decode_state(low).m)
     assert np.asarray(low.m.ratio_int8)[1] == -128 and np.isfinite(m[0])
     assert np.isnan(m[1])
     u, _ = jax.jit(scale_by_adamax(m_dtype="int8", v_dtype="uint8").update)(ones, low)
@@ -138,7 +147,7 @@ def test_empty_trees_and_arrays(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     for params in ({}, {"a": np.zeros((0, 3), np.float32)}, [None]):
         _, state = jax.jit(tx.update)(params, tx.init(params))
-        same = encode(decode(state), m_dtype, v_dtype)
+        same = encode_state(decode_state(state), m_dtype, v_dtype)
         assert jax.tree.structure(same) == jax.tree.structure(state)
 
 

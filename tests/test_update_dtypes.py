@@ -77,7 +77,7 @@ def test_float64_beside_few_bits(m_dtype, v_dtype):
             assert u.dtype == jnp.float64 and np.all(np.isfinite(u))
             assert np.all(np.abs(np.asarray(u)) <= 1.01)
         assert int(state.nonfinite_count) == 0
-        kept = jax.device_get(jax.jit(decode_state)(state)).inner_state
+        kept = jax.device_get(decode_state(state)).inner_state
         assert np.all(np.isfinite(kept.m)) and np.all(np.isfinite(kept.v))
         assert abs(float(kept.v[0]) / moments.v[0] - 1) <= v_error(v_dtype)
 
