@@ -54,8 +54,8 @@ def decode_state(state: T) -> T:
       >>> tx = adamax(0.002, m_dtype="int8", v_dtype="uint8")
       >>> params = jnp.array([1.0, 2.0])
       >>> _, state = tx.update(jnp.array([0.1, -0.2]), tx.init(params), params)
-      >>> print(decode_state(state)[0].v)
-      [0.10406211 0.20812419]
+      >>> print(decode_state(state)[0].v.round(3))
+      [0.104 0.208]
     """
     return _map_states(_decode, state)
 

@@ -6,5 +6,5 @@ from oracle.formats import WAYS
 
 
 def formats(given, always=WAYS):
-    """All that are given; those beyond `always` only repeat the others, and are marked slow."""
+    """All tuples that are given; those beyond `always` only repeat the others: they are slow."""
     return [pytest.param(*x, marks=[] if x in always else pytest.mark.slow) for x in given]

@@ -232,18 +232,18 @@ def test_mutant_rounding_to_nearest_is_seen(mutant, m_dtype):
     check_is_seen(check_silence, m_dtype, "float32")
     if m_dtype == "bfloat16":  # int8 has a code at 1
         check_is_seen(check_constant_gradients, m_dtype, "float32")
-        check_is_seen(check_mean, m_dtype, "float32", MOVING)
+        check_is_seen(check_mean, m_dtype, "float32", MOVING, SHORT)
 
 
 @pytest.mark.parametrize("m_dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_mutant_walk_by_the_golden_ratio_is_seen(mutant, m_dtype):
     mutant(_hyperparameters, "hash_uint32", lambda t: t * np.uint32(2654435769))
-    check_is_seen(check_mean, m_dtype, "float32", MOVING)
+    check_is_seen(check_mean, m_dtype, "float32", MOVING, LONG)
 
 
 def test_mutant_without_the_hash_is_seen(mutant):
     mutant(_hyperparameters, "hash_uint32", jnp.zeros_like)
-    check_is_seen(check_mean, "bfloat16", "float32", MOVING)
+    check_is_seen(check_mean, "bfloat16", "float32", MOVING, SHORT)
 
 
 def test_mutant_of_one_threshold_for_all_elements_is_seen(mutant):

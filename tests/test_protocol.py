@@ -68,16 +68,14 @@ WIDE = [
 ]
 
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
-# Where programs are compiled, these stand for the others: with both kinds of v and of m, with and
-# without Nesterov momentum, and a chain. A decay is in other tests of scans and meshes.
-COMPILED = ("scale_by_adamax", "8 bits", "16 bits")
 
 
 def only_slow_but(*names):
     return [pytest.param(x, marks=[] if x in names else pytest.mark.slow) for x in TRANSFORMATIONS]
 
 
-compiled_transformations = pytest.mark.parametrize("name", only_slow_but(*COMPILED))
+# Where programs are compiled, two stand for the others, one of which has every part of a state.
+# test_low_bit.py has 16 bits under scan, vmap and on a mesh, other tests have chains and decay.
 floats_and_8_bits = pytest.mark.parametrize("name", only_slow_but("scale_by_adamax", "8 bits"))
 every_tree = pytest.mark.parametrize("tree", TREES)
 X64_IDS = ["x32", "x64"]
@@ -259,7 +257,7 @@ def assert_like_one_device(name, updates, state, atol=0, moment_atol=0):
         np.testing.assert_allclose(np.reshape(actual, leaf.shape), leaf, rtol=0, atol=moment_atol)
 
 
-@compiled_transformations
+@floats_and_8_bits
 def test_scan_is_the_loop(name):
     tx, params = build(name), many(0)
     gradients = jax.tree.map(lambda *g: np.stack(g), many(1), many(2))
@@ -293,7 +291,7 @@ def test_pmap(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@compiled_transformations
+@floats_and_8_bits
 def test_shard_map(name):
     tx = build(name)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
@@ -317,7 +315,7 @@ def over_eight_devices(axis_type):
     return mesh, sharding, functools.partial(jax.device_put, device=sharding)
 
 
-@compiled_transformations
+@floats_and_8_bits
 @every_axis_type
 def test_state_is_sharded_like_the_parameters(name, axis_type):
     tx, (mesh, sharding, place) = build(name), over_eight_devices(axis_type)

@@ -35,6 +35,10 @@ SEVERAL = {name: pytest.mark.slow if name in ("3 bytes", "4 bytes") else () for 
 each_format = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=mark) for name, mark in SEVERAL.items()]
 )
+# Where others look at float32 too: two bytes have all that it has, and more.
+fewest_bits = pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x == "2 bytes" else pytest.mark.slow) for x in FORMATS]
+)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import pytest
 from flax_boxes import nnx, unboxed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parameters import formats
 
 import optax_adamax
 from optax_adamax import sharding
@@ -24,8 +25,8 @@ from sharding.common import (
     assert_same_bits,
     collectives,
     count_compilations,
-    each_format,
     exact_adamaxw,
+    fewest_bits,
     is_at,
     mesh_of,
     on_one_device,
@@ -164,8 +165,11 @@ def collectives_of_gradients():
     return collectives(jax.jit(jax.grad(loss), out_shardings=places).lower(params, batch).compile())
 
 
-@each_format
-@pytest.mark.parametrize("options", ["like parameters", "zero"])
+TRAIN_STEPS = [(name, options) for name in FORMATS for options in ("like parameters", "zero")]
+ALWAYS = [("float32", "like parameters"), ("2 bytes", "zero")]
+
+
+@pytest.mark.parametrize("name, options", formats(TRAIN_STEPS, ALWAYS))
 def test_collectives_of_a_train_step(name, options):
     found = collectives(train_step(name, options))
     wanted = collectives_of_gradients()
@@ -241,7 +245,7 @@ def test_extra_arguments_reach_the_transformation():
     assert_same_bits(updates, jax.tree.map(lambda u: u * 3.0, alone))
 
 
-@pytest.mark.parametrize("name", ["float32", "2 bytes"])
+@fewest_bits
 def test_a_zero_step_costs_no_more_than_the_choice_of_the_partitioner(name):
     """Without `sharding`, `out_shardings` say where XLA shall leave the results."""
     params, *_ = network(mesh_of())

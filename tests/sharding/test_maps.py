@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parameters import formats
 
 import optax_adamax
 from optax_adamax import sharding
@@ -17,8 +18,8 @@ from sharding.common import (
     EXACT_PRODUCTS,
     FORMATS,
     assert_same_bits,
-    each_format,
     exact_adamaxw,
+    fewest_bits,
     mesh_of,
     on_one_device,
     random_like,
@@ -33,8 +34,11 @@ def transformation(name):
     return optax_adamax.adamax(**EXACT_PRODUCTS, **FORMATS[name])
 
 
-@pytest.mark.parametrize("types", ["auto", "explicit"])
-@each_format
+SHARD_MAPS = [(name, types) for name in FORMATS for types in ("auto", "explicit")]
+ALWAYS = [("float32", "auto"), ("2 bytes", "explicit")]
+
+
+@pytest.mark.parametrize("name, types", formats(SHARD_MAPS, ALWAYS))
 def test_shard_map(name, types):
     mesh = mesh_of(AXIS_TYPES[types])
     params = random_like(structs(mesh), 99)
@@ -60,7 +64,7 @@ def integers(params, devices=8):
     }
 
 
-@each_format
+@fewest_bits
 def test_zero_by_hand_under_shard_map(name):
     """What keep_sharded leaves to XLA, written out: scatter the gradients, gather the updates."""
     mesh = mesh_of(shape=(8, 1))
@@ -103,7 +107,7 @@ def test_zero_by_hand_under_shard_map(name):
     assert_same_bits(state, reference)
 
 
-@each_format
+@fewest_bits
 def test_pmap(name):
     """Replicated as pmap has it: a leading axis of devices on every array."""
     params = {"w": np.ones((16, 3), np.float32), "b": np.ones(5, np.float32)}
