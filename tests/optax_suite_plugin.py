@@ -2,8 +2,7 @@
 
 Run ``pytest -p optax_suite_plugin FILES`` on those of the installed optax, which ships its suite.
 Its cases are counted, so that none goes missing, and a case fails that skips itself or does not
-call our `init`. With ``--one-of-each`` it runs each test once for each of our functions: the other
-cases repeat it in other dtypes and on other functions.
+call our `init`.
 """
 
 import functools
@@ -18,7 +17,6 @@ import optax_adamax
 
 CASES = {"0.2.6": 93, "0.2.7": 63, "0.2.8": 63}
 FEWEST_CASES_OF_ANOTHER_VERSION = 51
-FEWEST_OF_EACH = 25
 SWAPPED = {
     "adamax": (optax, alias),
     "adamaxw": (optax, alias),
@@ -61,10 +59,6 @@ def counted(constructor):
     return construct
 
 
-def pytest_addoption(parser):
-    parser.addoption("--one-of-each", action="store_true")
-
-
 def pytest_configure():
     jax.config.update("jax_num_cpu_devices", 8)
     jax.__version__ = NumericVersion(jax.__version__)
@@ -78,8 +72,6 @@ def pytest_configure():
 def pytest_collection_modifyitems(items, config):
     cases = [item for item in items if "adamax" in name_of(item)]
     check_count(len(cases))
-    if config.getoption("one_of_each"):
-        cases = list({(case.cls, *kind_of(case)): case for case in cases}.values())
     config.hook.pytest_deselected(items=[item for item in items if item not in cases])
     items[:] = cases
 
@@ -87,11 +79,6 @@ def pytest_collection_modifyitems(items, config):
 def name_of(item):
     """The name with its parameters; those of absl's `parameterized.product` are in an attribute."""
     return item.name + getattr(item.obj, "__x_params_repr__", "")
-
-
-def kind_of(item):
-    """The name of the test without the number of the case, and which of our functions it is."""
-    return item.name.rstrip("0123456789"), "adamaxw" in name_of(item)
 
 
 def check_count(count):

@@ -55,11 +55,16 @@ def train_linen(tx):
     return losses, state.params
 
 
-def train_nnx(tx):
-    """flax.nnx, whose Optimizer keeps the state in variables of its own."""
+@nnx.jit
+def nnx_model():
     rngs = nnx.Rngs(0)
     last = nnx.Linear(8, 1, use_bias=False, rngs=rngs)
-    model = nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), nnx.tanh, last)
+    return nnx.Sequential(nnx.Linear(3, 8, rngs=rngs), nnx.tanh, last)
+
+
+def train_nnx(tx):
+    """flax.nnx, whose Optimizer keeps the state in variables of its own."""
+    model = nnx_model()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit

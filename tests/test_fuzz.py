@@ -10,7 +10,7 @@ from oracle.formats import M_DTYPES
 from oracle.machine import LONG, SIZE, Run
 
 Run.TestCase.settings = settings(
-    max_examples=2000 if LONG else settings.default.max_examples // 4,
+    max_examples=2000 if LONG else max(1, settings.default.max_examples // 8),
     stateful_step_count=12,
     deadline=None,
     derandomize=True,

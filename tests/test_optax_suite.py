@@ -9,10 +9,10 @@ from pathlib import Path
 
 import optax
 import pytest
-from optax_suite_plugin import CASES, FEWEST_CASES_OF_ANOTHER_VERSION, FEWEST_OF_EACH
+from optax_suite_plugin import CASES, FEWEST_CASES_OF_ANOTHER_VERSION
 
 
-def run_suite(directory, *options):
+def run_suite(directory):
     """Outcomes of the swapped suite in a fresh process, counted: {"passed": 63}, and its output.
 
     The process sees no plugin and no configuration of ours, whose strict modes optax's own code
@@ -21,7 +21,7 @@ def run_suite(directory, *options):
     (directory / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-c", str(directory / "pytest.ini"), "--rootdir", str(directory)]
-    command += ["-p", "optax_suite_plugin", *options]
+    command += ["-p", "optax_suite_plugin"]
     path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "JAX_PLATFORMS": "cpu"}
@@ -55,14 +55,8 @@ def is_every_case(number):
     return number == known if known else number >= FEWEST_CASES_OF_ANOTHER_VERSION
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # what it looks at, test_protocol.py and test_composition.py look at in every run
 def test_optax_suite_passes_with_our_functions(tmp_path):
     """A case passes only if it calls our `init`."""
     outcomes, output = run_suite(tmp_path)
     assert set(outcomes) == {"passed"} and is_every_case(outcomes["passed"]), output
-
-
-def test_each_test_of_the_suite_passes_once_for_each_function(tmp_path):
-    """The cases that are left out repeat it; our own tests of dtypes have theirs."""
-    outcomes, output = run_suite(tmp_path, "--one-of-each")
-    assert set(outcomes) == {"passed"} and outcomes["passed"] >= FEWEST_OF_EACH, output

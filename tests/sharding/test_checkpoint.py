@@ -198,7 +198,7 @@ def test_another_format_is_refused(source, destination, tmp_path):
 OPTAX_ADAMAX = optax.adamax(0.05)
 
 
-@pytest.mark.parametrize("name", ["float32", "4 bytes"])
+@pytest.mark.parametrize("name", [pytest.param("float32", marks=pytest.mark.slow), "4 bytes"])
 def test_from_optax(name, tmp_path):
     """A sharded run of optax.adamax goes on with ours, on half of the devices."""
     theirs = OPTAX_ADAMAX
