@@ -23,12 +23,11 @@ def inner_of(kind):
     "kind, residual_dtype",
     [
         ("rate", "int8"),
-        ("rate", "int16"),
-        # A decay comes with the schedule, too.
+        ("decay", "int16"),
+        pytest.param("rate", "int16", marks=pytest.mark.slow),
+        pytest.param("decay", "int8", marks=pytest.mark.slow),
         pytest.param("schedule", "int8", marks=pytest.mark.slow),
         pytest.param("schedule", "int16", marks=pytest.mark.slow),
-        ("decay", "int8"),
-        ("decay", "int16"),
     ],
 )
 def test_compiled_eager_and_scanned_agree(kind, residual_dtype):

@@ -280,7 +280,7 @@ def test_vmap_is_a_run_for_each_row(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@floats_and_8_bits
+@pytest.mark.parametrize("name", only_slow_but("8 bits"))
 def test_pmap(name):
     def place(tree):
         return jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), tree)
@@ -291,7 +291,7 @@ def test_pmap(name):
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 
-@floats_and_8_bits
+@pytest.mark.parametrize("name", only_slow_but("8 bits"))
 def test_shard_map(name):
     tx = build(name)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
