@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
+import optax
 import pytest
 from parameters import formats
 
-from optax_adamax import scale_by_adamax
+from optax_adamax import adamax, scale_by_adamax
 from oracle import reference
 from oracle.formats import LOW_BIT
 
@@ -102,3 +104,109 @@ def test_parameters_may_be_differentiated_behind_stop_gradient(m_dtype, v_dtype)
     p = np.float32([1.0, -2.0])
     gradient = jax.jit(jax.grad(adapted))(p)
     np.testing.assert_allclose(gradient, 2 * (p - np.float32(0.1) * np.sign(p)), rtol=0.02)
+
+
+# Of ten steps of training, in the hyperparameters and in the first parameters.
+
+RATE = 0.05
+
+
+def ten_steps(learning_rate, b1, b2, eps, gradient):
+    """The parameters after ten steps from 1 along `gradient(t)`."""
+    tx = adamax(learning_rate, b1, b2, eps)
+
+    def step(carry, t):
+        params, state = carry
+        updates, state = tx.update(gradient(t), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jax.tree.map(jnp.ones_like, gradient(0))
+    return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(10))[0][0]
+
+
+# Ten steps in which v decays from a spike as well as follows the gradient.
+SPIKE = np.array([3.0, -2.0, 0.5, 0.1, -0.2, 0.3, 1.5, -2.9, 0.4, 0.0])
+HYPERPARAMETERS = (RATE, 0.9, 0.95, 1e-2)
+
+
+@pytest.mark.parametrize("index", range(4), ids=["learning_rate", "b1", "b2", "eps"])
+def test_vmap_over_a_hyperparameter_is_a_run_for_each(index):
+    values = np.array([0.3, 0.5, 0.9], np.float32)
+    gradients = jnp.asarray(SPIKE, jnp.float32)
+
+    @jax.jit
+    def final(value):
+        before, after = HYPERPARAMETERS[:index], HYPERPARAMETERS[index + 1 :]
+        return ten_steps(*before, value, *after, lambda t: gradients[t])
+
+    together = jax.vmap(final)(values)
+    np.testing.assert_allclose(together, [final(value) for value in values], rtol=1e-6)
+    assert len(np.unique(together)) == len(values)
+
+
+@functools.cache
+def final_and_derivative():
+    """In float64."""
+    gradients = jnp.asarray(SPIKE)
+
+    def final(hyperparameters):
+        return ten_steps(*hyperparameters, lambda t: gradients[t])
+
+    return jax.jit(final), jax.jit(jax.grad(final))
+
+
+@pytest.mark.parametrize(
+    "at",
+    [HYPERPARAMETERS, (RATE, 0.9, 0.999, 1e-8), (RATE, 0.0, 0.95, 1e-2), (RATE, 0.9, 0.95, 0.0)],
+    ids=["usual", "default", "b1=0", "eps=0"],
+)
+def test_gradient_of_ten_steps_in_the_hyperparameters(at):
+    """Against one-sided differences of the second order, into the allowed range."""
+    with jax.enable_x64(True):
+        final, derive = final_and_derivative()
+        derivative = np.asarray(derive(np.array(at)))
+        for index, step in enumerate([1e-5, 1e-5, -1e-5, 1e-6]):
+            one, two = (float(final(at + k * step * np.eye(4)[index])) for k in (1, 2))
+            difference = (4 * one - 3 * float(final(np.array(at))) - two) / (2 * step)
+            assert derivative[index] != 0
+            np.testing.assert_allclose(derivative[index], difference, rtol=1e-6)
+
+
+def test_gradient_in_the_hyperparameters_is_finite():
+    """In every kind of dtype; where gradients are 0 the parameters stay, whatever else is given."""
+
+    def loss(hyperparameters, gradient):
+        dtypes = ("float32", "bfloat16", "complex64")
+        gradients = {dtype: gradient.astype(dtype) for dtype in dtypes}
+        with jax.numpy_dtype_promotion("standard"):
+            final = ten_steps(*hyperparameters, lambda t: gradients)
+            return sum(jnp.abs(leaf) for leaf in jax.tree.leaves(final)).astype(jnp.float32)
+
+    at = np.float32([(RATE, b1, 0.999, eps) for b1 in (0.0, 0.9) for eps in (0.0, 1e-8)])
+    derivative = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))
+    np.testing.assert_array_equal(derivative(at, np.float32(0)), 0)
+    moved = np.asarray(derivative(at, np.float32(1)))
+    assert np.all(np.isfinite(moved)) and np.all(moved[:, 0] != 0)
+
+
+def test_gradient_through_the_trained_parameters():
+    """Ten steps on the gradients of a loss, differentiated in the first parameters."""
+
+    def final_loss(params):
+        tx = adamax(RATE)
+        state = tx.init(params)
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.lax.scan(step, (params, state), length=10)
+        return loss(params)
+
+    def loss(params):
+        return jnp.sum(jnp.cos(3 * params) + params**2)
+
+    with jax.enable_x64(True):
+        start = np.array([1.0, -0.4, 0.0, 2.0])
+        jax.test_util.check_grads(jax.jit(final_loss), (start,), order=1, modes=["rev"], rtol=1e-6)
