@@ -189,12 +189,12 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
     @on_device
     def encode_v(v: jax.Array, m: jax.Array) -> jax.Array:
         dtype = _stored_dtype(v_format, v, m, real=True)
-        return _encode_leaf_of_v(v, v_format) if v_format.is_rounded else narrow(v, dtype)
+        return v if v.dtype == dtype else _encode_leaf_of_v(v, v_format, dtype)
 
     @on_device
     def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
         dtype = _stored_dtype(m_format, m, m, real=False)
-        return _encode_leaf_of_m(m, v, m_format) if m_format.is_rounded else narrow(m, dtype)
+        return m if m.dtype == dtype else _encode_leaf_of_m(m, v, m_format, dtype)
 
     m, v = state.m, state.v
     if not keeps_v:
@@ -210,15 +210,15 @@ def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> 
     return x.dtype if format.dtype is None else format.stored_dtype(m, real=real)
 
 
-@functools.partial(jax.jit, static_argnames="v_format")
-def _encode_leaf_of_v(v: jax.Array, v_format: VFormat) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("v_format", "dtype"))
+def _encode_leaf_of_v(v: jax.Array, v_format: VFormat, dtype: np.dtype) -> jax.Array:
     scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
-    return v_format.encode(v * scale if v_format.is_framed else v)
+    return narrow(v_format.encode(v * scale if v_format.is_framed else v), dtype)
 
 
-@functools.partial(jax.jit, static_argnames="m_format")
-def _encode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat) -> jax.Array:
-    return m_format.encode(m, v, jnp.uint32(1 << 31))
+@functools.partial(jax.jit, static_argnames=("m_format", "dtype"))
+def _encode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat, dtype: np.dtype) -> jax.Array:
+    return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
