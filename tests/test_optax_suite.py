@@ -21,13 +21,13 @@ def run_suite(directory):
     (directory / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-c", str(directory / "pytest.ini"), "--rootdir", str(directory)]
-    command += ["-p", "optax_suite_plugin"]
+    command += ["-p", "optax_suite_plugin", *files_of_adamax()]
     path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
     environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, path)), "JAX_PLATFORMS": "cpu"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    environment |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     process = subprocess.run(
-        [*command, *files_of_adamax()],
+        command,
         cwd=directory,
         env=environment,
         capture_output=True,
