@@ -8,7 +8,7 @@ the two that know no small size, dtypes and state_bytes, are left out.
 With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
 long ones run only when named: quality, compensation and reliability, and what needs the extra
 `tpu`: model_size, accelerators, accelerators_leaves and accelerators_chips. Then
-`python -m benchmarks.readme` puts the results into the documentation, and for those of `tpu`
+`python -m benchmarks.update_docs` puts the results into the documentation, and for those of `tpu`
 `python -m benchmarks.accelerators_page`.
 """
 

@@ -3,7 +3,7 @@
     python -m benchmarks.accelerators [--targets v5e ...] [--what plain ...] [--resume] [--quick]
 
 Needs libtpu (extra `tpu`); the GPUs need JAX's plugin for CUDA (extra `cuda`), and are left out
-without it. No accelerator is needed: see `oracle/compilers.py`. One leaf of `SIZE` elements
+without it. No accelerator is needed: see `benchmarks/compilers.py`. One leaf of `SIZE` elements
 unless the case says otherwise, parameters and state donated, gradients given. The bound is the
 time in which a loop of additions moves the bytes of the case once: parameters and state in and
 out, gradients in. Takes five minutes a target on two idle cores; the rows that are not compiled
@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from benchmarks import reporting
+from benchmarks import compilers, reporting
+from benchmarks.compilers import TARGETS, Target
 from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, pack_small_leaves
-from oracle import compilers
-from oracle.compilers import TARGETS, Target
-from oracle.formats import FORMATS as DTYPES
-from oracle.formats import SOME_FORMATS
+from tests.oracle.formats import FORMATS as DTYPES
+from tests.oracle.formats import SOME_FORMATS
 
 SIZE = 1 << 28  # beyond what a chip keeps beside its arithmetic units
 RATE = 1e-3

@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from benchmarks import reporting
+from benchmarks.compilers import WIDTHS, Target, installed
 from optax_adamax import adamax, sharding
-from oracle.compilers import WIDTHS, Target, installed
 
 TOPOLOGIES = {
     "256 of v5e": Target("v5e", "tpu", "v5e:16x16"),

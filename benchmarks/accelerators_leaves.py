@@ -22,8 +22,8 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting
+from benchmarks.compilers import TARGETS, Target, available, installed, lower, read
 from optax_adamax import adamax, pack_small_leaves
-from oracle.compilers import TARGETS, Target, available, installed, lower, read
 
 LAYERS, WIDTH, VOCABULARY = 12, 768, 50_257
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import reporting
-from benchmarks.readme import ROOT, table
-from oracle.compilers import TARGETS
+from benchmarks.compilers import TARGETS
+from benchmarks.update_docs import ROOT, table
 
 PAGE = ROOT / "docs" / "guide" / "accelerators.md"
 BYTES = {"float32, float32": "8", "bfloat16, bfloat16": "4", "int8, uint8": "2"}

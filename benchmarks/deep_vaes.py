@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from benchmarks import reporting
-from benchmarks.readme import ROOT
+from benchmarks.update_docs import ROOT
 from optax_adamax import compensate_rounding, limit_spikes
 
 PAGE = ROOT / "docs" / "guide" / "deep_vaes.md"

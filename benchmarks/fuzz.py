@@ -1,4 +1,4 @@
-"""Runs the machine of oracle/machine.py for long, and writes how much of it was run.
+"""Runs the machine of tests/oracle/state_machine.py for long, and writes how much of it was run.
 
     python -m benchmarks.fuzz [--examples 100000] [--minutes 25] [--seed 0] [--resume]
 
@@ -38,7 +38,7 @@ def main() -> None:
 
     os.environ["OPTAX_ADAMAX_TEST_PROFILE"] = "long"  # all formats, and resharding
     jax.config.update("jax_num_cpu_devices", 8)
-    from oracle import machine
+    from tests.oracle import state_machine as machine
 
     profile = settings(
         max_examples=BATCH,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks import reporting, timing
 from optax_adamax import adamax
-from oracle.formats import FORMATS, state_bytes
+from tests.oracle.formats import FORMATS, state_bytes
 
 SIZE, ROUNDS, STEPS = 1 << 28, 20, 10
 REFERENCE, COPY = "optax.adamax", "copy"

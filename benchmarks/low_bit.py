@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from benchmarks import reporting, timing
 from optax_adamax import adamax
-from oracle.formats import FORMATS, state_bytes
+from tests.oracle.formats import FORMATS, state_bytes
 
 SIZE, ROUNDS, RUNS, SEED = 1 << 24, 20, 5, 0
 

@@ -26,8 +26,8 @@ import optax
 from tqdm import tqdm
 
 from benchmarks import reporting
+from benchmarks.compilers import TARGETS, installed, lower
 from optax_adamax import adamax, compensate_rounding
-from oracle.compilers import TARGETS, installed, lower
 
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024

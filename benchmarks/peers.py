@@ -4,8 +4,8 @@
 
 A step that is only the optimizer, with gradients given: donated or in place, all cores, as fast as
 each framework's documentation tells to run it. The limit is a single pass in C over the same bytes
-(benchmarks/limit.py). Everything is measured in alternation in one process; then once more what
-JAX runs, in a process with XLA's multi-output fusion and huge pages. Takes two minutes.
+(benchmarks/bandwidth_bound.py). Everything is measured in alternation in one process; then once
+more what JAX runs, in a process with XLA's multi-output fusion and huge pages. Takes two minutes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from benchmarks import reporting, timing
-from benchmarks.limit import STREAMS, Limit
+from benchmarks.bandwidth_bound import STREAMS, Limit
 from optax_adamax import adamax
 
 SIZE, ROUNDS, SEED, RATE = 1 << 24, 20, 0, 1e-3

@@ -13,8 +13,8 @@ import optax
 
 from benchmarks import low_bit, reporting
 from optax_adamax import adamax, limit_spikes
-from oracle.formats import FORMATS, SOME_FORMATS
-from oracle.scenarios import LONG, SEED, SILENCE, long_run, saturation
+from tests.oracle.formats import FORMATS, SOME_FORMATS
+from tests.oracle.scenarios import LONG, SEED, SILENCE, long_run, saturation
 
 
 def costs(size: int, rounds: int) -> list[dict[str, Any]]:

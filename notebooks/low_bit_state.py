@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import optax_adamax
-from optax_adamax import FramedUint8, RatioInt8, ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax import RatioInt8, ScaleByAdamaxState, ScaledUint8, decode_state, encode_state
 
 jax.config.update("jax_platforms", "cpu")
 FOLDER = Path(globals().get("__file__", "low_bit_state.ipynb")).resolve().parent
@@ -153,7 +153,7 @@ axes[0].set_title("v decays; a large gradient sets it anew (bars: |g|)", loc="le
 axes[1].plot(t, phase, color=GREEN, lw=2)
 axes[1].set_title("The phase of the frame, one number for all parameters", loc="left")
 axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="octaves")
-axes[2].step(t, states.v.framed_uint8.astype(int), where="mid", color=BLUE, lw=2)
+axes[2].step(t, states.v.scaled_uint8.astype(int), where="mid", color=BLUE, lw=2)
 axes[2].set_title("What is stored: w = v s does not decay, it is halved at a fold", loc="left")
 axes[2].set_yticks((162, 168, 174, 180), ("162: 1/8", "168: 1/4", "174: 1/2", "180: 1"))
 axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(160, 181), ylabel="code: w")
@@ -179,7 +179,7 @@ def state_of(m, v) -> ScaleByAdamaxState:
 
 
 v_codes = jnp.arange(256, dtype=jnp.uint8)
-v_values = decode_state(state_of(jnp.zeros(256), FramedUint8(v_codes, jnp.uint32(0)))).v
+v_values = decode_state(state_of(jnp.zeros(256), ScaledUint8(v_codes, jnp.uint32(0)))).v
 print(f"after a fold, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
 
 v = jnp.exp2(jnp.linspace(-1, 2, 4001))
@@ -368,8 +368,8 @@ names = list(sizes)
 found = [by_path[f"[{name!r}]"] for name in names]
 for row, leaf in enumerate(found):
     spans.plot([leaf.v_min, leaf.v_max], [row, row], color=BLUE, lw=8, solid_capstyle="butt")
-    shares.barh(row - 0.2, 100 * leaf.at_bottom, color=GREEN, height=0.4)
-    shares.barh(row + 0.2, 100 * leaf.at_top, color=ORANGE, height=0.4)
+    shares.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
+    shares.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
 spans.axvspan(2**-29, 6144, color=GREY, alpha=0.15)
 spans.text(2**-28, -0.75, "range of uint8", color=GREY, va="center")
 spans.set_yticks(range(len(names)), names)

@@ -40,7 +40,7 @@ from optax_adamax._m_formats import RatioInt8
 from optax_adamax._nonfinite import HandleNonfiniteState
 from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
 from optax_adamax._transform import adamax_step, scale_by_adamax
-from optax_adamax._v_formats import FramedBfloat16, FramedUint8
+from optax_adamax._v_formats import ScaledBfloat16, ScaledUint8
 from optax_adamax.wrappers.compensation import (
     CompensateRoundingState,
     Int8Residual,
@@ -74,8 +74,6 @@ __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
-    "FramedBfloat16",
-    "FramedUint8",
     "HandleNonfiniteState",
     "Int8Residual",
     "Int16Residual",
@@ -85,6 +83,8 @@ __all__ = [
     "PackedTree",
     "RatioInt8",
     "ScaleByAdamaxState",
+    "ScaledBfloat16",
+    "ScaledUint8",
     "StateDescription",
     "adamax",
     "adamax_step",

@@ -11,7 +11,7 @@ from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
-@_checks.with_hints
+@_checks.suggest_renamed_arguments
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -79,7 +79,7 @@ def adamax(
     return handle_nonfinite(nonfinite, tx)
 
 
-@_checks.with_hints
+@_checks.suggest_renamed_arguments
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,

@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_hints(function: Callable[P, R]) -> Callable[P, R]:
+def suggest_renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Tells what an argument is called here that other optimizers call otherwise."""
 
     @functools.wraps(function)
@@ -55,13 +55,13 @@ def check_scalar(name: str, value: Any, low: float, high: float, *, closed: bool
         jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
     ):
         raise TypeError(f"{name} must be a real number, but its dtype is {dtype}.")
-    known = number(value)
+    known = concrete_value(value)
     if known is not None and not (low <= known < high or (closed and known == high)):
         interval = f"[{low:g}, {high:g}" + ("]" if closed else ")")
         raise ValueError(f"{name} must be in {interval}, but {known!r} was given.")
 
 
-def number(value: Any) -> float | None:
+def concrete_value(value: Any) -> float | None:
     """A scalar as a Python number; None where it is traced."""
     return None if isinstance(value, Tracer) else float(value)
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamax._formats import tree_of
-from optax_adamax._m_formats import M_FORMATS, MFormat, divide
-from optax_adamax._numerics import on_device
+from optax_adamax._formats import unwrap
+from optax_adamax._m_formats import M_FORMATS, MFormat, safe_divide
+from optax_adamax._numerics import preserving_memory_kind
 from optax_adamax._paths import named_leaves
 from optax_adamax._state import ScaleByAdamaxState, decode_framed, formats_of, states_in
 from optax_adamax._v_formats import V_FORMATS, VFormat
@@ -30,11 +30,17 @@ class LeafDescription:
     v_dtype: str  # in which v is stored
     v_min: float  # least v of the elements that have seen a gradient; NaN if none has
     v_max: float  # largest v of these
-    at_bottom: float  # share of elements with v at the lower end of the format's range, or below
-    at_top: float  # share of elements with v at the upper end of the format's range, or above
-    m_at_limit: float  # share of elements with m at the largest code of its format
-    unseen: float  # share of elements that never saw a gradient that the format can tell from 0
-    nonfinite: float  # share of elements whose m or v is not finite
+    underflow_fraction: (
+        float  # share of elements with v at the lower end of the format's range, or below
+    )
+    saturated_fraction: (
+        float  # share of elements with v at the upper end of the format's range, or above
+    )
+    m_saturated_fraction: float  # share of elements with m at the largest code of its format
+    no_gradient_fraction: (
+        float  # share of elements that never saw a gradient that the format can tell from 0
+    )
+    nonfinite_fraction: float  # share of elements whose m or v is not finite
     advice: str  # what to write where the format does not fit; "" where it does
 
 
@@ -110,7 +116,7 @@ def describe_state(state: Any, eps: float = 1e-8) -> StateDescription:
       12 bytes
       ['w']: v reaches 6.14e+03, the upper end of uint8, in 100% of the elements: write
       v_dtype="bfloat16", or put optax.scale before the optimizer.
-      >>> description.leaves[0].unseen
+      >>> description.leaves[0].no_gradient_fraction
       0.5
     """
     return StateDescription(
@@ -120,10 +126,12 @@ def describe_state(state: Any, eps: float = 1e-8) -> StateDescription:
 
 def _describe(state: ScaleByAdamaxState, eps: float) -> list[LeafDescription]:
     m_format, v_format = formats_of(state)
-    count = on_device(functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format))
+    count = preserving_memory_kind(
+        functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format)
+    )
     phase = state.v.phase if v_format.is_framed else jnp.uint32(0)
-    m_leaves = named_leaves(tree_of(state.m, m_format))
-    v_leaves = jax.tree.leaves(tree_of(state.v, v_format))
+    m_leaves = named_leaves(unwrap(state.m, m_format))
+    v_leaves = jax.tree.leaves(unwrap(state.v, v_format))
     described = []
     for (path, m), v in zip(m_leaves, v_leaves, strict=True):
         v_min, v_max, *counts = map(float, np.asarray(count(m, v, phase)))
@@ -162,8 +170,14 @@ def _statistics(
     unseen = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))
     seen = is_finite & ~unseen
     # Two neighbours among the codes of a ratio are at least a sixteenth apart.
-    at_limit = divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
-    counts = [seen & (v <= low), seen & (v >= high), is_finite & at_limit, unseen, ~is_finite]
+    at_limit = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
+    counts = [
+        seen & (v <= low),
+        seen & (v >= high),
+        is_finite & at_limit,
+        unseen,
+        ~is_finite,
+    ]
     return jnp.stack(
         [
             jnp.min(v, initial=jnp.inf, where=seen),
@@ -174,19 +188,22 @@ def _statistics(
 
 
 def _advice(
-    at_bottom: float,
-    at_top: float,
-    m_at_limit: float,
-    unseen: float,
-    nonfinite: float,
+    underflow_fraction: float,
+    saturated_fraction: float,
+    m_saturated_fraction: float,
+    no_gradient_fraction: float,
+    nonfinite_fraction: float,
     *,
     m_format: MFormat,
     v_format: VFormat,
 ) -> list[str]:
-    del unseen
+    del no_gradient_fraction
     words = []
     low, high = v_format.range
-    for share, bound, end in ((at_top, high, "upper"), (at_bottom, low, "lower")):
+    for share, bound, end in (
+        (saturated_fraction, high, "upper"),
+        (underflow_fraction, low, "lower"),
+    ):
         if share > (FEW if end == "lower" else 0):
             wider = _smallest(
                 f for f in V_FORMATS.values() if f.range[0] < low and f.range[1] > high
@@ -196,16 +213,19 @@ def _advice(
                 f'of the elements: write v_dtype="{wider}", or put optax.scale before the '
                 f"optimizer."
             )
-    if m_at_limit > 0 and at_top == 0:  # above a v that has saturated, any m would be at its limit
+    if (
+        m_saturated_fraction > 0 and saturated_fraction == 0
+    ):  # above a v that has saturated, any m would be at its limit
         wider = _smallest(f for f in M_FORMATS.values() if f.largest_ratio > m_format.largest_ratio)
         words.append(
             f"m is at {m_format.largest_ratio:.3g} v, the most that {m_format.dtype} holds, in "
-            f'{_percent(m_at_limit)} of the elements: write m_dtype="{wider}", or b1 < b2.'
+            f'{_percent(m_saturated_fraction)} of the elements: write m_dtype="{wider}", or '
+            f"b1 < b2."
         )
-    if nonfinite > 0:
+    if nonfinite_fraction > 0:
         words.append(
-            f'{_percent(nonfinite)} of the elements are not finite: write nonfinite="zero" or '
-            f'nonfinite="skip_step", and go on from an older checkpoint.'
+            f"{_percent(nonfinite_fraction)} of the elements are not finite: write "
+            f'nonfinite="zero" or nonfinite="skip_step", and go on from an older checkpoint.'
         )
     return words
 
@@ -237,7 +257,15 @@ def _row(leaf: LeafDescription) -> tuple[str, ...]:
         leaf.v_dtype,
         f"{leaf.bytes:,}",
         *("-" if math.isnan(v) else f"{v:.3g}" for v in (leaf.v_min, leaf.v_max)),
-        *map(_percent, (leaf.at_bottom, leaf.at_top, leaf.m_at_limit, leaf.unseen)),
+        *map(
+            _percent,
+            (
+                leaf.underflow_fraction,
+                leaf.saturated_fraction,
+                leaf.m_saturated_fraction,
+                leaf.no_gradient_fraction,
+            ),
+        ),
     )
 
 

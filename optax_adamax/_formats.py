@@ -24,7 +24,7 @@ class Format(abc.ABC):
     # What holds the stored tree in a state, in its first field, beside what the format needs for
     # all of it. Each has fields of its own names, so that no checkpoint of one format can be
     # restored into another. None: the tree stands in the state as it is.
-    node: ClassVar[type[Any] | None] = None
+    container: ClassVar[type[Any] | None] = None
     # Whether less is stored than was computed.
     is_rounded: ClassVar[bool] = True
 
@@ -44,12 +44,12 @@ class Format(abc.ABC):
             )
         return self.dtype
 
-    def holds(self, stored: np.dtype) -> bool:
+    def accepts(self, stored: np.dtype) -> bool:
         """Whether an array of this dtype may be stored."""
         return stored == self.dtype
 
 
-class Wide(Format):
+class FullPrecision(Format):
     """A moment kept as float32, float64, or the complex numbers of two of these."""
 
     is_rounded = False
@@ -65,7 +65,7 @@ class Wide(Format):
             dtype = np.result_type(dtype, np.complex64)
         return dtype
 
-    def holds(self, stored: np.dtype) -> bool:
+    def accepts(self, stored: np.dtype) -> bool:
         if self.dtype is None:
             return jnp.issubdtype(stored, jnp.inexact) and jnp.finfo(stored).bits >= 32
         return stored in (self.dtype, np.result_type(self.dtype, np.complex64))
@@ -74,7 +74,7 @@ class Wide(Format):
 F = TypeVar("F", bound=Format)
 
 
-def named(table: Mapping[str | None, F], argument: str, dtype: DTypeLike | None) -> F:
+def find_format(table: Mapping[str | None, F], argument: str, dtype: DTypeLike | None) -> F:
     """The format in `table` that the user's `dtype` names.
 
     Raises:
@@ -100,22 +100,22 @@ def named(table: Mapping[str | None, F], argument: str, dtype: DTypeLike | None)
     return table[name]
 
 
-def is_kept(moment: Any, format: Format, table: Mapping[str | None, Format]) -> bool:
+def is_in_format(moment: Any, format: Format, table: Mapping[str | None, Format]) -> bool:
     """Whether m or v of a state is kept in `format`, one of those in `table`."""
-    nodes = tuple(other.node for other in table.values() if other.node is not None)
-    node = type(moment) if isinstance(moment, nodes) else None
-    leaves = jax.tree.leaves(tree_of(moment, format)) if node is format.node else []
-    return node is format.node and all(format.holds(jnp.result_type(x)) for x in leaves)
+    nodes = tuple(other.container for other in table.values() if other.container is not None)
+    container = type(moment) if isinstance(moment, nodes) else None
+    leaves = jax.tree.leaves(unwrap(moment, format)) if container is format.container else []
+    return container is format.container and all(format.accepts(jnp.result_type(x)) for x in leaves)
 
 
-def tree_of(moment: Any, format: Format) -> Any:
+def unwrap(moment: Any, format: Format) -> Any:
     """The stored tree, like the parameters, within m or v of a state."""
-    return moment if format.node is None else moment[0]
+    return moment if format.container is None else moment[0]
 
 
-def in_node(tree: Any, format: Format, *beside: Any) -> Any:
+def wrap(tree: Any, format: Format, *beside: Any) -> Any:
     """The stored tree as m or v of a state; `beside` is what the format's node has besides."""
-    return tree if format.node is None else format.node(tree, *beside)
+    return tree if format.container is None else format.container(tree, *beside)
 
 
 def _is_complex(x: Any) -> bool:
@@ -123,7 +123,7 @@ def _is_complex(x: Any) -> bool:
 
 
 @jax.custom_jvp
-def undifferentiable(x: jax.Array) -> jax.Array:
+def forbid_derivative(x: jax.Array) -> jax.Array:
     """x, on its way to being rounded: refuses to be differentiated, for what follows is constant.
 
     Raises:
@@ -132,7 +132,7 @@ def undifferentiable(x: jax.Array) -> jax.Array:
     return x
 
 
-@undifferentiable.defjvp
+@forbid_derivative.defjvp
 def _(primals: Any, tangents: Any) -> Any:
     del primals, tangents
     raise TypeError(
@@ -142,12 +142,12 @@ def _(primals: Any, tangents: Any) -> Any:
     )
 
 
-def bits(x: jax.Array) -> jax.Array:
+def float32_bits(x: jax.Array) -> jax.Array:
     """The bits of a float32 as int32."""
     return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
-def from_bits(bits: jax.Array) -> jax.Array:
+def float32_from_bits(bits: jax.Array) -> jax.Array:
     """The float32 of these bits."""
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
@@ -159,11 +159,11 @@ def with_sign(size: jax.Array, number: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, same) | sign, size.dtype)
 
 
-def bits_of(number: float) -> int:
+def py_float32_bits(number: float) -> int:
     """The bits of a number as float32."""
     return int(np.float32(number).view(np.int32))
 
 
-def float_of(bits: int) -> float:
+def py_float32(bits: int) -> float:
     """The float32 of these bits, as a Python number."""
     return float(np.int32(bits).view(np.float32))

@@ -29,7 +29,7 @@ class Hyperparameters:
     """What a step is made from, and where it is said what each one means."""
 
     b1: ArrayLike
-    a1: ArrayLike  # 1 - b1
+    one_minus_b1: ArrayLike  # 1 - b1
     b2: ArrayLike
     octaves: ArrayLike  # by which v decays in a step
     eps: ArrayLike
@@ -40,7 +40,7 @@ class Hyperparameters:
     largest_ratio: float | None = _static()
 
     @classmethod
-    def checked(
+    def validated(
         cls,
         b1: ArrayLike,
         b2: ArrayLike,
@@ -58,18 +58,18 @@ class Hyperparameters:
         _checks.check_flag("nesterov", nesterov)
         return cls(
             b1=b1,
-            a1=1 - b1,
+            one_minus_b1=1 - b1,
             b2=b2,
             octaves=_frame.octaves(b2),
             eps=eps,
             eps_in_max=eps_placement == "max",
             bias_correction=bias_correction,
             nesterov=nesterov,
-            largest_ratio=_largest_ratio(_checks.number(b1), _checks.number(b2)),
+            largest_ratio=_largest_ratio(_checks.concrete_value(b1), _checks.concrete_value(b2)),
         )
 
     @functools.partial(jax.jit, static_argnames=("m_format", "v_format", "dtype"))
-    def at(
+    def for_step(
         self,
         t: ArrayLike,
         phase: jax.Array,
@@ -89,22 +89,24 @@ class Hyperparameters:
           v_format: how v is kept.
           dtype: of the arithmetic, float32 or float64.
         """
-        b1, a1, b2, eps = (jnp.asarray(x, dtype) for x in (self.b1, self.a1, self.b2, self.eps))
+        b1, one_minus_b1, b2, eps = (
+            jnp.asarray(x, dtype) for x in (self.b1, self.one_minus_b1, self.b2, self.eps)
+        )
         count = jnp.asarray(t, dtype)
-        bias = one_minus_power(a1, count) if self.bias_correction else jnp.ones((), dtype)
-        next_bias = one_minus_power(a1, count + 1) if self.bias_correction else bias
+        bias = one_minus_power(one_minus_b1, count) if self.bias_correction else jnp.ones((), dtype)
+        next_bias = one_minus_power(one_minus_b1, count + 1) if self.bias_correction else bias
         frame = _frame.advance(phase, self.octaves)
         scale = frame.scale.astype(dtype) if v_format.is_framed else jnp.ones((), dtype)
         is_rounded = m_format.is_rounded or v_format.is_rounded
         bound = None
         if is_rounded and self.largest_ratio not in (None, float("inf")):
-            bound = _bound(count, b1, a1, b2, bias, next_bias if self.nesterov else None)
+            bound = _bound(count, b1, one_minus_b1, b2, bias, next_bias if self.nesterov else None)
         in_frame = m_format.is_ratio and v_format.is_framed
         shift = v_format.shift_of(frame.shift)
         return Step(
             t=jnp.asarray(t),
             b1=b1 / jnp.where(b2 == 0, 1, b2) if in_frame else b1,
-            a1=a1,
+            one_minus_b1=one_minus_b1,
             b2=b2,
             shift=shift,
             scale=scale if v_format.is_framed else None,
@@ -129,7 +131,7 @@ def _largest_ratio(b1: float | None, b2: float | None) -> float | None:
 def _bound(
     t: jax.Array,
     b1: jax.Array,
-    a1: jax.Array,
+    one_minus_b1: jax.Array,
     b2: jax.Array,
     bias: jax.Array,
     next_bias: jax.Array | None,
@@ -140,5 +142,5 @@ def _bound(
     gradients |g_k| = b2^k reach it, and none go beyond.
     """
     a = (b2 - b1) / b2
-    ratio = a1 * one_minus_power(a, t) / a  # of m / v
-    return ratio / bias if next_bias is None else b1 * ratio / next_bias + a1 / bias
+    ratio = one_minus_b1 * one_minus_power(a, t) / a  # of m / v
+    return ratio / bias if next_bias is None else b1 * ratio / next_bias + one_minus_b1 / bias

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax import _xla
-from optax_adamax._formats import bits
-from optax_adamax._m_formats import MFormat, divide, limited
-from optax_adamax._numerics import map_real_imag, modulus, narrow, widen
+from optax_adamax._formats import float32_bits
+from optax_adamax._m_formats import MFormat, clip_update, safe_divide
+from optax_adamax._numerics import abs_if_complex, map_real_imag, saturating_cast, upcast
 from optax_adamax._step import SHIFT_BITS, Step
 from optax_adamax._v_formats import VFormat
 
@@ -46,17 +46,17 @@ def update_leaf(
     def next_v(v: jax.Array, g: jax.Array) -> jax.Array:
         """v_t = max(b2 v_{t-1}, |g_t| + eps)."""
         new_v = v_format.next(v, _magnitude(g, step), step.b2, _shift(g, step))
-        return _if_taken(step, narrow(new_v, v.dtype), v)
+        return _if_taken(step, saturating_cast(new_v, v.dtype), v)
 
     def next_m(
         m: jax.Array, v: jax.Array, new_v: jax.Array, g: jax.Array, add: _xla.Add
     ) -> jax.Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t."""
         m_prev = m_format.decode(m, decode_v(v_format.fold(v, _shift(g, step))))
-        m_t = map_real_imag(lambda g, m: add(step.a1 * g, step.b1 * m), g_t(g), m_prev)
+        m_t = map_real_imag(lambda g, m: add(step.one_minus_b1 * g, step.b1 * m), g_t(g), m_prev)
         threshold = _threshold(_gradient(g, step), step)
         new_m = m_format.encode(m_t, decode_v(new_v), threshold, v_format.smallest)
-        return _if_taken(step, narrow(new_m, m.dtype), m)
+        return _if_taken(step, saturating_cast(new_m, m.dtype), m)
 
     def g_t(g: jax.Array) -> jax.Array:
         """The gradient in the units in which m is kept."""
@@ -78,13 +78,13 @@ def update_leaf(
         u = m_format.ratio(new_m, v_t, step)
     else:
         u = _look_ahead(g_t(g), m_format.decode(new_m, v_t), v_t, step)
-    return narrow(u, dtype), new_m, new_v
+    return saturating_cast(u, dtype), new_m, new_v
 
 
 def _gradient(g: jax.Array, step: Step) -> jax.Array:
     """g_t, in the dtype of the arithmetic; what is not finite counts as 0 if it is looked at."""
-    g = widen(g, step.b1.dtype)
-    return g if step.grads_finite is None else jnp.where(jnp.isfinite(modulus(g)), g, 0)
+    g = upcast(g, step.b1.dtype)
+    return g if step.grads_finite is None else jnp.where(jnp.isfinite(abs_if_complex(g)), g, 0)
 
 
 def _magnitude(g: jax.Array, step: Step) -> jax.Array:
@@ -96,13 +96,16 @@ def _magnitude(g: jax.Array, step: Step) -> jax.Array:
 
 def _look_ahead(g: jax.Array, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
     """Nesterov's update, (b1 m_t / (1 - b1^(t+1)) + (1 - b1) g_t / (1 - b1^t)) / v_t."""
-    m = map_real_imag(lambda g, m: step.b1_ahead * m + step.a1 * g, g, m)
-    return limited(divide(m, step.divisor(v)), step.bound)
+    m = map_real_imag(lambda g, m: step.b1_ahead * m + step.one_minus_b1 * g, g, m)
+    return clip_update(safe_divide(m, step.divisor(v)), step.bound)
 
 
 def _threshold(g: jax.Array, step: Step) -> jax.Array:
     """uint32, uniform over the steps whatever g is; the bits of g tell the elements apart."""
-    mantissa = bits(narrow(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32) << SHIFT_BITS
+    mantissa = (
+        float32_bits(saturating_cast(jnp.abs(g), np.dtype(np.float32))).astype(jnp.uint32)
+        << SHIFT_BITS
+    )
     return step.threshold + mantissa
 
 

@@ -14,14 +14,14 @@ import numpy as np
 
 from optax_adamax._formats import (
     Format,
-    Wide,
-    bits,
-    bits_of,
-    from_bits,
-    undifferentiable,
+    FullPrecision,
+    float32_bits,
+    float32_from_bits,
+    forbid_derivative,
+    py_float32_bits,
     with_sign,
 )
-from optax_adamax._numerics import map_real_imag, narrow, widen
+from optax_adamax._numerics import map_real_imag, saturating_cast, upcast
 from optax_adamax._step import Step
 
 
@@ -49,10 +49,10 @@ class MFormat(Format):
     def ratio(self, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
         """m / ((1 - b1^t) (v + eps)) of the stored m, limited; 0 where no gradient was seen."""
         # Not m / v / bias, of which XLA makes this in some programs, and in others not.
-        return limited(divide(self.decode(m, v), step.divisor(v)), step.bound)
+        return clip_update(safe_divide(self.decode(m, v), step.divisor(v)), step.bound)
 
 
-def divide(m: jax.Array, v: jax.Array, smallest_v: float = 0.0) -> jax.Array:
+def safe_divide(m: jax.Array, v: jax.Array, smallest_v: float = 0.0) -> jax.Array:
     """m / v, and 0 where v is 0, if it may be so small."""
     if smallest_v > 0:  # on CPU XLA keeps a bare quotient that is used more than once
         return map_real_imag(lambda m: m / v, m)
@@ -61,7 +61,7 @@ def divide(m: jax.Array, v: jax.Array, smallest_v: float = 0.0) -> jax.Array:
     return map_real_imag(lambda m: jnp.where(unseen, 0, m / v), m)
 
 
-def limited(u: jax.Array, bound: jax.Array | None) -> jax.Array:
+def clip_update(u: jax.Array, bound: jax.Array | None) -> jax.Array:
     """u within +-bound, and NaN where it is not finite."""
     if bound is None:
         return u
@@ -70,13 +70,13 @@ def limited(u: jax.Array, bound: jax.Array | None) -> jax.Array:
     return jnp.where(jnp.isfinite(u), within, jnp.nan)
 
 
-class WideM(Wide, MFormat):
+class FullPrecisionM(FullPrecision, MFormat):
     """m kept as it was computed."""
 
     relative_error = 0.0
 
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        return widen(m, v.dtype)
+        return upcast(m, v.dtype)
 
     def encode(
         self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
@@ -98,9 +98,9 @@ class Bfloat16M(MFormat):
         self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
         del v, smallest_v
-        m = undifferentiable(m)
+        m = forbid_derivative(m)
         largest = float(jnp.finfo(self.dtype).max)
-        cut = bits(jnp.clip(narrow(m, np.dtype(np.float32)), -largest, largest))
+        cut = float32_bits(jnp.clip(saturating_cast(m, np.dtype(np.float32)), -largest, largest))
         cut = (cut + (threshold >> 16).astype(jnp.int32)) >> 16
         kept = jax.lax.bitcast_convert_type(cut.astype(jnp.int16), jnp.bfloat16)
         return jnp.where(jnp.isfinite(m), kept, jnp.bfloat16(jnp.nan))
@@ -120,7 +120,7 @@ class Int8M(MFormat):
     """
 
     dtype = np.dtype(np.int8)
-    node = RatioInt8
+    container = RatioInt8
     is_ratio = True
     OFFSET: ClassVar[float] = 2.0**-13
     NAN_CODE: ClassVar[int] = -128
@@ -131,7 +131,7 @@ class Int8M(MFormat):
     def magnitude(self, code: jax.Array) -> jax.Array:
         """|m| / v in float32."""
         code = code.astype(jnp.int32)
-        size = from_bits((jnp.abs(code) << 20) + bits_of(self.OFFSET)) - self.OFFSET
+        size = float32_from_bits((jnp.abs(code) << 20) + py_float32_bits(self.OFFSET)) - self.OFFSET
         return jnp.where(code == self.NAN_CODE, jnp.nan, size)
 
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
@@ -142,10 +142,15 @@ class Int8M(MFormat):
     def encode(
         self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
     ) -> jax.Array:
-        m = undifferentiable(m)
-        y = narrow(jnp.abs(divide(m, v, smallest_v)), np.dtype(np.float32)) + self.OFFSET
+        m = forbid_derivative(m)
+        y = (
+            saturating_cast(jnp.abs(safe_divide(m, v, smallest_v)), np.dtype(np.float32))
+            + self.OFFSET
+        )
         y = jnp.minimum(y, self.largest_ratio + self.OFFSET)
-        code = (bits(y) - bits_of(self.OFFSET) + (threshold >> 12).astype(jnp.int32)) >> 20
+        code = (
+            float32_bits(y) - py_float32_bits(self.OFFSET) + (threshold >> 12).astype(jnp.int32)
+        ) >> 20
         code = jnp.where(m < 0, -code, code)
         return jnp.where(jnp.isfinite(m), code, self.NAN_CODE).astype(jnp.int8)
 
@@ -153,14 +158,14 @@ class Int8M(MFormat):
         # A division would be dear to XLA, which then keeps its result instead of the code.
         size = self.magnitude(m).astype(v.dtype) * (1 / step.bias)
         if step.eps_in_denominator is not None:
-            size *= divide(v, v + step.eps_in_denominator)
+            size *= safe_divide(v, v + step.eps_in_denominator)
         return with_sign(size if step.bound is None else jnp.minimum(size, step.bound), m)
 
 
 M_FORMATS: dict[str | None, MFormat] = {
-    None: WideM(None),
-    "float32": WideM(np.dtype(np.float32)),
-    "float64": WideM(np.dtype(np.float64)),
+    None: FullPrecisionM(None),
+    "float32": FullPrecisionM(np.dtype(np.float32)),
+    "float64": FullPrecisionM(np.dtype(np.float64)),
     "bfloat16": Bfloat16M(),
     "int8": Int8M(),
 }

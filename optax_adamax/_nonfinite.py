@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_adamax import _checks, _xla
-from optax_adamax._numerics import modulus
+from optax_adamax._numerics import abs_if_complex
 
 Nonfinite = Literal["propagate", "zero", "skip_step"]
 
@@ -68,7 +68,7 @@ def _zero(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[Any, An
 
     def count(grads: list[jax.Array]) -> jax.Array:
         return _total(
-            [jnp.sum(~jnp.isfinite(modulus(g)), dtype=jnp.uint32) for g in grads], like=none
+            [jnp.sum(~jnp.isfinite(abs_if_complex(g)), dtype=jnp.uint32) for g in grads], like=none
         )
 
     # On CPU XLA writes the mask to memory before it is added up: so only where there is something.
@@ -88,7 +88,7 @@ def _skip_step(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[An
 
 
 def _has_nonfinite(grads: list[jax.Array], like: jax.Array) -> jax.Array:
-    bad = [~_xla.all_finite(modulus(g)) for g in grads]
+    bad = [~_xla.all_finite(abs_if_complex(g)) for g in grads]
     return _total([x.astype(jnp.uint32) for x in bad], like) > 0
 
 

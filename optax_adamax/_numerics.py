@@ -15,12 +15,12 @@ def compute_dtype(*arrays: Any) -> np.dtype:
     return np.dtype(np.float64 if wide else np.float32)
 
 
-def widen(x: jax.Array, dtype: np.dtype) -> jax.Array:
+def upcast(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """Casts x to the real `dtype`, or to its complex counterpart if x is complex."""
     return x.astype(np.result_type(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
 
 
-def narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
+def saturating_cast(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """Casts x to `dtype`; what is finite stays so, at the largest number where x is beyond it."""
     if x.dtype == dtype:
         return x
@@ -31,12 +31,12 @@ def narrow(x: jax.Array, dtype: np.dtype) -> jax.Array:
     return x.astype(dtype)
 
 
-def modulus(g: jax.Array) -> jax.Array:
+def abs_if_complex(g: jax.Array) -> jax.Array:
     """g, or its modulus if it is complex: what v sees, and what may be infinite."""
     return jnp.abs(g) if jnp.iscomplexobj(g) else g
 
 
-def wider(x: Any, y: Any) -> np.dtype:
+def wider_dtype(x: Any, y: Any) -> np.dtype:
     """The dtype of x, or that of y if it has more bits."""
     x, y = jnp.result_type(x), jnp.result_type(y)
     return y if jnp.finfo(y).bits > jnp.finfo(x).bits else x
@@ -73,7 +73,7 @@ def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.A
     return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))
 
 
-def on_device(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def preserving_memory_kind(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """`function` of arrays in any memory: the result lies where the first argument does."""
 
     def call(first: Any, *rest: Any) -> jax.Array:

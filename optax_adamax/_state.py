@@ -11,9 +11,9 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax import _frame
-from optax_adamax._formats import Format, in_node, is_kept, named, tree_of
+from optax_adamax._formats import Format, find_format, is_in_format, unwrap, wrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._numerics import narrow, on_device
+from optax_adamax._numerics import preserving_memory_kind, saturating_cast
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
     m and v are trees like the parameters; what is coded stands in a node that says how: m in a
-    :class:`RatioInt8`, v in a :class:`FramedBfloat16` or :class:`FramedUint8`.
+    :class:`RatioInt8`, v in a :class:`ScaledBfloat16` or :class:`ScaledUint8`.
     :func:`decode_state` turns both into plain floats.
     """
 
@@ -94,12 +94,12 @@ def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike 
 
 def m_format_of(dtype: DTypeLike | None) -> MFormat:
     """The format for a user's `m_dtype`."""
-    return named(M_FORMATS, "m_dtype", dtype)
+    return find_format(M_FORMATS, "m_dtype", dtype)
 
 
 def v_format_of(dtype: DTypeLike | None) -> VFormat:
     """The format for a user's `v_dtype`."""
-    return named(V_FORMATS, "v_dtype", dtype)
+    return find_format(V_FORMATS, "v_dtype", dtype)
 
 
 def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
@@ -114,11 +114,11 @@ def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | No
 
 
 def _m_format(m: Any) -> MFormat:
-    return next(f for f in M_FORMATS.values() if is_kept(m, f, M_FORMATS))
+    return next(f for f in M_FORMATS.values() if is_in_format(m, f, M_FORMATS))
 
 
 def _v_format(v: Any) -> VFormat:
-    return next(f for f in V_FORMATS.values() if is_kept(v, f, V_FORMATS))
+    return next(f for f in V_FORMATS.values() if is_in_format(v, f, V_FORMATS))
 
 
 def states_in(tree: Any) -> list[ScaleByAdamaxState]:
@@ -148,9 +148,9 @@ def _is_state(x: Any) -> bool:
 
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     m_format, v = _m_format(state.m), _decode_v(state.v)
-    m = tree_of(state.m, m_format)
+    m = unwrap(state.m, m_format)
     if m_format.is_rounded:
-        decode = on_device(functools.partial(_decode_leaf_of_m, m_format=m_format))
+        decode = preserving_memory_kind(functools.partial(_decode_leaf_of_m, m_format=m_format))
         m = jax.tree.map(decode, m, v)
     return ScaleByAdamaxState(state.count, m, v)
 
@@ -160,8 +160,8 @@ def _decode_v(v: Any) -> Any:
     if not v_format.is_framed:
         return v
 
-    decode = on_device(functools.partial(decode_framed, v_format=v_format))
-    return jax.tree.map(lambda codes: decode(codes, v.phase), tree_of(v, v_format))
+    decode = preserving_memory_kind(functools.partial(decode_framed, v_format=v_format))
+    return jax.tree.map(lambda codes: decode(codes, v.phase), unwrap(v, v_format))
 
 
 # The conversion of a leaf is compiled: by itself each operation would be a program for each shape.
@@ -183,25 +183,25 @@ def decode_framed(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
     floats = _decode(state)
-    keeps_v = is_kept(state.v, v_format, V_FORMATS)
-    keeps_m = is_kept(state.m, m_format, M_FORMATS)
+    keeps_v = is_in_format(state.v, v_format, V_FORMATS)
+    keeps_m = is_in_format(state.m, m_format, M_FORMATS)
 
-    @on_device
+    @preserving_memory_kind
     def encode_v(v: jax.Array, m: jax.Array) -> jax.Array:
         dtype = _stored_dtype(v_format, v, m, real=True)
         return v if v.dtype == dtype else _encode_leaf_of_v(v, v_format, dtype)
 
-    @on_device
+    @preserving_memory_kind
     def encode_m(m: jax.Array, v: jax.Array) -> jax.Array:
         dtype = _stored_dtype(m_format, m, m, real=False)
         return m if m.dtype == dtype else _encode_leaf_of_m(m, v, m_format, dtype)
 
     m, v = state.m, state.v
     if not keeps_v:
-        phase = on_device(lambda count: jnp.zeros_like(count, jnp.uint32))(state.count)
-        v = in_node(jax.tree.map(encode_v, floats.v, floats.m), v_format, phase)
+        phase = preserving_memory_kind(lambda count: jnp.zeros_like(count, jnp.uint32))(state.count)
+        v = wrap(jax.tree.map(encode_v, floats.v, floats.m), v_format, phase)
     if not (keeps_m and (keeps_v or not m_format.is_ratio)):
-        m = in_node(jax.tree.map(encode_m, floats.m, _decode_v(v)), m_format)
+        m = wrap(jax.tree.map(encode_m, floats.m, _decode_v(v)), m_format)
     return ScaleByAdamaxState(state.count, m, v)
 
 
@@ -213,12 +213,12 @@ def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> 
 @functools.partial(jax.jit, static_argnames=("v_format", "dtype"))
 def _encode_leaf_of_v(v: jax.Array, v_format: VFormat, dtype: np.dtype) -> jax.Array:
     scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
-    return narrow(v_format.encode(v * scale if v_format.is_framed else v), dtype)
+    return saturating_cast(v_format.encode(v * scale if v_format.is_framed else v), dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("m_format", "dtype"))
 def _encode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat, dtype: np.dtype) -> jax.Array:
-    return narrow(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
+    return saturating_cast(m_format.encode(m, v, jnp.uint32(1 << 31)), dtype)
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -229,7 +229,7 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
         ("m", m_format, M_FORMATS, state.m),
         ("v", v_format, V_FORMATS, state.v),
     ):
-        if not is_kept(moment, format, table):
+        if not is_in_format(moment, format, table):
             raise TypeError(
                 f"The state keeps {name} as {_how(moment, table)}, but the transformation was "
                 f"built with {name}_dtype={format.dtype}: convert the state with "
@@ -242,7 +242,7 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
     for name, (scalar, kind) in scalars.items():
         if scalar is None or not jnp.issubdtype(jnp.result_type(scalar), kind):
             raise TypeError(f"The state has {scalar} for {name}: {_RESTORE}")
-    m, v = tree_of(state.m, m_format), tree_of(state.v, v_format)
+    m, v = unwrap(state.m, m_format), unwrap(state.v, v_format)
     shapes = [[jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (m, v)]
     if jax.tree.structure(m) != jax.tree.structure(v) or shapes[0] != shapes[1]:
         raise ValueError(f"The state has m and v of different trees or shapes: {_RESTORE}")
@@ -251,7 +251,7 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
 
 def _how(moment: Any, table: Mapping[str | None, Format]) -> str:
     """The dtype in which m or v of a state is kept, and the node, if it is one of a format."""
-    nodes = [format.node for format in table.values() if type(moment) is format.node]
+    nodes = [format.container for format in table.values() if type(moment) is format.container]
     dtypes = sorted({str(jnp.result_type(x)) for x in jax.tree.leaves(moment)} - {"uint32"})
     return " and ".join(dtypes) + (f" in a {nodes[0].__name__}" if nodes and nodes[0] else "")
 

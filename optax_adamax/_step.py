@@ -17,7 +17,7 @@ class Step(NamedTuple):
 
     t: jax.Array  # int32: 1 at the first step
     b1: jax.Array  # over b2 where m is a ratio in the frame, which decays by itself
-    a1: jax.Array  # 1 - b1
+    one_minus_b1: jax.Array  # 1 - b1
     b2: jax.Array
     shift: jax.Array  # int32: by how much the frame is folded back, as `VFormat.fold` takes it
     scale: jax.Array | None  # s_t; None: there is no frame

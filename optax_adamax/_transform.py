@@ -9,15 +9,15 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
-from optax_adamax._formats import in_node, tree_of
+from optax_adamax._formats import unwrap, wrap
 from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters
 from optax_adamax._leaf import update_leaf
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
-from optax_adamax._numerics import compute_dtype, map_real_imag, wider
+from optax_adamax._numerics import compute_dtype, map_real_imag, wider_dtype
 from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_format_of
 
 
-@_checks.with_hints
+@_checks.suggest_renamed_arguments
 def scale_by_adamax(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
@@ -99,7 +99,7 @@ def scale_by_adamax(
       Kingma & Ba, `Adam: A Method for Stochastic Optimization
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
-    hyper = Hyperparameters.checked(b1, b2, eps, eps_placement, bias_correction, nesterov)
+    hyper = Hyperparameters.validated(b1, b2, eps, eps_placement, bias_correction, nesterov)
     m_format, v_format = m_format_of(m_dtype), v_format_of(v_dtype)
     _checks.check_ratio(hyper.largest_ratio, m_format.largest_ratio, b1, b2)
     formats: dict[str, Any] = {"m_format": m_format, "v_format": v_format}
@@ -110,8 +110,8 @@ def scale_by_adamax(
         v = jax.tree.map(lambda p: v_format.init(p, real=True), params)
         return ScaleByAdamaxState(
             count=jnp.zeros((), jnp.int32),
-            m=in_node(m, m_format),
-            v=in_node(v, v_format, jnp.zeros((), jnp.uint32)),
+            m=wrap(m, m_format),
+            v=wrap(v, v_format, jnp.zeros((), jnp.uint32)),
         )
 
     def update(
@@ -124,7 +124,7 @@ def scale_by_adamax(
     ) -> tuple[optax.Updates, ScaleByAdamaxState]:
         del extra_args
         state = check_state(state, m_format, v_format)
-        m, v = tree_of(state.m, m_format), tree_of(state.v, v_format)
+        m, v = unwrap(state.m, m_format), unwrap(state.v, v_format)
         _checks.check_gradients(updates, m)
         grads, treedef = jax.tree.flatten(updates)
         like = grads if params is None else treedef.flatten_up_to(params)
@@ -133,7 +133,7 @@ def scale_by_adamax(
         leaves = list(zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True))
         dtypes = [compute_dtype(*leaf[:3]) for leaf in leaves]
         steps = {
-            dtype: hyper.at(t, phase, grads_finite, **formats, dtype=dtype)
+            dtype: hyper.for_step(t, phase, grads_finite, **formats, dtype=dtype)
             for dtype in {np.dtype(np.float32), *dtypes}
         }
         updated = [
@@ -143,13 +143,13 @@ def scale_by_adamax(
                 v,
                 steps[dtype],
                 **formats,
-                dtype=wider(g, p),
+                dtype=wider_dtype(g, p),
             )
             for (g, m, v, p), dtype in zip(leaves, dtypes, strict=True)
         ]
         u, m, v = (treedef.unflatten([leaf[i] for leaf in updated]) for i in range(3))
         phase = steps[np.dtype(np.float32)].phase
-        return u, ScaleByAdamaxState(t, in_node(m, m_format), in_node(v, v_format, phase))
+        return u, ScaleByAdamaxState(t, wrap(m, m_format), wrap(v, v_format, phase))
 
     return handle_nonfinite(nonfinite, optax.GradientTransformationExtraArgs(init, update))
 
@@ -202,7 +202,7 @@ def adamax_step(
       >>> print(f"{parameter:.3f} {m:.3f} {v:.3f}")
       0.998 0.010 0.100
     """
-    hyper = Hyperparameters.checked(b1, b2, eps, eps_placement, bias_correction, nesterov)
+    hyper = Hyperparameters.validated(b1, b2, eps, eps_placement, bias_correction, nesterov)
     _checks.check_scalar("learning_rate", learning_rate, 0.0, float("inf"))
     _checks.check_scalar("t", t, 1.0, float("inf"))
     arrays = {"parameter": parameter, "grad": grad, "m": m, "v": v}
@@ -215,7 +215,7 @@ def adamax_step(
         grad.astype(wide),
         jnp.broadcast_to(m.astype(wide), parameter.shape),
         jnp.broadcast_to(v.astype(dtype), parameter.shape),
-        hyper.at(t, jnp.uint32(0), **formats, dtype=dtype),
+        hyper.for_step(t, jnp.uint32(0), **formats, dtype=dtype),
         **formats,
         dtype=wide,
     )

@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_adamax._formats import Format, Wide, bits, bits_of, float_of, from_bits, undifferentiable
-from optax_adamax._numerics import narrow
+from optax_adamax._formats import (
+    Format,
+    FullPrecision,
+    float32_bits,
+    float32_from_bits,
+    forbid_derivative,
+    py_float32,
+    py_float32_bits,
+)
+from optax_adamax._numerics import saturating_cast
 
 
 class VFormat(Format):
@@ -24,7 +32,7 @@ class VFormat(Format):
     @property
     def is_framed(self) -> bool:
         """Whether there is a frame, of which the state then holds the phase."""
-        return self.node is not None
+        return self.container is not None
 
     @abc.abstractmethod
     def decode(self, w: jax.Array) -> jax.Array:
@@ -47,7 +55,7 @@ class VFormat(Format):
         """max(b2 v, |g|), from what is stored to what is stored."""
 
 
-class WideV(Wide, VFormat):
+class FullPrecisionV(FullPrecision, VFormat):
     """v kept as it was computed."""
 
     range = (0.0, float("inf"))
@@ -68,10 +76,10 @@ class WideV(Wide, VFormat):
         return jnp.maximum(b2 * w.astype(b2.dtype), abs_g)
 
 
-class FramedBfloat16(NamedTuple):
-    """v kept as bfloat16 in a frame: it is ``framed_bfloat16 / 2**(phase / 2**32 - 1)``."""
+class ScaledBfloat16(NamedTuple):
+    """v kept as bfloat16 in a frame: it is ``scaled_bfloat16 / 2**(phase / 2**32 - 1)``."""
 
-    framed_bfloat16: Any  # a tree like the parameters
+    scaled_bfloat16: Any  # a tree like the parameters
     phase: jax.Array  # shape=(), dtype=uint32: fraction of an octave, in units of 2**-32
 
 
@@ -79,7 +87,7 @@ class Bfloat16V(VFormat):
     """Rounded to the nearest bfloat16 when it is set, and halved exactly from then on."""
 
     dtype = np.dtype(jnp.bfloat16)
-    node = FramedBfloat16
+    container = ScaledBfloat16
     range = (2.0**-120, 2.0**127)
     relative_error = 2.0**-8
 
@@ -87,26 +95,28 @@ class Bfloat16V(VFormat):
         return w.astype(jnp.float32)
 
     def encode(self, w: jax.Array) -> jax.Array:
-        w = narrow(undifferentiable(w), np.dtype(np.float32))
+        w = saturating_cast(forbid_derivative(w), np.dtype(np.float32))
         w = jnp.minimum(w, float(jnp.finfo(self.dtype).max))  # else it may be rounded to infinity
         # Not a cast alone: XLA may leave out a cast to bfloat16 and back, but never this.
         return jax.lax.reduce_precision(w, exponent_bits=8, mantissa_bits=7).astype(self.dtype)
 
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
         del b2
-        return self.encode(jnp.maximum(self.fold(w, shift), narrow(abs_g, np.dtype(np.float32))))
+        return self.encode(
+            jnp.maximum(self.fold(w, shift), saturating_cast(abs_g, np.dtype(np.float32)))
+        )
 
     def shift_of(self, octaves: jax.Array) -> jax.Array:
         return 127 - octaves  # the exponent of the factor
 
     def fold(self, w: jax.Array, shift: jax.Array) -> jax.Array:
-        return self.decode(w) * from_bits(shift << 23)
+        return self.decode(w) * float32_from_bits(shift << 23)
 
 
-class FramedUint8(NamedTuple):
+class ScaledUint8(NamedTuple):
     """v kept as codes in a frame; `Uint8V` says what they mean."""
 
-    framed_uint8: Any  # a tree like the parameters
+    scaled_uint8: Any  # a tree like the parameters
     phase: jax.Array  # shape=(), dtype=uint32: fraction of an octave, in units of 2**-32
 
 
@@ -118,24 +128,30 @@ class Uint8V(VFormat):
     """
 
     dtype = np.dtype(np.uint8)
-    node = FramedUint8
+    container = ScaledUint8
     CODES_PER_OCTAVE: ClassVar[int] = 6
     SPACING: ClassVar[int] = (1 << 23) // CODES_PER_OCTAVE  # of codes, in a float's last places
     FLOOR: ClassVar[float] = 2.0**-30  # w of code 0
-    CEILING: ClassVar[float] = float_of(bits_of(FLOOR) + 255 * SPACING)  # w of code 255: 6144
+    CEILING: ClassVar[float] = py_float32(
+        py_float32_bits(FLOOR) + 255 * SPACING
+    )  # w of code 255: 6144
     smallest = FLOOR
     range = (2 * FLOOR, CEILING)  # w is v at one end of an octave of decay, and v / 2 at the other
     relative_error = 1 / (2 * CODES_PER_OCTAVE)
 
     def decode(self, w: jax.Array) -> jax.Array:
-        return from_bits(w.astype(jnp.int32) * self.SPACING + bits_of(self.FLOOR))
+        return float32_from_bits(w.astype(jnp.int32) * self.SPACING + py_float32_bits(self.FLOOR))
 
     def encode(self, w: jax.Array) -> jax.Array:
-        w = jnp.clip(narrow(undifferentiable(w), np.dtype(np.float32)), self.FLOOR, self.CEILING)
-        # (bits(w) - bits_of(FLOOR)) / SPACING to the nearest: modulo 2**32 the products wrap, and
+        w = jnp.clip(
+            saturating_cast(forbid_derivative(w), np.dtype(np.float32)), self.FLOOR, self.CEILING
+        )
+        # (bits(w) - bits(FLOOR)) / SPACING to the nearest: modulo 2**32 the products wrap, and
         # their difference is right.
-        half = (1 << 22) - self.CODES_PER_OCTAVE * bits_of(self.FLOOR)
-        code = bits(w).astype(jnp.uint32) * self.CODES_PER_OCTAVE + np.uint32(half % (1 << 32))
+        half = (1 << 22) - self.CODES_PER_OCTAVE * py_float32_bits(self.FLOOR)
+        code = float32_bits(w).astype(jnp.uint32) * self.CODES_PER_OCTAVE + np.uint32(
+            half % (1 << 32)
+        )
         return (code >> 23).astype(self.dtype)
 
     def next(self, w: jax.Array, abs_g: jax.Array, b2: jax.Array, shift: jax.Array) -> jax.Array:
@@ -151,9 +167,9 @@ class Uint8V(VFormat):
 
 
 V_FORMATS: dict[str | None, VFormat] = {
-    None: WideV(None),
-    "float32": WideV(np.dtype(np.float32)),
-    "float64": WideV(np.dtype(np.float64)),
+    None: FullPrecisionV(None),
+    "float32": FullPrecisionV(np.dtype(np.float32)),
+    "float64": FullPrecisionV(np.dtype(np.float64)),
     "bfloat16": Bfloat16V(),
     "uint8": Uint8V(),
 }

@@ -119,10 +119,10 @@ RATES = [
 ]
 
 SPIKES = [
-    (dict(multiple=1.0), ValueError, "multiple must be above 1"),
-    (dict(multiple=0.5), ValueError, "multiple must be in [1, inf), but 0.5"),
-    (dict(multiple="5"), TypeError, "multiple must be a real number"),
-    (dict(multiple=float("nan")), ValueError, "multiple must be in [1, inf), but nan"),
+    (dict(max_norm_ratio=1.0), ValueError, "max_norm_ratio must be above 1"),
+    (dict(max_norm_ratio=0.5), ValueError, "max_norm_ratio must be in [1, inf), but 0.5"),
+    (dict(max_norm_ratio="5"), TypeError, "max_norm_ratio must be a real number"),
+    (dict(max_norm_ratio=float("nan")), ValueError, "max_norm_ratio must be in [1, inf), but nan"),
     (dict(decay=1.0), ValueError, "decay must be in [0, 1), but 1.0"),
     (dict(decay=jnp.bfloat16(0.99)), TypeError, "decay was given as a bfloat16 array"),
     (dict(action="warn"), ValueError, "('skip', 'clip'), but 'warn'"),
@@ -153,7 +153,8 @@ ROWS += [
 ]  # fmt: skip
 ROWS += [
     (f"limit_spikes({arguments})",
-     constructed(limit_spikes, {"inner": adamax(0.1), "multiple": 5.0, **arguments}), error, words)
+     constructed(limit_spikes, {"inner": adamax(0.1), "max_norm_ratio": 5.0, **arguments}),
+     error, words)
     for arguments, error, words in SPIKES
 ]  # fmt: skip
 
@@ -269,7 +270,7 @@ ROWS += [
     ("a frame of another version", lambda x: x.low.update(REAL, x.low_state._replace(
         v=x.low_state.v._replace(phase=jnp.float32(0.5)))), TypeError, "for phase: " + RESTORE),
     ("codes without their frame",
-     lambda x: x.low.update(REAL, x.low_state._replace(v=x.low_state.v.framed_uint8)), TypeError,
+     lambda x: x.low.update(REAL, x.low_state._replace(v=x.low_state.v.scaled_uint8)), TypeError,
      "keeps v as uint8, but the transformation was built with v_dtype=uint8"),
     ("a policy, and a state without", lambda x: x.skip.update(REAL, x.low_state), TypeError,
      "nonfinite='skip_step' needs the HandleNonfiniteState that its init returns"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oracle.formats import WAYS
+from tests.oracle.formats import WAYS
 
 
 def formats(given, always=WAYS):

@@ -39,7 +39,7 @@ def test_the_range_of_runs_is_that_of_their_medians():
 
 
 def test_the_limit_takes_a_step_of_adamax():
-    from benchmarks.limit import Limit
+    from benchmarks.bandwidth_bound import Limit
 
     try:
         limit = Limit(1001)
@@ -55,7 +55,7 @@ def test_the_limit_takes_a_step_of_adamax():
 
 
 def test_peers(monkeypatch):
-    from benchmarks import peers, readme
+    from benchmarks import peers, update_docs
 
     def broken(gradient):
         raise RuntimeError("no such device")
@@ -64,12 +64,12 @@ def test_peers(monkeypatch):
     found = peers.measure(64, 2, few | {"broken": broken})
     assert set(few) <= set(found["to_optax"])
     assert found["missing"]["broken"] == "RuntimeError: no such device"
-    text = readme.peers({"default": found, "switched": None})
+    text = update_docs.peers({"default": found, "switched": None})
     assert "| broken | not measured: RuntimeError: no such device |" in text
 
 
 def test_scaling_and_packing(tmp_path, monkeypatch):
-    from benchmarks import packing, readme, reporting, scaling
+    from benchmarks import packing, reporting, scaling, update_docs
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
     parameters = {"16": scaling.one_leaf(16, 1)}
@@ -80,25 +80,25 @@ def test_scaling_and_packing(tmp_path, monkeypatch):
     found = packing.compare(2, 1, 1)
     packing.draw({"by_size": packing.by_size(1, (4,), 1)})
     assert {path.name for path in tmp_path.iterdir()} == {"packing.png", "scaling.png"}
-    assert packing.PACKED in readme.packing({"by_count": {"2": found}})
+    assert packing.PACKED in update_docs.packing({"by_count": {"2": found}})
 
 
 def test_slopes_are_fitted_to_the_upper_half():
-    from benchmarks import readme, scaling
+    from benchmarks import scaling, update_docs
 
     curve = {str(10**k): {"x": {"bytes": 10.0 ** max(2, 2 * k)}} for k in range(5)}
     found = scaling.slopes(curve, "bytes")
     np.testing.assert_allclose(found["x"], 2)
-    text = readme.scaling({"slopes": {"step, leaves": found}})
+    text = update_docs.scaling({"slopes": {"step, leaves": found}})
     assert text.endswith("| step, leaves | 2.00 |")
 
 
 def test_overhead_and_gpu():
-    from benchmarks import gpu, overhead, readme
+    from benchmarks import gpu, overhead, update_docs
 
     assert overhead.traces(3) == 1
     rows = {"1 leaf": overhead.python_time(1, 1, traced=True)}
-    assert "adamax, 2 bytes" in readme.overhead({"rows": rows})
+    assert "adamax, 2 bytes" in update_docs.overhead({"rows": rows})
     found = gpu.measure(64, 1, [("int8", "uint8")])
     assert found["int8, uint8"]["bytes_a_parameter"] == 16
     assert found[gpu.REFERENCE]["bytes_a_parameter"] == 28

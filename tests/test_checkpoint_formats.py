@@ -19,7 +19,7 @@ from optax_adamax import (
     pack_small_leaves,
     scale_by_adamax,
 )
-from oracle.formats import FORMATS, SOME_FORMATS
+from tests.oracle.formats import FORMATS, SOME_FORMATS
 
 PAIRS = list(itertools.permutations(FORMATS, 2))
 ORBAX = re.compile("structure", re.IGNORECASE)  # what the errors of each library speak of

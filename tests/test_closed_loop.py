@@ -13,7 +13,7 @@ import pytest
 from parameters import formats
 
 from optax_adamax import _hyperparameters, _leaf, decode_state, scale_by_adamax
-from oracle.formats import LOW_BIT, SOME_FORMATS, V_DTYPES
+from tests.oracle.formats import LOW_BIT, SOME_FORMATS, V_DTYPES
 
 ROUNDED_M = [form for form in LOW_BIT if form[0] != "float32"]
 B1 = np.float32([0.9, 0.95, 0.99, 0.999])

@@ -232,7 +232,7 @@ def test_limit_spikes_and_clipping_around():
     half = run(tx, params, sequence[:3])
     spike = jax.tree.map(lambda p: np.full(p.shape, 1e4, p.dtype), params)
     skipped = run(tx, half[0], [spike], half[1])
-    assert int(skipped[1].spikes) == 1
+    assert int(skipped[1].spike_count) == 1
     assert_equal((skipped[0], skipped[1].inner_state), (half[0], half[1].inner_state))
     found = run(tx, skipped[0], sequence[3:], skipped[1])
     assert_equal((found[0], found[1].inner_state), expected())

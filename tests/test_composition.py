@@ -14,7 +14,7 @@ import optax.tree
 import pytest
 
 import optax_adamax
-from oracle import reference
+from tests.oracle import reference
 
 STEPS = 20
 RATE = 0.05

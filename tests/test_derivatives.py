@@ -11,8 +11,8 @@ import pytest
 from parameters import formats
 
 from optax_adamax import adamax, scale_by_adamax
-from oracle import reference
-from oracle.formats import LOW_BIT
+from tests.oracle import reference
+from tests.oracle.formats import LOW_BIT
 
 GRADIENTS = np.float64([[0.3, -1.0, 0.2], [0.5, 0.4, -0.7], [-0.2, 0.1, 0.9]])
 WEIGHTS = np.float64([[1.0, 2.0, 3.0], [-1.0, 0.5, 2.0], [0.3, -2.0, 1.0]])

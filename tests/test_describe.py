@@ -24,7 +24,7 @@ from optax_adamax import (
 )
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
-from oracle.formats import SOME_FORMATS, state_bytes
+from tests.oracle.formats import SOME_FORMATS, state_bytes
 
 # The others mix what these two have.
 FORMATS = formats([*SOME_FORMATS, ("int8", "float32")], SOME_FORMATS[::2])
@@ -76,18 +76,22 @@ def test_counts_are_those_of_the_decoded_state(m_dtype, v_dtype):
         assert (leaf.m_dtype, leaf.v_dtype) == (m_dtype, v_dtype)
         wanted = (v[seen].min(), v[seen].max()) if seen.any() else (np.nan, np.nan)
         np.testing.assert_allclose((leaf.v_min, leaf.v_max), wanted, rtol=1e-6)
-        np.testing.assert_allclose(leaf.at_bottom, (seen & (v <= low)).sum() / n, rtol=1e-6)
-        np.testing.assert_allclose(leaf.at_top, (seen & (v >= high)).sum() / n, rtol=1e-6)
-        np.testing.assert_allclose(leaf.unseen, (~seen).sum() / n, rtol=1e-6)
-        assert leaf.nonfinite == 0
+        np.testing.assert_allclose(
+            leaf.underflow_fraction, (seen & (v <= low)).sum() / n, rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            leaf.saturated_fraction, (seen & (v >= high)).sum() / n, rtol=1e-6
+        )
+        np.testing.assert_allclose(leaf.no_gradient_fraction, (~seen).sum() / n, rtol=1e-6)
+        assert leaf.nonfinite_fraction == 0
     assert bool(describe_state(state).fits) == (v_dtype != "uint8")
     assert described["['fits']"].advice == described["['none']"].advice == ""
-    assert described["['fits']"].unseen == 1 / 4
+    assert described["['fits']"].no_gradient_fraction == 1 / 4
 
 
 def test_what_uint8_cannot_hold_is_said():
     leaf = by_path(describe_state(trained("int8", "uint8")))["['all']"]
-    assert leaf.at_top == pytest.approx(3 / 10)  # 7e3, 1e7, 1e38
+    assert leaf.saturated_fraction == pytest.approx(3 / 10)  # 7e3, 1e7, 1e38
     assert 'write v_dtype="bfloat16"' in leaf.advice and "optax.scale" in leaf.advice
     assert "upper end of uint8" in leaf.advice
     state = encode_state(trained("float32", "float32"), "bfloat16", "bfloat16")
@@ -103,23 +107,23 @@ def test_gradients_that_are_too_small(m_dtype, v_dtype):
     v = np.full(1000, 1e-11, np.float32)
     (leaf,) = describe_state(state_of(v, v, m_dtype, v_dtype), eps=0.0).leaves
     if v_dtype == "uint8":
-        assert leaf.at_bottom == 1 and "lower end of uint8" in leaf.advice
+        assert leaf.underflow_fraction == 1 and "lower end of uint8" in leaf.advice
     else:
-        assert leaf.at_bottom == leaf.unseen == 0 and not leaf.advice
+        assert leaf.underflow_fraction == leaf.no_gradient_fraction == 0 and not leaf.advice
 
 
 def test_a_gradient_that_the_format_cannot_tell_from_0():
     v = np.full(1000, 1e-30, np.float32)
     (leaf,) = describe_state(state_of(v, v, "int8", "uint8")).leaves
-    assert leaf.unseen == 1
+    assert leaf.no_gradient_fraction == 1
     (leaf,) = describe_state(state_of(v, v, "int8", "bfloat16"), eps=0.0).leaves
-    assert leaf.unseen == 0
+    assert leaf.no_gradient_fraction == 0
 
 
 def test_a_few_small_gradients_are_worth_no_word():
     v = np.where(np.arange(1000) < 9, np.float32(1e-11), np.float32(1))
     (leaf,) = describe_state(state_of(v, v, "int8", "uint8")).leaves
-    assert leaf.at_bottom == pytest.approx(9 / 1000) and not leaf.advice
+    assert leaf.underflow_fraction == pytest.approx(9 / 1000) and not leaf.advice
 
 
 def test_m_above_what_int8_holds():
@@ -127,7 +131,7 @@ def test_m_above_what_int8_holds():
     v = np.ones(1000, np.float32)
     m = np.float32(([7.0, 7.4, 8.0, -100.0] + [1.0] * 6) * 100)
     (leaf,) = describe_state(state_of(m, v, "int8", "bfloat16")).leaves
-    assert leaf.m_at_limit == pytest.approx(0.3)  # 7.4 is rounded to the largest code
+    assert leaf.m_saturated_fraction == pytest.approx(0.3)  # 7.4 is rounded to the largest code
     assert 'write m_dtype="bfloat16"' in leaf.advice
     for m_dtype in ("bfloat16", "float32"):
         assert describe_state(state_of(m, v, m_dtype, "bfloat16")).fits
@@ -139,7 +143,7 @@ def test_what_is_not_finite_is_said(m_dtype, v_dtype):
     gradients = GRADIENTS | {"all": np.resize(np.float32([1, np.nan, 2, 0]), (2, 10))}
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
     leaf = by_path(describe_state(state))["['all']"]
-    assert leaf.nonfinite == leaf.unseen == 0.25
+    assert leaf.nonfinite_fraction == leaf.no_gradient_fraction == 0.25
     assert leaf.v_max == pytest.approx(2, rel=1 / 12)
     assert 'nonfinite="zero"' in leaf.advice
 
@@ -149,7 +153,7 @@ def test_a_new_state_has_seen_nothing(m_dtype, v_dtype):
     state = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init({"w": GRADIENTS["all"]})
     description = describe_state(state)
     (leaf,) = description.leaves
-    assert leaf.unseen == 1 and np.isnan(leaf.v_min) and np.isnan(leaf.v_max)
+    assert leaf.no_gradient_fraction == 1 and np.isnan(leaf.v_min) and np.isnan(leaf.v_max)
     assert description.fits and "-" in str(description)
 
 
@@ -157,8 +161,8 @@ def test_eps_in_v_is_no_gradient():
     tx = scale_by_adamax(eps=1e-3, v_dtype="uint8")
     gradients = {"w": np.float32([0.0, 1.0])}
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
-    assert describe_state(state, eps=1e-3).leaves[0].unseen == 0.5
-    assert describe_state(state).leaves[0].unseen == 0
+    assert describe_state(state, eps=1e-3).leaves[0].no_gradient_fraction == 0.5
+    assert describe_state(state).leaves[0].no_gradient_fraction == 0
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()])
@@ -212,7 +216,11 @@ def test_complex_parameters():
     gradients = {"w": np.complex64([3 + 4j, 0.0])}
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
     (leaf,) = describe_state(state).leaves
-    assert leaf.m_dtype == "complex64" and leaf.v_max == pytest.approx(5) and leaf.unseen == 0.5
+    assert (
+        leaf.m_dtype == "complex64"
+        and leaf.v_max == pytest.approx(5)
+        and leaf.no_gradient_fraction == 0.5
+    )
 
 
 def test_a_state_without_adamax_is_refused():

@@ -11,7 +11,7 @@ import pytest
 from optax_adamax import decode_state, encode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS, Bfloat16V
-from oracle import reference
+from tests.oracle import reference
 
 
 class FramedUint16(NamedTuple):
@@ -23,7 +23,7 @@ class Uint16V(Bfloat16V):
     """The upper bits of a float32 without its sign, rounded to the nearest."""
 
     dtype = np.dtype(np.uint16)
-    node = FramedUint16
+    container = FramedUint16
     relative_error = 2.0**-9
 
     def decode(self, w):
@@ -60,7 +60,9 @@ def test_a_new_format_is_one_class_and_one_row(uint16):
 @pytest.mark.parametrize("table", [M_FORMATS, V_FORMATS])
 def test_no_two_formats_can_be_taken_for_each_other(table):
     """A checkpoint is told by the names of fields: those of coded moments differ."""
-    fields = [format.node._fields[0] for format in table.values() if format.node is not None]
+    fields = [
+        format.container._fields[0] for format in table.values() if format.container is not None
+    ]
     assert len(set(fields)) == len(fields)
     for name, format in table.items():
         assert name == (None if format.dtype is None else format.dtype.name)

@@ -1,4 +1,4 @@
-"""A run that anything may happen to: `oracle/machine.py`, for a while, and what it has found.
+"""A run of `tests/oracle/state_machine.py`, and regression tests for what it has found.
 
 `python -m benchmarks.fuzz` runs it for longer.
 """
@@ -6,8 +6,8 @@
 import pytest
 from hypothesis import settings
 
-from oracle.formats import M_DTYPES
-from oracle.machine import LONG, SIZE, Run
+from tests.oracle.formats import M_DTYPES
+from tests.oracle.state_machine import LONG, SIZE, Run
 
 Run.TestCase.settings = settings(
     max_examples=2000 if LONG else max(1, settings.default.max_examples // 8),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optax_adamax import decode_state, scale_by_adamax
-from oracle import reference, scenarios
-from oracle.formats import SOME_FORMATS, V_DTYPES, v_error
+from tests.oracle import reference, scenarios
+from tests.oracle.formats import SOME_FORMATS, V_DTYPES, v_error
 
 # A float32 v is multiplied as often as there are steps.
 V_ERROR = {dtype: v_error(dtype, frame=0) for dtype in V_DTYPES} | {"float32": 3e-4}

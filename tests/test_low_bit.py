@@ -15,8 +15,8 @@ from parameters import formats
 from optax_adamax import _frame, _hyperparameters, _leaf, decode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
-from oracle import reference
-from oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, step_bound
+from tests.oracle import reference
+from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, step_bound
 
 LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
 STEPS = 100_000 if LONG else 3_000
@@ -127,7 +127,7 @@ def test_bfloat16_codes_are_rounded_once():
     state, _, _ = scan(gradients, eps=0.0, v_dtype="bfloat16")
     w = oracle_v(gradients, 0.999)[-1] * 2.0 ** (float(state.v.phase) / 2**32 - 1)
     ulp = 2.0 ** (np.floor(np.log2(np.maximum(w, 1e-30))) - 7)
-    kept = np.asarray(state.v.framed_bfloat16, np.float64)
+    kept = np.asarray(state.v.scaled_bfloat16, np.float64)
     assert np.all(np.abs(kept - w)[w > 1e-30] <= ulp[w > 1e-30])
 
 
@@ -216,7 +216,7 @@ def check_momentum_dies(m_dtype, v_dtype):
     assert np.abs(u[199]).max() <= 1.5 * np.abs(expected[199]).max() + 4 * resolution
     assert np.abs(u[600:]).max() <= (1e-15 if m_dtype == "bfloat16" else 0)
     if v_dtype == "uint8":
-        assert np.all(np.asarray(state.v.framed_uint8) == 0)
+        assert np.all(np.asarray(state.v.scaled_uint8) == 0)
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))

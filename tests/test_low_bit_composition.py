@@ -11,9 +11,9 @@ import pytest
 from parameters import formats
 
 from optax_adamax import adamax, decode_state, scale_by_adamax
-from optax_adamax._formats import tree_of
+from optax_adamax._formats import unwrap
 from optax_adamax._state import dtypes_of, m_format_of, v_format_of
-from oracle.formats import SOME_FORMATS
+from tests.oracle.formats import SOME_FORMATS
 
 # Each moment in each of its low formats, alone and with the other.
 SOME_LOW_BIT = [*SOME_FORMATS[1:], ("int8", "bfloat16"), (None, "uint8")]
@@ -54,7 +54,7 @@ def codes(state):
     """The trees of m and of what is kept of v."""
     core = optax.tree.get(state, "ScaleByAdamaxState")
     m_dtype, v_dtype = dtypes_of(core)
-    return tree_of(core.m, m_format_of(m_dtype)), tree_of(core.v, v_format_of(v_dtype))
+    return unwrap(core.m, m_format_of(m_dtype)), unwrap(core.v, v_format_of(v_dtype))
 
 
 def assert_same_codes(state, other):

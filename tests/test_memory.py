@@ -7,7 +7,7 @@ from compiled import since_010, train_step
 from parameters import formats
 
 from optax_adamax import adamax
-from oracle.formats import FORMATS, state_bytes
+from tests.oracle.formats import FORMATS, state_bytes
 
 SIZE = 1 << 20
 

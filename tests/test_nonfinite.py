@@ -21,8 +21,8 @@ from optax_adamax import (
     scale_by_adamax,
 )
 from optax_adamax.compat import optax as compat_optax
-from oracle import reference
-from oracle.formats import FORMATS, SOME_FORMATS
+from tests.oracle import reference
+from tests.oracle.formats import FORMATS, SOME_FORMATS
 
 # One for each way in which m and v can be kept; the other combinations are marked slow.
 ends_of_formats = pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_layout_follows_from_shapes_and_dtypes():
     params = MIXED | {"large": full(13)}
     state = jax.jit(tx.init)(params)
     m = optax.tree.get(state, "m")
-    sizes = {name: buffer.size for name, buffer in m.flat.items()}
+    sizes = {name: buffer.size for name, buffer in m.buffers.items()}
     assert sizes == {"bfloat16": 9, "float16": 5, "float32": 5 + 4}
     alone = {
         "['complex']",
@@ -159,7 +159,7 @@ def test_layout_follows_from_shapes_and_dtypes():
         "['Python float']",
         "['large']",
     }
-    assert set(m.alone) == alone
+    assert set(m.unpacked) == alone
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
     for other in (tx.init(shapes), tx.init(params)):
         same(other, state)
@@ -169,7 +169,7 @@ def test_layout_follows_from_shapes_and_dtypes():
 def test_inner_init_sees_the_values():
     tx = pack_small_leaves(optax.contrib.schedule_free(optax.sgd(0.1), 0.1), MAX_SIZE)
     z = optax.tree.get(tx.init(PARAMS), "z")
-    assert sorted(z.flat["float32"].tolist()) == [-1] * 12 + [1] * 3 + [2] * 12
+    assert sorted(z.buffers["float32"].tolist()) == [-1] * 12 + [1] * 3 + [2] * 12
 
 
 def test_gradients_of_another_dtype():
@@ -337,9 +337,9 @@ def test_sharded_leaves(axis_type, compiler):
     expected = expected_of(tuple(shapes.items()))
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
     m = optax.tree.get(state, "m")
-    assert m.alone["['large']"].sharding.spec == P("x")
+    assert m.unpacked["['large']"].sharding.spec == P("x")
     if axis_type == AxisType.Explicit:
-        assert m.flat["float32"].sharding.is_fully_replicated
+        assert m.buffers["float32"].sharding.is_fully_replicated
         for name, x in updates.items():
             assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
 

@@ -18,12 +18,12 @@ BENCHMARKS, RELIABILITY = (
 
 def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import readme
+    from benchmarks import update_docs
 
     for page in (BENCHMARKS, RELIABILITY):
-        assert readme.filled(page) == page
+        assert update_docs.filled(page) == page
     changed = BENCHMARKS.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
-    assert changed != BENCHMARKS and readme.filled(changed) == BENCHMARKS
+    assert changed != BENCHMARKS and update_docs.filled(changed) == BENCHMARKS
 
 
 def test_every_result_says_where_it_comes_from():

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from oracle import scenarios
-from oracle.formats import SOME_FORMATS, V_DTYPES, v_error
+from tests.oracle import scenarios
+from tests.oracle.formats import SOME_FORMATS, V_DTYPES, v_error
 
 ROOT = Path(__file__).parent.parent
 # In 10^5 steps a float32 v is multiplied as often.

@@ -10,8 +10,8 @@ from parameters import formats
 
 from optax_adamax import _hyperparameters, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
-from oracle import reference
-from oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
+from tests.oracle import reference
+from tests.oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
 
 STEPS = 200
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from parameters import formats
 
 from optax_adamax import _xla, adamax, scale_by_adamax
-from oracle.formats import FORMATS, SOME_FORMATS
+from tests.oracle.formats import FORMATS, SOME_FORMATS
 
 MESH = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 

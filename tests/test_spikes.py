@@ -28,12 +28,12 @@ def norm_of(updates):
     return np.sqrt(sum(np.sum(np.float64(u) ** 2) for u in jax.tree.leaves(updates)))
 
 
-def oracle(norms, multiple, decay):
+def oracle(norms, max_norm_ratio, decay):
     """The rule of the docstring in float64: which norms are spikes, and the limits."""
     s = seen = 0
     spikes, limits = [], []
     for n in norms:
-        limit = multiple * s / (1 - decay**seen) if seen else np.inf
+        limit = max_norm_ratio * s / (1 - decay**seen) if seen else np.inf
         spikes.append(seen >= 10 and n > limit)
         limits.append(limit)
         if n > 0 and np.isfinite(min(n, limit)):  # which NaN is not
@@ -46,24 +46,24 @@ SKIP_STEP = scale_by_adamax(nonfinite="skip_step")
 TRACE = optax.trace(0.5)
 
 
-def compiled(inner=IDENTITY, multiple=5.0, *, max_norm=None, decay=0.99, action="skip"):
-    return compiled_once(inner, multiple, max_norm, decay, action)
+def compiled(inner=IDENTITY, max_norm_ratio=5.0, *, max_norm=None, decay=0.99, action="skip"):
+    return compiled_once(inner, max_norm_ratio, max_norm, decay, action)
 
 
 @functools.cache
-def compiled_once(inner, multiple, max_norm, decay, action):
-    tx = limit_spikes(inner, multiple, max_norm=max_norm, decay=decay, action=action)
+def compiled_once(inner, max_norm_ratio, max_norm, decay, action):
+    tx = limit_spikes(inner, max_norm_ratio, max_norm=max_norm, decay=decay, action=action)
     return tx.init, jax.jit(tx.update)
 
 
-def run(norms, multiple=5.0, *, inner=IDENTITY, **options):
+def run(norms, max_norm_ratio=5.0, *, inner=IDENTITY, **options):
     """Spike or not for each norm, from the counter, and the last state."""
-    init, update = compiled(inner, multiple, **options)
+    init, update = compiled(inner, max_norm_ratio, **options)
     state, spikes = init(PARAMS), []
     for t, norm in enumerate(norms):
-        before = int(state.spikes)
+        before = int(state.spike_count)
         updates, state = update(gradient(norm, t), state, PARAMS)
-        spikes.append(int(state.spikes) - before == 1)
+        spikes.append(int(state.spike_count) - before == 1)
         if spikes[-1] and options.get("action") != "clip":
             assert not any(np.any(u) for u in jax.tree.leaves(updates))
     return np.array(spikes), state
@@ -81,8 +81,8 @@ def test_spikes_are_those_of_the_oracle(action, decay):
     found, state = run(norms, 3.0, decay=decay, action=action)
     assert spikes.sum() > 10 and not near.any()
     np.testing.assert_array_equal(found, spikes)
-    assert int(optax.tree.get(state, "spikes")) == spikes.sum()
-    assert int(optax.tree.get(state, "seen")) == 148
+    assert int(optax.tree.get(state, "spike_count")) == spikes.sum()
+    assert int(optax.tree.get(state, "norm_count")) == 148
 
 
 def test_a_skipped_spike_is_no_step():
@@ -115,10 +115,10 @@ def test_one_spike_does_not_poison_the_average(action):
     for size in (1e2, 1e10, 1e30, np.inf):
         steady = run([1.0] * 50, action=action)[1]
         struck = run([1.0] * 50 + [size], action=action)[1]
-        assert int(struck.spikes) == 1
+        assert int(struck.spike_count) == 1
 
         def mean(state):
-            return float(state.mean_norm) / (1 - 0.99 ** int(state.seen))
+            return float(state.norm_ema) / (1 - 0.99 ** int(state.norm_count))
 
         assert 1 < mean(struck) / mean(steady) < 1 + 2.6 * 0.01 * 4  # young averages move faster
     later = run([1.0] * 500 + [1e30], action=action)[1]
@@ -141,13 +141,13 @@ def test_a_lasting_change_is_accepted_after_the_stated_steps(action, factor):
 def test_smaller_gradients_are_no_spikes_and_silence_is_no_measure(action):
     """After a million steps without a gradient the first one is none either."""
     spikes, state = run([1.0] * 20 + [1e-3] * 20 + [0.0] * 20, action=action)
-    silent = state._replace(seen=np.int32(2**31 - 1))
+    silent = state._replace(norm_count=np.int32(2**31 - 1))
     assert not spikes.any()
     _, update = compiled(action=action)
     _, after = update(gradient(0.0), silent, PARAMS)
-    assert float(after.mean_norm) == float(silent.mean_norm) and int(after.seen) == 2**31 - 1
+    assert float(after.norm_ema) == float(silent.norm_ema) and int(after.norm_count) == 2**31 - 1
     _, after = update(gradient(1e-2), after, PARAMS)
-    assert int(after.spikes) == 0 and int(after.seen) == 2**31 - 1
+    assert int(after.spike_count) == 0 and int(after.norm_count) == 2**31 - 1
 
 
 @every_action
@@ -160,8 +160,8 @@ def test_what_is_not_finite_reaches_the_policy_inside(action, bad):
     assert not any(np.any(u) for u in jax.tree.leaves(updates))
     inside = np.isnan(bad) or action == "clip"
     assert int(optax.tree.get(after, "nonfinite_count")) == inside
-    assert int(after.spikes) == np.isinf(bad)
-    assert np.isfinite(after.mean_norm)
+    assert int(after.spike_count) == np.isinf(bad)
+    assert np.isfinite(after.norm_ema)
     jax.tree.map(np.testing.assert_array_equal, after.inner_state.inner_state,
                  state.inner_state.inner_state)  # fmt: skip
 
@@ -169,12 +169,12 @@ def test_what_is_not_finite_reaches_the_policy_inside(action, bad):
 def test_clipping_keeps_the_dtype_and_the_direction_of_every_leaf():
     dtypes = ("float16", "bfloat16", "float32", "complex64")
     params, large = ({d: np.full(4, x, d) for d in dtypes} for x in (1, 100))
-    init, update = compiled(multiple=2.0, action="clip")
+    init, update = compiled(max_norm_ratio=2.0, action="clip")
     state = init(params)
     for _ in range(11):
         _, state = update(params, state)
     updates, state = update(large, state)
-    assert int(state.spikes) == 1
+    assert int(state.spike_count) == 1
     for dtype, u in updates.items():
         assert u.dtype == dtype
         np.testing.assert_allclose(np.asarray(u, np.complex64), 2, rtol=2**-8)
@@ -194,7 +194,7 @@ def test_scan_vmap_and_sharded_agree(action):
         return updates, state
 
     expected = run_on(gradients, update=jax.jit(tx.update))
-    assert int(expected[1].spikes) == 1
+    assert int(expected[1].spike_count) == 1
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
     def body(state, g):
@@ -208,13 +208,13 @@ def test_scan_vmap_and_sharded_agree(action):
     jax.tree.map(close, run_on(split, update=jax.jit(tx.update)), expected)
     both = np.stack([gradients, np.ones_like(gradients)], axis=1)
     _, state = run_on(both, jax.jit(jax.vmap(tx.init)), jax.jit(jax.vmap(tx.update)))
-    np.testing.assert_array_equal(state.spikes, [1, 0])
+    np.testing.assert_array_equal(state.spike_count, [1, 0])
 
 
 def test_a_fixed_limit_holds_from_the_first_step_on():
     spikes, state = run([99.0, 101.0, 50.0, np.inf, 101.0], None, max_norm=100.0)
     np.testing.assert_array_equal(spikes, [False, True, False, True, True])
-    assert int(state.spikes) == 3
+    assert int(state.spike_count) == 3
 
 
 def test_the_lower_of_two_limits_counts():
@@ -229,9 +229,11 @@ def test_a_fixed_limit_clips():
     np.testing.assert_allclose(norm_of(updates), 2.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.0}, {"max_norm": -1.0}, {"multiple": 1.0}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_norm": 0.0}, {"max_norm": -1.0}, {"max_norm_ratio": 1.0}]
+)
 def test_limits_that_are_none(limits):
-    with pytest.raises(ValueError, match=r"max_norm|multiple"):
+    with pytest.raises(ValueError, match=r"max_norm|max_norm_ratio"):
         limit_spikes(adamax(0.1), **limits)
 
 
@@ -245,7 +247,7 @@ def test_updates_may_be_wider_than_gradients(action):
     for norm, spikes in ((1.0, 0), (100.0, 1)):
         with jax.numpy_dtype_promotion("standard"):  # the decay is optax's
             u, state = update({"w": np.full(4, norm, jnp.bfloat16)}, state, params)
-        assert int(state.spikes) == spikes
+        assert int(state.spike_count) == spikes
     assert np.any(u["w"]) == (action == "clip")
 
 
@@ -283,7 +285,7 @@ def test_devices_of_shard_map_agree(action, check_vma):
         v, other = expected(g, other)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
         jax.tree.map(close, (u, state), (v, other))
-    assert int(state.spikes) == 2  # 16 times 2.6**2 is above 100
+    assert int(state.spike_count) == 2  # 16 times 2.6**2 is above 100
 
 
 def test_devices_that_would_not_agree_are_refused():
@@ -297,8 +299,8 @@ def test_gradients_that_are_the_same_everywhere_are_counted_once():
     for axis_name in ("x", None):
         tx = limit_spikes(optax.trace(0.5), max_norm=10.0, axis_name=axis_name)
         _, state = sharded_update(tx, mapped=REPLICATED)(2 * ONES, tx.init(ONES))
-        assert int(state.spikes) == 0  # the norm is 8; counted eight times it would be 22
-        np.testing.assert_allclose(state.mean_norm, 0.08, rtol=1e-5)
+        assert int(state.spike_count) == 0  # the norm is 8; counted eight times it would be 22
+        np.testing.assert_allclose(state.norm_ema, 0.08, rtol=1e-5)
 
 
 def test_devices_of_pmap_agree():
@@ -307,7 +309,7 @@ def test_devices_of_pmap_agree():
     state = jax.tree.map(lambda x: np.stack([x, x]), tx.init(g[0]))
     u, state = jax.pmap(tx.update, axis_name="i", devices=jax.devices()[:2])(g, state)
     assert not np.any(u)
-    np.testing.assert_array_equal(state.spikes, [1, 1])
+    np.testing.assert_array_equal(state.spike_count, [1, 1])
 
 
 def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
@@ -320,7 +322,7 @@ def test_hyperparameters_may_be_scheduled_and_arguments_reach_the_inner_one():
         for t in range(25):
             _, state = update(gradient(1.0, t), state)
         _, state = update(gradient(3.0), state)
-    assert int(optax.tree.get(state, "spikes")) == 1
+    assert int(optax.tree.get(state, "spike_count")) == 1
     plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=1)
     tx = limit_spikes(plateau, 5.0)
     with jax.numpy_dtype_promotion("standard"):
@@ -333,13 +335,13 @@ def test_the_counts_stop_at_their_largest():
     state = LimitSpikesState((optax.EmptyState()), *(np.int32(2**31 - 1), np.float32(1.0)),
                        np.int32(2**31 - 1))  # fmt: skip
     _, state = update(gradient(100.0), state, PARAMS)
-    assert int(state.spikes) == int(state.seen) == 2**31 - 1
+    assert int(state.spike_count) == int(state.norm_count) == 2**31 - 1
 
 
 def test_the_state_can_be_donated():
     tx = limit_spikes(adamax(0.1), 5.0)
     state = jax.jit(tx.update, donate_argnums=1)(PARAMS, tx.init(PARAMS))[1]
-    assert int(state.seen) == 1
+    assert int(state.norm_count) == 1
 
 
 def test_a_run_is_continued_under_a_limit():

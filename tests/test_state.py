@@ -11,15 +11,15 @@ import pytest
 from parameters import formats
 
 from optax_adamax import (
-    FramedBfloat16,
-    FramedUint8,
     ScaleByAdamaxState,
+    ScaledBfloat16,
+    ScaledUint8,
     adamax,
     decode_state,
     encode_state,
     scale_by_adamax,
 )
-from oracle.formats import FORMATS, SOME_FORMATS, WAYS, m_error, v_error
+from tests.oracle.formats import FORMATS, SOME_FORMATS, WAYS, m_error, v_error
 
 # None, here, is float32.
 CASES = formats([*FORMATS, (None, None), (None, "uint8"), ("int8", None)], [*WAYS, (None, None)])
@@ -128,7 +128,7 @@ def test_lost_moments_stay_lost_in_every_format():
 @pytest.mark.parametrize("m_dtype, v_dtype", [(None, "uint8"), ("int8", "bfloat16")])
 def test_framed_state_in_optax_and_flax(m_dtype, v_dtype):
     tx, state = trained(m_dtype, v_dtype)
-    assert isinstance(optax.tree.get(state, "v"), (FramedBfloat16, FramedUint8))
+    assert isinstance(optax.tree.get(state, "v"), (ScaledBfloat16, ScaledUint8))
     phase = optax.tree.get(state, "phase")
     assert phase.dtype == jnp.uint32 and int(phase) > 0
     moved = optax.tree.set(state, phase=np.uint32(7))

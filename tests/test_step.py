@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optax_adamax import adamax_step, scale_by_adamax
-from oracle import reference
+from tests.oracle import reference
 
 TEACHING = [
     ((1.0, 0.1, 0.0, 0.0, 1), (0.998, 0.01, 0.1)),

@@ -96,7 +96,7 @@ PROCESS = """
     child = os.fork()
     step = jax.jit(lambda g: tx.update(g, tx.init(g)))
     updates, state = step(np.ones(3, np.float32))
-    result = f"{updates} {state[0].v.framed_uint8}".encode()
+    result = f"{updates} {state[0].v.scaled_uint8}".encode()
     if child == 0:
         os.write(write, result)
         os._exit(0)
@@ -112,7 +112,7 @@ PROCESS = """
     assert any("JAX is multithreaded" in str(warning.message) for warning in caught), caught
     jax.clear_caches()
     updates, state = step(np.ones(3, np.float32))
-    assert f"{updates} {state[0].v.framed_uint8}".encode() == result
+    assert f"{updates} {state[0].v.scaled_uint8}".encode() == result
     print("ok")
 """
 

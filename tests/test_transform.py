@@ -14,8 +14,8 @@ from parameters import formats
 
 import optax_adamax
 from optax_adamax import adamax, adamaxw, scale_by_adamax
-from oracle import reference
-from oracle.formats import step_bound
+from tests.oracle import reference
+from tests.oracle.formats import step_bound
 
 RULES = [
     {},

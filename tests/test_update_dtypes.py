@@ -8,8 +8,8 @@ import pytest
 from parameters import formats
 
 from optax_adamax import adamax, adamaxw, decode_state, encode_state, scale_by_adamax
-from oracle import reference
-from oracle.formats import LOW_BIT, SOME_FORMATS, v_error
+from tests.oracle import reference
+from tests.oracle.formats import LOW_BIT, SOME_FORMATS, v_error
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-7])

@@ -13,7 +13,7 @@ from parameters import formats
 
 from optax_adamax import _xla, adamax, compensate_rounding
 from optax_adamax.wrappers import _residual
-from oracle.formats import LOW_BIT
+from tests.oracle.formats import LOW_BIT
 
 SIZE = 2 * _xla.LARGE
 

@@ -61,7 +61,7 @@ def optimizers() -> list[optax.GradientTransformationExtraArgs]:
         plain,
         decayed,
         chained,
-        optax_adamax.limit_spikes(plain, multiple=5.0, action="clip"),
+        optax_adamax.limit_spikes(plain, max_norm_ratio=5.0, action="clip"),
         optax_adamax.pack_small_leaves(plain, max_size=16),
         compat_torch.adamax(lr=1e-2, betas=(0.9, 0.999), groups=[{"params": "b$", "lr": 0.1}, {}]),
         compat_keras.adamax(1e-2, clipnorm=1.0),

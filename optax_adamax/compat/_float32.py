@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamax._numerics import compute_dtype, narrow, widen
+from optax_adamax._numerics import compute_dtype, saturating_cast, upcast
 
 
 def compute_in_float32(
@@ -46,13 +46,13 @@ def compute_in_float32(
 
 def _wide(x: Any, other: Any) -> Any:
     """`x` in the dtype to compute in; what is no float is for `inner` to refuse."""
-    return widen(jnp.asarray(x), compute_dtype(x, other)) if _are_floats(x, other) else x
+    return upcast(jnp.asarray(x), compute_dtype(x, other)) if _are_floats(x, other) else x
 
 
 def _narrow(u: jax.Array, gradient: Any, parameter: Any) -> jax.Array:
     kinds = [jnp.finfo(jnp.result_type(x)) for x in (parameter, gradient)]
     real = np.dtype(max(kinds, key=lambda kind: kind.bits).dtype)
-    return narrow(u, np.result_type(real, np.complex64) if jnp.iscomplexobj(u) else real)
+    return saturating_cast(u, np.result_type(real, np.complex64) if jnp.iscomplexobj(u) else real)
 
 
 def _are_floats(*arrays: Any) -> bool:

@@ -115,10 +115,10 @@ def _match_leaf(leaf: Any, parameter: Any) -> Any:
     if not is_packed_tree(leaf):
         return _Match(leaf, parameter)
     by_name = dict(named_leaves(parameter))  # all of them: a PackedTree stands for the whole tree
-    packed = tuple(p for name, p in by_name.items() if name not in leaf.alone)
+    packed = tuple(p for name, p in by_name.items() if name not in leaf.unpacked)
     return PackedTree(
-        alone={name: _Match(x, by_name[name]) for name, x in leaf.alone.items()},
-        flat={name: _Match(x, packed=packed) for name, x in leaf.flat.items()},
+        unpacked={name: _Match(x, by_name[name]) for name, x in leaf.unpacked.items()},
+        buffers={name: _Match(x, packed=packed) for name, x in leaf.buffers.items()},
     )
 
 

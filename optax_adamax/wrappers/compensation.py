@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax._numerics import compute_dtype, on_device, widen
+from optax_adamax._numerics import compute_dtype, preserving_memory_kind, upcast
 from optax_adamax.wrappers import _residual
 from optax_adamax.wrappers.packing import PackedTree
 
@@ -228,13 +228,13 @@ def _as_master(p: Any) -> Any:
 def _master(p: Any, residual: Any) -> Any:
     if _is_masked(residual):
         return p
-    return on_device(_residual.join)(p, residual)
+    return preserving_memory_kind(_residual.join)(p, residual)
 
 
 def _widened(g: Any) -> Any:
     if not jnp.issubdtype(jnp.result_type(g), jnp.inexact):
         return g
-    return widen(jnp.asarray(g), compute_dtype(g))
+    return upcast(jnp.asarray(g), compute_dtype(g))
 
 
 def _is_masked(x: Any) -> bool:

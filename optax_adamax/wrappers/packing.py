@@ -20,8 +20,10 @@ from optax_adamax.wrappers import _buffers
 class PackedTree(NamedTuple):
     """A tree like the parameters, as the inner transformation of `pack_small_leaves` sees it."""
 
-    alone: dict[str, Any]  # the leaves that are not packed, by their paths
-    flat: dict[str, Any]  # by dtype, one-dimensional: the small leaves in the order of their sizes
+    unpacked: dict[str, Any]  # the leaves that are not packed, by their paths
+    buffers: dict[
+        str, Any
+    ]  # by dtype, one-dimensional: the small leaves in the order of their sizes
 
 
 class PackedLeaf(NamedTuple):
@@ -29,7 +31,7 @@ class PackedLeaf(NamedTuple):
 
     path: str  # as jax.tree_util.keystr writes it, without a box of Flax
     shape: tuple[int, ...]
-    buffer: str  # its key in PackedTree.flat, or "" for a leaf in PackedTree.alone
+    buffer: str  # its key in PackedTree.buffers, or "" for a leaf in PackedTree.unpacked
 
 
 Layout = tuple[PackedLeaf, ...]
@@ -94,7 +96,7 @@ def pack_small_leaves(
       >>> params = {"bias": jnp.zeros(2), "scale": jnp.ones(2), "w": jnp.ones((100, 100))}
       >>> state = tx.init(params)
       >>> m = state.inner_state[0].m
-      >>> print(m.flat["float32"].shape, m.alone["['w']"].shape)
+      >>> print(m.buffers["float32"].shape, m.unpacked["['w']"].shape)
       (4,) (100, 100)
       >>> updates, state = tx.update(params, state, params)
       >>> print(updates["scale"])
@@ -271,8 +273,8 @@ def _packed(tree: Any, layout: Layout) -> Any:
         return tree
     order = _order(layout)
     return PackedTree(
-        alone={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
-        flat={name: _buffers.join([leaves[i] for i in order[name]]) for name in order},
+        unpacked={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
+        buffers={name: _buffers.join([leaves[i] for i in order[name]]) for name in order},
     )
 
 
@@ -299,9 +301,9 @@ def _checked_leaves(tree: Any, layout: Layout) -> list[Any]:
 def _unpacked(packed: Any, like: Any, layout: Layout) -> Any:
     if not layout:
         return packed
-    found = {at.path: packed.alone[at.path] for at in layout if not at.buffer}
+    found = {at.path: packed.unpacked[at.path] for at in layout if not at.buffer}
     for name, indices in _order(layout).items():
-        leaves = _buffers.cut(packed.flat[name], tuple(layout[i].shape for i in indices))
+        leaves = _buffers.cut(packed.buffers[name], tuple(layout[i].shape for i in indices))
         found.update(zip((layout[i].path for i in indices), leaves, strict=True))
     leaves = [found.get(name, optax.MaskedNode()) for name, _ in named_leaves(like)]
     return jax.tree.structure(like).unflatten(leaves)

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_adamax import _checks
-from optax_adamax._numerics import compute_dtype, narrow, one_minus_power, widen
+from optax_adamax._numerics import compute_dtype, one_minus_power, saturating_cast, upcast
 from optax_adamax._xla import varying_axes
 
 AxisName = str | tuple[str, ...]
@@ -20,14 +20,14 @@ class LimitSpikesState(NamedTuple):
     """State of `limit_spikes`."""
 
     inner_state: Any  # the state of the transformation that is protected
-    seen: jax.Array  # shape=(), dtype=int32: norms averaged, stops at 2**31 - 1
-    mean_norm: jax.Array  # shape=(), dtype=float32: their running average, not yet bias-corrected
-    spikes: jax.Array  # shape=(), dtype=int32: steps skipped or clipped, stops at 2**31 - 1
+    norm_count: jax.Array  # shape=(), dtype=int32: norms averaged, stops at 2**31 - 1
+    norm_ema: jax.Array  # shape=(), dtype=float32: their running average, not yet bias-corrected
+    spike_count: jax.Array  # shape=(), dtype=int32: steps skipped or clipped, stops at 2**31 - 1
 
 
 def limit_spikes(
     inner: optax.GradientTransformation,
-    multiple: ArrayLike | None = None,
+    max_norm_ratio: ArrayLike | None = None,
     *,
     max_norm: ArrayLike | None = None,
     decay: ArrayLike = 0.99,
@@ -48,14 +48,14 @@ def limit_spikes(
     The average takes a spike at the limit. So one spike raises it by a factor of at most
     :math:`1 + (1 - d)(c - 1)`, and gradients that have become F times larger for good are
     accepted again after about :math:`\log(F/c) / \log(1 + (1 - d)(c - 1))` steps: for c = 5,
-    d = 0.99 and F = 100, that is 77. The multiple does not judge the first ten steps. A norm of 0
-    or NaN is passed on and leaves the average as it was: what is not finite is the business of
+    d = 0.99 and F = 100, that is 77. The ratio is not checked during the first ten steps. A norm
+    of 0 or NaN is passed on and leaves the average as it was: what is not finite is the business of
     `nonfinite` (:func:`scale_by_adamax`). An infinite norm is a spike; norms are computed in
     float32, where those above 1.8e19 are infinite, and clipping makes zeros of such a gradient.
 
     Args:
       inner: the transformation to protect, for instance :func:`adamax`.
-      multiple: c > 1; None: there is no such limit.
+      max_norm_ratio: c > 1; None: there is no such limit.
       max_norm: the fixed limit :math:`n_{\max}` > 0, from the first step on; None: there is none.
         One of the two has to be given.
       decay: d, in [0, 1); its average reaches back about 1 / (1 - d) steps.
@@ -66,24 +66,25 @@ def limit_spikes(
         step under :func:`jax.jit` alone, need none.
 
     Returns:
-      The transformation, with state :class:`LimitSpikesState`: ``optax.tree.get(state, "spikes")``
-      is the number of spikes. Further arguments of ``update`` reach `inner`.
+      The transformation, with state :class:`LimitSpikesState`:
+      ``optax.tree.get(state, "spike_count")`` is the number of spikes. Further
+      arguments of ``update`` reach `inner`.
 
     Raises:
-      ValueError: neither multiple nor max_norm; multiple <= 1, max_norm <= 0, a decay out of range,
-        or another action; from ``update``, gradients that :func:`jax.shard_map` knows to differ
-        between devices where `axis_name` does not name the axis.
+      ValueError: neither max_norm_ratio nor max_norm; max_norm_ratio <= 1, max_norm <= 0, a decay
+        out of range, or another action; from ``update``, gradients that
+        :func:`jax.shard_map` knows to differ between devices where `axis_name` does not name the axis.
       TypeError: an argument of the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> from optax_adamax import adamax, limit_spikes
-      >>> tx = limit_spikes(adamax(0.1), multiple=5.0)
+      >>> tx = limit_spikes(adamax(0.1), max_norm_ratio=5.0)
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
       >>> for g in [jnp.ones(2)] * 12 + [jnp.array([1.0, 900.0])]:
       ...     updates, state = tx.update(g, state, params)
-      >>> print(updates, optax.tree.get(state, "spikes"))
+      >>> print(updates, optax.tree.get(state, "spike_count"))
       [0. 0.] 1
 
     Reference:
@@ -91,15 +92,15 @@ def limit_spikes(
       `Efficient-VDVAE <https://arxiv.org/abs/2203.13751>`_, 2022, skip steps above a fixed norm:
       ``max_norm``.
     """
-    _check_arguments(inner, multiple, max_norm, decay, action)
+    _check_arguments(inner, max_norm_ratio, max_norm, decay, action)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> LimitSpikesState:
         return LimitSpikesState(
             inner.init(params),
-            seen=jnp.zeros((), jnp.int32),
-            mean_norm=jnp.zeros((), jnp.float32),
-            spikes=jnp.zeros((), jnp.int32),
+            norm_count=jnp.zeros((), jnp.int32),
+            norm_ema=jnp.zeros((), jnp.float32),
+            spike_count=jnp.zeros((), jnp.int32),
         )
 
     def update(
@@ -114,12 +115,14 @@ def limit_spikes(
         a = jnp.asarray(1 - decay, jnp.float32)
         fixed = jnp.asarray(jnp.inf if max_norm is None else max_norm, jnp.float32)
         running = fixed
-        if multiple is not None:
-            seen = jnp.maximum(state.seen, 1).astype(jnp.float32)
-            mean = state.mean_norm / one_minus_power(a, seen)
-            ours = jnp.where(state.seen > 0, jnp.asarray(multiple, jnp.float32) * mean, jnp.inf)
+        if max_norm_ratio is not None:
+            seen = jnp.maximum(state.norm_count, 1).astype(jnp.float32)
+            mean = state.norm_ema / one_minus_power(a, seen)
+            ours = jnp.where(
+                state.norm_count > 0, jnp.asarray(max_norm_ratio, jnp.float32) * mean, jnp.inf
+            )
             running = jnp.minimum(ours, fixed)
-        limit = jnp.where(state.seen >= FIRST_STEPS, running, fixed)
+        limit = jnp.where(state.norm_count >= FIRST_STEPS, running, fixed)
         spike = norm > limit
 
         if action == "clip":
@@ -134,12 +137,14 @@ def limit_spikes(
             )
         limited = jnp.minimum(norm, running)
         counts = (norm > 0) & jnp.isfinite(limited)
-        new_mean = state.mean_norm + a * (limited - state.mean_norm)
+        new_mean = state.norm_ema + a * (limited - state.norm_ema)
         return u, LimitSpikesState(
             inner_state,
-            seen=jnp.where(counts, optax.safe_increment(state.seen), state.seen),
-            mean_norm=jnp.where(counts, new_mean, state.mean_norm),
-            spikes=jnp.where(spike, optax.safe_increment(state.spikes), state.spikes),
+            norm_count=jnp.where(counts, optax.safe_increment(state.norm_count), state.norm_count),
+            norm_ema=jnp.where(counts, new_mean, state.norm_ema),
+            spike_count=jnp.where(
+                spike, optax.safe_increment(state.spike_count), state.spike_count
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -167,7 +172,7 @@ def _is_split(x: jax.Array, axis: str) -> bool:
 
 def _check_agreement(norm: jax.Array, state: LimitSpikesState) -> None:
     """Refuses devices that would judge the same step differently and share one state."""
-    unnamed = sorted(varying_axes(norm) - varying_axes(state.mean_norm))
+    unnamed = sorted(varying_axes(norm) - varying_axes(state.norm_ema))
     if unnamed:
         raise ValueError(
             f"The gradients differ between the devices of {unnamed}, but the state of limit_spikes "
@@ -178,24 +183,24 @@ def _check_agreement(norm: jax.Array, state: LimitSpikesState) -> None:
 
 
 def _check_arguments(
-    inner: Any, multiple: Any, max_norm: Any, decay: ArrayLike, action: str
+    inner: Any, max_norm_ratio: Any, max_norm: Any, decay: ArrayLike, action: str
 ) -> None:
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
             f"inner must be an optax transformation, but it is a {type(inner).__name__}: write "
-            f"limit_spikes(adamax(1e-3), multiple=5.0)."
+            f"limit_spikes(adamax(1e-3), max_norm_ratio=5.0)."
         )
-    if multiple is None and max_norm is None:
+    if max_norm_ratio is None and max_norm is None:
         raise ValueError(
-            "limit_spikes needs a limit: write multiple=5.0, of the running average of the norms, "
-            "or max_norm=800.0, or both."
+            "limit_spikes needs a limit: write max_norm_ratio=5.0, of the running average of the "
+            "norms, or max_norm=800.0, or both."
         )
-    if multiple is not None:
-        _checks.check_scalar("multiple", multiple, 1.0, float("inf"))
-        if not isinstance(multiple, jax.Array) and multiple == 1:
+    if max_norm_ratio is not None:
+        _checks.check_scalar("max_norm_ratio", max_norm_ratio, 1.0, float("inf"))
+        if not isinstance(max_norm_ratio, jax.Array) and max_norm_ratio == 1:
             raise ValueError(
-                "multiple must be above 1, but 1 was given: the average of the norms could not "
-                "follow gradients that grow. Write for instance multiple=5.0."
+                "max_norm_ratio must be above 1, but 1 was given: the average of the norms could "
+                "not follow gradients that grow. Write for instance max_norm_ratio=5.0."
             )
     if max_norm is not None:
         _checks.check_scalar("max_norm", max_norm, 0.0, float("inf"))
@@ -209,8 +214,8 @@ def _check_arguments(
 
 
 def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = widen(g, compute_dtype(g))
-    return narrow(wide * factor.astype(wide.dtype), g.dtype)
+    wide = upcast(g, compute_dtype(g))
+    return saturating_cast(wide * factor.astype(wide.dtype), g.dtype)
 
 
 def _check_state(state: Any) -> LimitSpikesState:

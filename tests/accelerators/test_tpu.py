@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from benchmarks import compilers
+from benchmarks.compilers import TPUS
 from optax_adamax import _xla, adamax, adamaxw, compensate_rounding, limit_spikes
 from optax_adamax.wrappers import _residual
-from oracle import compilers
-from oracle.compilers import TPUS
 
 pytest.importorskip("libtpu", reason="TPU's compiler is libtpu: pip install '.[tpu]'")
 

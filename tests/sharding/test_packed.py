@@ -44,10 +44,10 @@ def test_state_shardings(name, zero_axis):
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), structs(mesh))
     assert jax.tree.structure(got) == jax.tree.structure(jax.eval_shape(tx.init, shapes))
     m = optax.tree.get(got, "m").ratio_int8
-    assert set(m.flat) == {"bfloat16", "float32"}
-    assert all(leaf.spec == P() for leaf in m.flat.values())
-    assert set(m.alone) == {"['wide']"}
-    assert m.alone["['wide']"].spec == (P(None, "model") if zero_axis is None else ZERO["wide"])
+    assert set(m.buffers) == {"bfloat16", "float32"}
+    assert all(leaf.spec == P() for leaf in m.buffers.values())
+    assert set(m.unpacked) == {"['wide']"}
+    assert m.unpacked["['wide']"].spec == (P(None, "model") if zero_axis is None else ZERO["wide"])
     if name == "MultiSteps":
         assert got.acc_grads["half"].spec == (
             P(None, "model") if zero_axis is None else ZERO["half"]
@@ -58,7 +58,7 @@ def test_report_names_packing():
     report = sharding.unsplit_leaves(PACKED, structs(mesh_of()), zero_axis="data")
     assert [leaf.bytes for leaf in report] == [128, 86] * 2
     assert all(
-        "flat" in leaf.path and "buffer of pack_small_leaves" in leaf.reason for leaf in report
+        "buffers" in leaf.path and "buffer of pack_small_leaves" in leaf.reason for leaf in report
     )
     assert len(sharding.unsplit_leaves(PACKED, structs(mesh_of()))) == len(report)  # some are split
     whole = {"bias": structs(mesh_of())["bias"]}

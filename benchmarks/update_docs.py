@@ -1,6 +1,6 @@
 """Writes the tables of the documentation from the JSON files beside this one.
 
-python -m benchmarks.readme [--check]
+python -m benchmarks.update_docs [--check]
 """
 
 import argparse

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from optax_adamax import decode_state, encode_state, scale_by_adamax
-from oracle.formats import (
+from tests.oracle.formats import (
     FORMATS,
     SOME_FORMATS,
     largest_ratio,

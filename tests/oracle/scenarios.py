@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax import decode_state, scale_by_adamax
-from oracle import reference
-from oracle.formats import step_bound
+from tests.oracle import reference
+from tests.oracle.formats import step_bound
 
 SCENARIOS = (
     "one gradient of 1e30",
