@@ -73,7 +73,8 @@ def limit_spikes(
     Raises:
       ValueError: neither max_norm_ratio nor max_norm; max_norm_ratio <= 1, max_norm <= 0, a decay
         out of range, or another action; from ``update``, gradients that
-        :func:`jax.shard_map` knows to differ between devices where `axis_name` does not name the axis.
+        :func:`jax.shard_map` knows to differ between devices along an axis that `axis_name`
+        does not name.
       TypeError: an argument of the wrong type.
 
     Example:
