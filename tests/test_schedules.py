@@ -13,7 +13,7 @@ from optax_adamax import scale_by_adamax
 from optax_adamax._hyperparameters import Hyperparameters
 from optax_adamax._m_formats import M_FORMATS
 from tests.oracle import reference
-from tests.oracle.formats import FORMATS, SOME_FORMATS, step_bound, v_error
+from tests.oracle.formats import FORMATS, step_bound, v_error
 
 STEPS = 200
 
@@ -78,7 +78,7 @@ def test_steps_are_those_of_float64_under_schedules(m_dtype, v_dtype):
     check_schedules(m_dtype, v_dtype)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
+@pytest.mark.parametrize("m_dtype, v_dtype", [("bfloat16", "bfloat16"), ("int8", "bfloat16")])
 def test_mutant_that_clips_at_the_bound_of_constants_is_seen(mutant, m_dtype, v_dtype):
     validated = Hyperparameters.validated
 
