@@ -35,10 +35,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from optax_adamax._alias import adamax, adamaxw
+from optax_adamax._conversion import decode_state, encode_state
 from optax_adamax._describe import LeafDescription, StateDescription, describe_state
 from optax_adamax._m_formats import RatioInt8
 from optax_adamax._nonfinite import HandleNonfiniteState
-from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax._state import ScaleByAdamaxState
 from optax_adamax._transform import adamax_step, scale_by_adamax
 from optax_adamax._v_formats import ScaledBfloat16, ScaledUint8
 from optax_adamax.wrappers.compensation import (

@@ -8,13 +8,14 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks
+from optax_adamax import _checks, _tree_checks
 from optax_adamax._formats import unwrap, wrap
 from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters
 from optax_adamax._leaf import update_leaf
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._numerics import compute_dtype, map_real_imag, wider_dtype
-from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_format_of
+from optax_adamax._state import ScaleByAdamaxState, m_format_of, v_format_of
+from optax_adamax._state_checks import check_state
 
 
 @_checks.suggest_renamed_arguments
@@ -105,7 +106,7 @@ def scale_by_adamax(
     formats: dict[str, Any] = {"m_format": m_format, "v_format": v_format}
 
     def init(params: optax.Params) -> ScaleByAdamaxState:
-        jax.tree_util.tree_map_with_path(_checks.check_parameter, params)
+        jax.tree_util.tree_map_with_path(_tree_checks.check_parameter, params)
         m = jax.tree.map(lambda p: m_format.init(p, real=False), params)
         v = jax.tree.map(lambda p: v_format.init(p, real=True), params)
         return ScaleByAdamaxState(
@@ -125,9 +126,9 @@ def scale_by_adamax(
         del extra_args
         state = check_state(state, m_format, v_format)
         m, v = unwrap(state.m, m_format), unwrap(state.v, v_format)
-        _checks.check_gradients(updates, m)
+        _tree_checks.check_gradients(updates, m)
         grads, treedef = jax.tree.flatten(updates)
-        like = grads if params is None else treedef.flatten_up_to(params)
+        like = grads if params is None else _tree_checks.params_like(updates, params)
         t = jnp.asarray(optax.safe_increment(state.count))
         phase = state.v.phase if v_format.is_framed else jnp.uint32(0)
         leaves = list(zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True))
