@@ -5,6 +5,7 @@ Concrete numbers and arrays are checked. The values of tracers
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -21,23 +22,26 @@ R = TypeVar("R")
 
 # Arguments of other implementations, and how to write them here.
 RENAMED = {
-    "mu_dtype": "m_dtype=...",
-    "nu_dtype": "v_dtype=...",
-    "lr": "learning_rate=...",
-    "betas": "b1=..., b2=...",
-    "beta_1": "b1=...",
-    "beta_2": "b2=...",
-    "epsilon": "eps=...",
+    "mu_dtype": "m_dtype=",
+    "nu_dtype": "v_dtype=",
+    "lr": "learning_rate=",
+    "betas": "b1= and b2=",
+    "beta_1": "b1=",
+    "beta_2": "b2=",
+    "epsilon": "eps=",
+    "weight_decay": "adamaxw(..., weight_decay=...) for decoupled decay, or for L2 decay "
+    "optax.chain(optax.add_decayed_weights(...), adamax(...))",
 }
 
 
 def suggest_renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Adds an error that names the argument here for an argument of another implementation."""
+    renamed = RENAMED.keys() - inspect.signature(function).parameters.keys()
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in kwargs.keys() & RENAMED:
-            raise TypeError(f"{function.__name__} has no argument {name}. Write {RENAMED[name]}")
+        for name in kwargs.keys() & renamed:
+            raise TypeError(f"{function.__name__} has no argument {name}. Write {RENAMED[name]}.")
         return function(*args, **kwargs)
 
     return checked
@@ -127,7 +131,7 @@ def check_rate(name: str, value: Any) -> None:
             0.0,
             math.inf,
             kind="a real number or a schedule",
-            advice="Parameters are passed to init.",
+            advice="Write a float or a schedule; parameters are passed to init.",
         )
 
 

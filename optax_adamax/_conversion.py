@@ -98,11 +98,13 @@ def readable(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
       TypeError: codes or counters of other dtypes than ``init`` gave them.
       ValueError: m and v of different trees or shapes.
     """
+    _state_checks.check_concrete_types(state)
     _state_checks.check_counters(state)
     m, v = _readable("m", state.m, M_FORMATS), _readable("v", state.v, V_FORMATS)
     state = ScaleByAdamaxState(state.count, m, v)
     m_format, v_format = formats_of(state)
-    _state_checks.check_same_trees(*map(_leaves, (unwrap(m, m_format), unwrap(v, v_format))))
+    m, v = unwrap(m, m_format), unwrap(v, v_format)
+    _state_checks.check_same_trees(*map(jax.tree.leaves, (m, v)))  # Flax may wrap their leaves
     return state
 
 
@@ -133,10 +135,6 @@ def _map_leaves(function: Callable[..., jax.Array], tree: Any, *others: Any) -> 
     lists = map(jax.tree.leaves, (tree, *others))
     new = [function(*leaves) for leaves in zip(*lists, strict=True)]
     return jax.tree.structure(tree).unflatten(new)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree)
 
 
 def _only(tree: Any) -> jax.Array:

@@ -17,7 +17,7 @@ from optax_adamax._formats import unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat, safe_divide
 from optax_adamax._numerics import preserving_memory_kind
 from optax_adamax._paths import named_leaves
-from optax_adamax._state import ScaleByAdamaxState, formats_of, states_in
+from optax_adamax._state import ScaleByAdamaxState, formats_of, states_in, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 UNDERFLOW_TOLERANCE = 0.01  # fraction of elements below the range that needs no advice
@@ -146,6 +146,7 @@ def _check_addressable(arrays: list[Any]) -> None:
 
 
 def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription]:
+    stored = [jax.tree.leaves(stored_tree(moment)) for moment in (state.m, state.v)]
     state = readable(state)
     m_format, v_format = formats_of(state)
     count = preserving_memory_kind(
@@ -155,7 +156,8 @@ def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription
     m_leaves = named_leaves(unwrap(state.m, m_format), "/")
     v_leaves = jax.tree.leaves(unwrap(state.v, v_format))
     counted = [count(m, v, phase) for (_, m), v in zip(m_leaves, v_leaves, strict=True)]
-    for (path, m), v, numbers in zip(m_leaves, v_leaves, counted, strict=True):
+    names = [path for path, _ in m_leaves]
+    for path, m, v, numbers in zip(names, *stored, counted, strict=True):
         v_min, v_max, *counts = map(float, np.asarray(numbers))
         fractions = [c / max(1, m.size) for c in counts]
         yield LeafDescription(

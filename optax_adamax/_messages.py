@@ -16,14 +16,14 @@ from optax_adamax._paths import path_name
 # What to pass instead of an object of another package, by the package that defines its class.
 CONVERSIONS = {
     "flax.linen": 'Pass the parameters that its init returns, model.init(key, x)["params"].',
-    "flax.nnx": "Pass nnx.state(model, nnx.Param), or let nnx.Optimizer call the transformation.",
+    "flax.nnx": "Call nnx.Optimizer.update, or pass the tree of nnx.state(model, nnx.Param).",
     "flax.training": "Pass its parameters, state.params.",
     "equinox": "Pass equinox.filter(model, equinox.is_inexact_array).",
     "haiku": "Pass the parameters that its init returns.",
     "jax.experimental.sparse": "Pass x.todense(): moments are dense.",
     "keras": "Pass [v.value for v in model.trainable_variables].",
-    "torch": "Pass jnp.asarray(tensor.detach().numpy()).",
-    "mlx": "Pass jnp.asarray(numpy.asarray(array)).",
+    "torch": "Pass a tree of JAX arrays, such as jnp.asarray(tensor.detach().numpy()).",
+    "mlx": "Pass a tree of JAX arrays, such as jnp.asarray(numpy.asarray(array)).",
     "optax": "Pass init(params) and update(gradients, state, params), in this order.",
 }
 MAX_NAMES = 5
@@ -123,10 +123,13 @@ def describe_difference(kind: str, given: Any, wanted: Any) -> str:
 
 
 def advice_for_tree(given: Any, wanted: Any, otherwise: str) -> str:
-    """Returns what to write if two trees differ; `otherwise` if no other package is involved."""
+    """Returns what to write if two trees differ; `otherwise` if nothing special is known."""
     found = first_difference(given, wanted)
     assert found is not None
-    return (conversion(found[1]) if jax.tree.leaves(found[1]) else None) or otherwise
+    _, x, y = found
+    if type(x) is tuple and type(y) is not tuple:
+        return "Pass the gradients alone, without the value or the aux that JAX returns with them."
+    return (conversion(x) if jax.tree.leaves(x) else None) or otherwise
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from optax_adamax._formats import Format, find_format, is_in_format
@@ -61,6 +62,11 @@ def container_of(moment: Any, table: Mapping[str | None, Format]) -> type[Any] |
     return type(moment) if type(moment) in containers else None
 
 
+def stored_tree(moment: Any) -> Any:
+    """Returns the tree of m or v of a state without its container."""
+    return moment if container_of(moment, {**M_FORMATS, **V_FORMATS}) is None else moment[0]
+
+
 def is_adamax_state(x: Any) -> bool:
     """Returns whether x is the state of `scale_by_adamax`."""
     return isinstance(x, ScaleByAdamaxState)
@@ -83,15 +89,15 @@ def states_in(tree: Any) -> list[ScaleByAdamaxState]:
 
 
 def _summary(moment: Any) -> str:
-    leaves = jax.tree.leaves(
-        moment[0] if container_of(moment, {**M_FORMATS, **V_FORMATS}) else moment
-    )
+    leaves = jax.tree.leaves(stored_tree(moment))
     dtypes = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
     return f"<{len(leaves)} {'/'.join(dtypes)} arrays>"
 
 
 def _number(count: Any) -> str:
     """Prints a step count; its dtype if it is traced, or cannot be read by this process."""
-    leaves = jax.tree.leaves(count)
-    is_known = len(leaves) == 1 and getattr(leaves[0], "is_fully_replicated", True)
-    return ", ".join(str(x if is_known else getattr(x, "dtype", "?")) for x in leaves)
+    (leaf, *others) = jax.tree.leaves(count) or [None]
+    is_known = isinstance(leaf, (Tracer, np.ndarray, int)) or (
+        isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    )
+    return str(leaf) if is_known and not others else str(getattr(leaf, "dtype", leaf))

@@ -10,7 +10,7 @@ import optax
 from optax_adamax._formats import Format, is_in_format, unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
 from optax_adamax._messages import describe_value, with_article
-from optax_adamax._state import ScaleByAdamaxState, container_of, is_adamax_state
+from optax_adamax._state import ScaleByAdamaxState, container_of, is_adamax_state, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 ORDER = "The arguments are update(gradients, state, params), in this order."
@@ -18,6 +18,10 @@ RESTORE = "Restore a checkpoint into the structure and the dtypes that init retu
 AVERAGE = (
     "To average states over workers, average the floats of decode_state(state), leave count as it "
     "is, and convert the result with encode_state."
+)
+SAME_MOMENTS = (
+    "To continue with the same moments, write optax.tree.set(tx.init(params), "
+    "count=state[0].count, m=state[0].m, v=state[0].v)."
 )
 
 
@@ -69,6 +73,16 @@ def check_counters(state: ScaleByAdamaxState) -> None:
             )
 
 
+def check_concrete_types(state: ScaleByAdamaxState) -> None:
+    """Checks that a state to be converted or described consists of arrays."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
+        raise TypeError(
+            "The state must consist of arrays, but it contains ShapeDtypeStructs. For the shapes "
+            "and dtypes of a converted state, write "
+            "jax.eval_shape(lambda s: encode_state(s, m_dtype, v_dtype), state)."
+        )
+
+
 def check_readable(name: str, moment: Any, table: Mapping[str | None, Format]) -> None:
     """Checks that m or v of a state can be decoded.
 
@@ -112,9 +126,12 @@ def check_chain_state(state: Any, links: tuple[ChainLink, ...]) -> None:
     """
     is_chain = isinstance(state, (tuple, list)) and not hasattr(state, "_fields")
     if not is_chain or len(state) != 1 + len(links):
+        given = f"a tuple of {len(state)}" if is_chain else describe_value(state)
+        is_other_chain = is_chain and any(map(is_adamax_state, state))
         raise TypeError(
             f"The state must be the tuple of {1 + len(links)} states that init returns, but "
-            f"{describe_value(state)} was given. {_wrong_state_hint(state)}"
+            f"{given} was given. "
+            f"{SAME_MOMENTS if is_other_chain else _wrong_state_hint(state)}"
         )
     for link, found in zip(links, state[1:], strict=True):
         is_masked = isinstance(found, optax.MaskedState)
@@ -123,9 +140,8 @@ def check_chain_state(state: Any, links: tuple[ChainLink, ...]) -> None:
         kinds = [_kind(link.argument, *x) for x in ((is_schedule, is_masked), link[1:])]
         if kinds[0] != kinds[1]:
             raise TypeError(
-                f"The state must belong to {kinds[1]}, but it was made with {kinds[0]}. Continue "
-                f"with the same moments by optax.tree.set(tx.init(params), count=state[0].count, "
-                f"m=state[0].m, v=state[0].v)."
+                f"The state was made with {kinds[0]}, but the transformation was built with "
+                f"{kinds[1]}. {SAME_MOMENTS}"
             )
 
 
@@ -146,7 +162,7 @@ def _storage_description(moment: Any, table: Mapping[str | None, Format]) -> str
 
 def _dtypes(moment: Any) -> str:
     """Names the dtypes of m or v, without its phase."""
-    leaves = jax.tree.leaves(moment[0] if hasattr(moment, "_fields") else moment)
+    leaves = jax.tree.leaves(stored_tree(moment))
     return " and ".join(sorted({str(jnp.result_type(x)) for x in leaves}))
 
 

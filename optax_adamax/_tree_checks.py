@@ -64,7 +64,8 @@ def check_gradients(gradients: Any, moments: Any) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The {label} must be a float array, but its dtype is {dtype}. Cast it to a float."
+                f"The {label} must be a float array, but its dtype is {dtype.name}. Cast it to a "
+                f"float; integer parameters have no gradient, so leave them out."
             )
         if jnp.issubdtype(dtype, jnp.complexfloating) != jnp.iscomplexobj(moment):
             kind = "complex" if jnp.iscomplexobj(moment) else "real"
