@@ -183,8 +183,5 @@ def check_arrays(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.
             )
     for name, array in (("grad", grad), ("m", m), ("v", v)):
         if jnp.iscomplexobj(array) and (name == "v" or not jnp.iscomplexobj(parameter)):
-            raise TypeError(
-                f"{name} must be real if {'it is' if name == 'v' else 'parameter has'} "
-                f"{'the infinity norm' if name == 'v' else f'dtype {parameter.dtype}'}, but its "
-                f"dtype is {array.dtype}."
-            )
+            reason = "" if name == "v" else f", because the dtype of parameter is {parameter.dtype}"
+            raise TypeError(f"{name} must be real{reason}, but its dtype is {array.dtype}.")
