@@ -57,7 +57,9 @@ def decode_state(state: T) -> T:
     return _map_states(_decode, state)
 
 
-def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike | None = None) -> T:
+def encode_state(
+    state: T, m_dtype: "DTypeLike | None" = None, v_dtype: "DTypeLike | None" = None
+) -> T:
     """Converts a state to other storage formats, during a run or after loading a checkpoint.
 
     A moment that is stored in the requested format keeps its bits. Every other moment is decoded

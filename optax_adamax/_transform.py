@@ -1,5 +1,7 @@
 """The Adamax update of Kingma & Ba (2014), section 7.1, as an optax transformation."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
