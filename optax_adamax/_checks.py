@@ -20,17 +20,18 @@ from optax_adamax._messages import describe_value
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Arguments of other implementations, and how to write them here.
+# Arguments of other implementations, and what to write here.
 RENAMED = {
-    "mu_dtype": "m_dtype=",
-    "nu_dtype": "v_dtype=",
-    "lr": "learning_rate=",
-    "betas": "b1= and b2=",
-    "beta_1": "b1=",
-    "beta_2": "b2=",
-    "epsilon": "eps=",
-    "weight_decay": "adamaxw(..., weight_decay=...) for decoupled decay, or for L2 decay "
-    "optax.chain(optax.add_decayed_weights(...), adamax(...))",
+    "mu_dtype": "m_dtype",
+    "nu_dtype": "v_dtype",
+    "lr": "learning_rate",
+    "betas": "b1 and b2",
+    "beta_1": "b1",
+    "beta_2": "b2",
+    "epsilon": "eps",
+    "u": "v",
+    "weight_decay": "adamaxw (decoupled decay), or optax.add_decayed_weights in a chain before "
+    "adamax (L2 decay),",
 }
 
 
@@ -41,7 +42,9 @@ def suggest_renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs.keys() & renamed:
-            raise TypeError(f"{function.__name__} has no argument {name}. Write {RENAMED[name]}.")
+            raise TypeError(
+                f"{function.__name__} has no argument {name}. Write {RENAMED[name]} instead."
+            )
         return function(*args, **kwargs)
 
     return checked

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from optax_adamax._checks import check_scalar
 from optax_adamax._conversion import decode_scaled, readable
 from optax_adamax._formats import unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat, safe_divide
@@ -100,7 +101,8 @@ def describe_state(
 
     Raises:
       TypeError: there is no :class:`ScaleByAdamaxState` in `state`, or it is traced.
-      ValueError: the state is spread over several processes, and `all_processes` is False.
+      ValueError: the state is spread over several processes, and `all_processes` is False; its
+        arrays were donated; or eps is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -120,12 +122,18 @@ def describe_state(
       >>> print(description.leaves[1].advice)  # doctest: +ELLIPSIS
       v reaches ..., the upper end of uint8, in 100% of the elements. Write ...
     """
+    check_scalar("eps", eps, 0.0, math.inf)
     found = states_in(state)
     for leaf in jax.tree.leaves(found):
         if isinstance(leaf, Tracer):
             raise TypeError(
                 "describe_state must read the numbers in a state, but a traced state was given. "
                 "Call it outside of jax.jit, on the state that the jitted step returns."
+            )
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise ValueError(
+                "describe_state must read the numbers in a state, but its arrays were deleted or "
+                "donated to a jitted function. Pass the state that this function returned."
             )
     if not all_processes:
         _check_addressable(jax.tree.leaves(found))

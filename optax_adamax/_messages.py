@@ -129,7 +129,12 @@ def advice_for_tree(given: Any, wanted: Any, otherwise: str) -> str:
     _, x, y = found
     if type(x) is tuple and type(y) is not tuple:
         return "Pass the gradients alone, without the value or the aux that JAX returns with them."
-    return (conversion(x) if jax.tree.leaves(x) else None) or otherwise
+    if advice := conversion(x) if jax.tree.leaves(x) else None:
+        return advice
+    is_container = all(_one_level(z)[0] and _one_level(z)[0][0][0] for z in (x, y))
+    if is_container and type(x) is not type(y):
+        return "Use the same containers as the parameters given to init, or call init again."
+    return otherwise
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:

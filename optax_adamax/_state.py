@@ -91,13 +91,13 @@ def states_in(tree: Any) -> list[ScaleByAdamaxState]:
 def _summary(moment: Any) -> str:
     leaves = jax.tree.leaves(stored_tree(moment))
     dtypes = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
-    return f"<{len(leaves)} {'/'.join(dtypes)} arrays>"
+    return f"<{' '.join([str(len(leaves)), *filter(None, ['/'.join(dtypes)]), 'arrays'])}>"
 
 
 def _number(count: Any) -> str:
-    """Prints a step count; its dtype if it is traced, or cannot be read by this process."""
+    """Prints a step count; its dtype if its value cannot be read in this process."""
     (leaf, *others) = jax.tree.leaves(count) or [None]
     is_known = isinstance(leaf, (Tracer, np.ndarray, int)) or (
-        isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+        isinstance(leaf, jax.Array) and leaf.is_fully_replicated and not leaf.is_deleted()
     )
     return str(leaf) if is_known and not others else str(getattr(leaf, "dtype", leaf))

@@ -74,7 +74,7 @@ def check_counters(state: ScaleByAdamaxState) -> None:
 
 
 def check_concrete_types(state: ScaleByAdamaxState) -> None:
-    """Checks that a state to be converted or described consists of arrays."""
+    """Checks that a state to be converted or described consists of arrays that can be read."""
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         raise TypeError(
             "The state must consist of arrays, but it contains ShapeDtypeStructs. For the shapes "

@@ -157,6 +157,7 @@ def scale_by_adamax(
     return handle_nonfinite(nonfinite, optax.GradientTransformationExtraArgs(init, update))
 
 
+@_checks.suggest_renamed_arguments
 def adamax_step(
     parameter: ArrayLike | list[float],
     grad: ArrayLike | list[float],

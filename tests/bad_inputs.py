@@ -3,6 +3,7 @@
 A call receives the transformations and states of `Given`, and must not change them.
 """
 
+import collections
 from typing import NamedTuple
 
 import jax
@@ -106,9 +107,9 @@ HYPERPARAMETERS = [
         "b1 < b2 and (1 - b1) / (1 - b1",
     ),
     (dict(m_dtype="int8", b1=0.999, b2=0.9), ValueError, "m_dtype='bfloat16'"),
-    (dict(mu_dtype="bfloat16"), TypeError, "has no argument mu_dtype. Write m_dtype=."),
-    (dict(epsilon=1e-7), TypeError, "has no argument epsilon. Write eps=."),
-    (dict(betas=(0.9, 0.999)), TypeError, "has no argument betas. Write b1= and b2=."),
+    (dict(mu_dtype="bfloat16"), TypeError, "has no argument mu_dtype. Write m_dtype instead"),
+    (dict(epsilon=1e-7), TypeError, "has no argument epsilon. Write eps instead"),
+    (dict(betas=(0.9, 0.999)), TypeError, "has no argument betas. Write b1 and b2 instead"),
     (dict(nonfinite="ignore"), ValueError, "'zero', 'skip_step'), but 'ignore'"),
     (dict(nonfinite=None), TypeError, "nonfinite must be one of"),
     (dict(nonfinite=True), TypeError, "nonfinite must be one of"),
@@ -168,9 +169,9 @@ ROWS += [
 ROWS += [
     ("adamax(params)", lambda _: adamax(PARAMS), TypeError,
      "learning_rate must be a real number or a schedule, but a dict with the keys 'a', 'b' was"),
-    ("adamax(lr=)", lambda _: adamax(lr=0.1), TypeError, "Write learning_rate=."),
+    ("adamax(lr=)", lambda _: adamax(lr=0.1), TypeError, "Write learning_rate instead"),
     ("adamax(weight_decay=)", lambda _: adamax(0.1, weight_decay=0.1), TypeError,
-     "Write adamaxw(..., weight_decay=...)"),
+     "Write adamaxw (decoupled decay), or"),
 ]  # fmt: skip
 
 # Parameters.
@@ -240,9 +241,12 @@ ROWS += [
     ("an array's gradient as a list", lambda x: x.plain.update(
         [jnp.ones(1)], x.plain.init(jnp.ones(1))), ValueError,
      "the gradient is a list instead of an array of shape (1,) and dtype float32"),
+    ("an OrderedDict for a dict",
+     lambda x: x.plain.update(collections.OrderedDict(gradients()), x.state), ValueError,
+     "the gradient is an OrderedDict with the keys 'a', 'b' instead of a dict with the keys"),
     ("containers of another type",
      lambda x: x.plain.update([jnp.ones(1)], x.plain.init((jnp.ones(1),))), ValueError,
-     "the gradient is a list instead of a tuple"),
+     "the gradient is a list instead of a tuple. Use the same containers"),
     ("a sparse gradient", lambda x: x.plain.update(
         gradients(a=sparse.BCOO.fromdense(jnp.ones(3))), x.state), ValueError,
      "'a' is a BCOO instead of an array of shape (3,) and dtype float32. Pass x.todense()"),
@@ -266,6 +270,12 @@ ROWS += [
 
 # One step on arrays.
 
+ROWS += [
+    ("adamax_step(lr=)", lambda _: adamax_step(1.0, 1.0, 0.0, 0.0, 1, lr=0.1), TypeError,
+     "adamax_step has no argument lr. Write learning_rate instead."),
+    ("adamax_step(u=)", lambda _: adamax_step(1.0, 1.0, m=0.0, u=0.0, t=1), TypeError,
+     "adamax_step has no argument u. Write v instead."),
+]  # fmt: skip
 ROWS += [
     (f"adamax_step: {words}", lambda _, a=arguments: adamax_step(*a), error, words)
     for arguments, error, words in [

@@ -117,6 +117,9 @@ ROWS += [
      TypeError, "jax.eval_shape(lambda s: encode_state(s, m_dtype, v_dtype), state)"),
     ("a traced state to describe", lambda x: jax.jit(lambda s: describe_state(s).bytes)(x.state),
      TypeError, "Call it outside of jax.jit"),
+    ("a donated state to describe", lambda x: describe_state(donated(x.low_state)), ValueError,
+     "Pass the state that this function returned"),
+    ("no eps to describe with", lambda x: describe_state(x.state, eps="x"), TypeError, "eps must"),
     ("a policy, and a state without", lambda x: x.skip.update(REAL, x.low_state), TypeError,
      "nonfinite='skip_step' needs the HandleNonfiniteState that its init returns"),
     ("a limit, and a state without", lambda x: x.spikes.update(REAL, x.skip_state), TypeError,
@@ -139,3 +142,10 @@ ROWS += [
 
 def with_phase(state, phase):
     return state._replace(v=state.v._replace(phase=phase))
+
+
+def donated(state):
+    copy = jax.tree.map(jnp.copy, state)
+    jax.tree.map(lambda x: x.delete(), copy)
+    assert "count=int32" in repr(copy)
+    return copy
