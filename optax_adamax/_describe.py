@@ -47,7 +47,7 @@ class LeafDescription:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class StateDescription:
-    """What :func:`describe_state` returns. ``print`` and ``repr`` show it as a table."""
+    """Result of :func:`describe_state`. ``print`` and ``repr`` show it as a table."""
 
     leaves: tuple[LeafDescription, ...]
     bytes: int  # of all arrays in the state, on all devices; a replicated array counts once

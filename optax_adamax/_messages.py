@@ -13,7 +13,7 @@ import numpy as np
 
 from optax_adamax._paths import path_name
 
-# What to pass instead of an object of another package, by the package that defines its class.
+# Advice for an object of another package, by the package that defines its class.
 CONVERSIONS = {
     "flax.linen": 'Pass the parameters that its init returns, model.init(key, x)["params"].',
     "flax.nnx": "Call nnx.Optimizer.update, or pass the tree of nnx.state(model, nnx.Param).",

@@ -1,4 +1,4 @@
-"""What describe_state and the state print, and states on several devices or processes."""
+"""The output of describe_state and of a state; states on several devices or processes."""
 
 import os
 import socket

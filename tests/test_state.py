@@ -77,7 +77,7 @@ def test_conversion_during_a_run(m_dtype, v_dtype, other):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", CASES)
-def test_conversion_to_the_same_format_keeps_every_bit(m_dtype, v_dtype):
+def test_conversion_to_the_same_format_changes_no_bit(m_dtype, v_dtype):
     _, state = trained(m_dtype, v_dtype)
     same = encode_state(state, m_dtype, v_dtype)
     jax.tree.map(np.testing.assert_array_equal, state, same)
