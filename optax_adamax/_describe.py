@@ -124,27 +124,26 @@ def describe_state(
     """
     check_scalar("eps", eps, 0.0, math.inf)
     found = states_in(state)
-    for leaf in jax.tree.leaves(found):
-        if isinstance(leaf, Tracer):
-            raise TypeError(
-                "describe_state must read the numbers in a state, but a traced state was given. "
-                "Call it outside of jax.jit, on the state that the jitted step returns."
-            )
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise ValueError(
-                "describe_state must read the numbers in a state, but its arrays were deleted or "
-                "donated to a jitted function. Pass the state that this function returned."
-            )
-    if not all_processes:
-        _check_addressable(jax.tree.leaves(found))
+    _check_arrays(jax.tree.leaves(found), all_processes)
     leaves = [leaf for state in found for leaf in _describe(state, eps)]
     return StateDescription(
         tuple(leaves), sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(state))
     )
 
 
-def _check_addressable(arrays: list[Any]) -> None:
-    if not all(getattr(x, "is_fully_addressable", True) for x in arrays):
+def _check_arrays(arrays: list[Any], all_processes: bool) -> None:
+    """Checks that this process can read the arrays without waiting for another process."""
+    if any(isinstance(x, Tracer) for x in arrays):
+        raise TypeError(
+            "describe_state must read the numbers in a state, but a traced state was given. "
+            "Call it outside of jax.jit, on the state that the jitted step returns."
+        )
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in arrays):
+        raise ValueError(
+            "describe_state must read the numbers in a state, but its arrays were deleted or "
+            "donated to a jitted function. Pass the state that this function returned."
+        )
+    if not (all_processes or all(getattr(x, "is_fully_addressable", True) for x in arrays)):
         raise ValueError(
             f"The state is spread over {jax.process_count()} processes, all of which must call "
             f"describe_state, but all_processes=True was not given. Call it outside of `if "

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_adamax
 from optax_adamax import ScaleByAdamaxState, adamax, describe_state, encode_state
-from optax_adamax._describe import MAX_ROWS, WIDTH, StateDescription, _check_addressable
+from optax_adamax._describe import MAX_ROWS, WIDTH, StateDescription
 
 ROOT = Path(optax_adamax.__file__).parents[1]
 
@@ -112,8 +112,11 @@ class Spread:
 
 
 def test_a_state_over_several_processes_raises_instead_of_hanging():
+    m = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="all_processes=True was not given"):
-        _check_addressable([np.ones(2), Spread()])
+        describe_state(ScaleByAdamaxState(Spread(), m, m))
+    with pytest.raises(TypeError):  # goes on, and rejects the count
+        describe_state(ScaleByAdamaxState(Spread(), m, m), all_processes=True)
 
 
 PROCESS = """
