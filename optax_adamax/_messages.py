@@ -17,20 +17,18 @@ from optax_adamax._paths import path_name
 CONVERSIONS = {
     "flax.linen": 'Pass the parameters that its init returns, model.init(key, x)["params"].',
     "flax.nnx": "Call nnx.Optimizer.update, or pass the tree of nnx.state(model, nnx.Param).",
-    "flax.training": "Pass its parameters, state.params.",
-    "equinox": "Pass equinox.filter(model, equinox.is_inexact_array).",
-    "haiku": "Pass the parameters that its init returns.",
     "jax.experimental.sparse": "Pass x.todense(): moments are dense.",
     "keras": "Pass [v.value for v in model.trainable_variables].",
     "torch": "Pass a tree of JAX arrays, such as jnp.asarray(tensor.detach().numpy()).",
     "mlx": "Pass a tree of JAX arrays, such as jnp.asarray(numpy.asarray(array)).",
-    "optax": "Pass init(params) and update(gradients, state, params), in this order.",
 }
+# Packages whose name is put before the name of a class, which may be as short as "array".
+PACKAGES = ("flax", "keras", "torch", "mlx")
 MAX_NAMES = 5
 
 
 def describe_value(x: Any) -> str:
-    """Describes a value in a few words, with an article where one is needed.
+    """Describes a value in a few words, without the elements of an array.
 
     >>> import numpy as np
     >>> print(describe_value(np.ones(3)), "|", describe_value({"w": 1}), "|", describe_value("x"))
@@ -45,13 +43,16 @@ def describe_value(x: Any) -> str:
     if inspect.isroutine(x) or isinstance(x, type):
         kind = "class" if isinstance(x, type) else "function"
         return f"the {kind} {getattr(x, '__name__', '')}".rstrip()
-    name = with_article(type(x).__name__)
+    package = type(x).__module__.partition(".")[0]
+    name = f"{package} {type(x).__name__}" if package in PACKAGES else type(x).__name__
+    name = with_article(name)
     return f"{name} with the keys {names(map(str, x))}" if isinstance(x, Mapping) and x else name
 
 
 def with_article(noun: str) -> str:
     """Puts "a" or "an" before a noun."""
-    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+    is_vowel = noun.lower().startswith(("a", "e", "i", "o", "u", "mlx"))
+    return f"{'an' if is_vowel else 'a'} {noun}"
 
 
 def names(found: Iterable[str]) -> str:
@@ -129,14 +130,16 @@ def advice_for_tree(given: Any, wanted: Any, otherwise: str) -> str:
     _, x, y = found
     if type(x) is tuple and type(y) is not tuple:
         return "Pass the gradients alone, without the value or the aux that JAX returns with them."
-    if advice := conversion(x) if jax.tree.leaves(x) else None:
-        return advice
-    is_container = all(_one_level(z)[0] and _one_level(z)[0][0][0] for z in (x, y))
-    if is_container and type(x) is not type(y):
+    if _is_container(x) and _is_container(y) and type(x) is not type(y):
         return "Use the same containers as the parameters given to init, or call init again."
-    return otherwise
+    return (conversion(x) if jax.tree.leaves(x) else None) or otherwise
+
+
+def _is_container(x: Any) -> bool:
+    (path, _), *_ = _one_level(x)[0] or [((), None)]
+    return path != ()
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The children of a node with their keys, and its structure; a leaf is its own child."""
+    """Returns the children of a node with their paths, and its structure. A leaf is its child."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)

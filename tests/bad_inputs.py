@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax_boxes import linen, nnx
 from jax.experimental import sparse
 
 from optax_adamax import (
@@ -185,6 +186,7 @@ ROWS += [
         ({"rng": jax.random.key(0)}, "nnx.state(model, nnx.Param)"),
         ({"layer": {"name": "net"}}, "parameter 'layer/name' must be an array, but 'net' was"),
         ({"f": jax.nn.relu}, "equinox.filter"),
+        (linen.Dense(3), "but a flax Dense was given. Pass the parameters that its init returns"),
         (lambda x: x, "The parameter must be an array, but the function <lambda> was given"),
         (scale_by_adamax(), "The parameter 'init' must be an array, but the function"),
     ]
@@ -247,6 +249,9 @@ ROWS += [
     ("containers of another type",
      lambda x: x.plain.update([jnp.ones(1)], x.plain.init((jnp.ones(1),))), ValueError,
      "the gradient is a list instead of a tuple. Use the same containers"),
+    ("gradients in variables",
+     lambda x: x.plain.update(gradients(a=nnx.Param(jnp.ones(3))), x.state), ValueError,
+     "'a' is a flax Param instead of an array of shape (3,) and dtype float32. Call nnx.Optimizer"),
     ("a sparse gradient", lambda x: x.plain.update(
         gradients(a=sparse.BCOO.fromdense(jnp.ones(3))), x.state), ValueError,
      "'a' is a BCOO instead of an array of shape (3,) and dtype float32. Pass x.todense()"),
