@@ -95,42 +95,42 @@ def test_every_value_takes_every_kind_of_update(compiled, residual_dtype):
     check_every_value(residual_dtype, compiled)
 
 
-def split_without_clip(theta, residual_dtype, threshold):
+def split_without_clip(theta, residual_dtype, rounding_bits):
     width = jnp.iinfo(residual_dtype).bits
-    fine = (_residual._bits(theta) + threshold * (width == 8)) >> (16 - width)
+    fine = (_residual._bits(theta) + rounding_bits * (width == 8)) >> (16 - width)
     upper = (fine + (1 << (width - 1))) >> width
     stored = jax.lax.bitcast_convert_type(upper << 16, jnp.float32)
     return stored, (fine - (upper << width)).astype(residual_dtype)
 
 
-def split_rounded_down(theta, residual_dtype, threshold):
-    stored, residual = SPLIT(theta, residual_dtype, threshold)
+def split_rounded_down(theta, residual_dtype, rounding_bits):
+    stored, residual = SPLIT(theta, residual_dtype, rounding_bits)
     bits = _residual._bits(stored) - ((residual < 0).astype(jnp.uint32) << 16)
     return jax.lax.bitcast_convert_type(bits, jnp.float32), residual
 
 
-def join_with_any_residual(p, residual):
+def merge_any_residual(p, residual):
     bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32) << 16
     lost = 16 - jnp.iinfo(residual.dtype).bits
     bits += (residual.astype(jnp.int32) << lost).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def join_without_sign(p, residual):
-    return JOIN(jnp.abs(p), residual)
+def merge_without_sign(p, residual):
+    return MERGE(jnp.abs(p), residual)
 
 
-JOIN, SPLIT = _residual.join, _residual.split
+MERGE, SPLIT = _residual.merge_residual, _residual.split_residual
 
 
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("split", split_without_clip),
-        ("split", split_rounded_down),
-        ("join", join_with_any_residual),
-        ("join", join_without_sign),
-        ("_threshold", lambda count, u_bits: jnp.uint32(300)),
+        ("split_residual", split_without_clip),
+        ("split_residual", split_rounded_down),
+        ("merge_residual", merge_any_residual),
+        ("merge_residual", merge_without_sign),
+        ("_rounding_bits", lambda count, u_bits: jnp.uint32(300)),
         # Nothing is compared: a parameter is taken to arrive where float32 cannot.
         ("_bits", lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFE)),
     ],

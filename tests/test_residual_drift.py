@@ -95,7 +95,7 @@ def golden_walk(count, u_bits):
 )
 def test_mutants_of_the_threshold_are_noticed(mutant, threshold):
     """A walk is biased by updates of its own period, and one for all steps by any."""
-    mutant(_residual, "_threshold", threshold)
+    mutant(_residual, "_rounding_bits", threshold)
     int8, int16 = adding("int8"), adding("int16")
     for period in (8, 144):
         rng = np.random.default_rng(period)
