@@ -103,9 +103,9 @@ def compensate_rounding(
       residual_dtype: dtype of r: int8 or int16.
       update_dtype: dtype of u' for bfloat16 parameters. float32 requires a sum that is cast back,
         as in :func:`optax.apply_updates`. ``"bfloat16"`` also supports loops that compute p + u'
-        in bfloat16, as ``equinox.apply_updates``, optimistix and flowjax do. In steps in which a
-        parameter changes its sign or by more than a factor of two, u' is then rounded, and
-        :math:`\theta` may be wrong by :math:`2^{-8}` of the larger number.
+        in bfloat16, as ``equinox.apply_updates``, optimistix and flowjax do. If a step changes the
+        sign of a parameter, or its size by more than a factor of two, u' is rounded, and
+        :math:`\theta` may be wrong by 1.5 bfloat16 ULP of the larger number.
       check_applied: for debugging. True stores the new parameters in the state (2 bytes per
         parameter). The next ``update`` raises if it receives other parameters. Projections after
         the step change parameters, too.
