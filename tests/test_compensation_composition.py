@@ -40,7 +40,7 @@ STORAGE = {
     "storage", ["8 bytes", pytest.param("4 bytes", marks=pytest.mark.slow), "2 bytes"]
 )
 def test_master_parameters_follow_the_float32_run(storage):
-    """The true parameters are those of a float32 run with the same gradients."""
+    """Within the rounding of the residual, with the same gradients."""
     m_dtype, v_dtype = STORAGE[storage]
     inner = adamax(2.0**-10, m_dtype=m_dtype, v_dtype=v_dtype)
     params, sequence = {"a": parameters()["a"]}, gradients({"a": parameters()["a"]})
@@ -74,7 +74,7 @@ def test_vmap_scan_and_pmap_agree():
 
 
 def test_shard_map_agrees():
-    """Gradients are split over the devices, parameters and residuals with them."""
+    """Gradients, parameters and residuals are sharded over the devices."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     tx, params, whole = optimizer(), parameters(), gradients(steps=1)
     (expected_params, expected_state), params = run(tx, params, whole), {"a": params["a"]}
@@ -117,12 +117,12 @@ def test_partition_with_two_residuals_has_both_masters():
 
 
 def test_multi_steps_inside_and_outside_accumulates():
-    """Inside, what is accumulated is of float32; around, the mean is rounded to bfloat16."""
+    """Inside, it accumulates float32 gradients; outside, it rounds the mean to bfloat16."""
     params, sequence = parameters(), gradients()
     twice = [g for g in sequence for _ in range(2)]
-    inside = compensate_rounding(optax.MultiSteps(SGD, 2).gradient_transformation())
+    inside = compensate_rounding(optax.MultiSteps(SGD, 2))
     found = run(inside, params, twice)
-    # Its thresholds are those of every second count.
+    # Its rounding bits are those of every second count.
     assert_equal(found[1].inner_state.inner_opt_state, expected()[1].inner_state)
     close = functools.partial(np.testing.assert_allclose, rtol=2.0**-12, atol=2.0**-16)
     jax.tree.map(close, *(master_params(s, p) for p, s in (found, expected())))
@@ -133,8 +133,8 @@ def test_multi_steps_inside_and_outside_accumulates():
 
 
 @pytest.mark.parametrize("guard", ["apply_if_finite", "conditionally_mask", "limit_spikes"])
-def test_guards_go_inside(guard):
-    """compensate_rounding(guard(tx)): both branches of optax's own have float32 updates then."""
+def test_guards_inside_skip_steps(guard):
+    """In compensate_rounding(guard(tx)), both branches of the guard have float32 updates."""
     inner = {
         "apply_if_finite": lambda: optax.apply_if_finite(SGD, 5),
         "conditionally_mask": lambda: optax.conditionally_mask(SGD, lambda step, **_: step != 3),
@@ -161,7 +161,7 @@ def test_guards_go_inside(guard):
     ],
 )
 def test_guards_of_optax_outside_are_rejected_by_jax(guard):
-    """Should this fail, optax has learned it, and the guide need not say so any more."""
+    """If this fails, optax supports it, and the guide must be changed."""
     params, tx = parameters(), guard(optimizer())
     with pytest.raises(TypeError, match=r"differ"):
         run(tx, params, gradients(steps=1))
@@ -182,7 +182,7 @@ def test_limit_spikes_and_clipping_outside_work():
 
 
 def test_pack_small_leaves_inside_and_outside_agree():
-    """Packed inside, the residual is where it was; packed with it, in the buffers."""
+    """Inside, residuals are not packed; outside, they are in the buffers."""
     params, sequence = parameters(), gradients()
     inside = run(compensate_rounding(pack_small_leaves(SGD)), params, sequence)
     assert_same_masters(inside, expected())

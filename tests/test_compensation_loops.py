@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compensated import adding, assert_equal, gradients, parameters, residuals, stepper, take, wide
+from compensated import (
+    SGD,
+    adding,
+    assert_equal,
+    gradients,
+    parameters,
+    residuals,
+    stepper,
+    take,
+    wide,
+)
 
 from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, master_params
 from optax_adamax.wrappers import _applied, _residual
@@ -73,7 +83,7 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
     """optax.chain(compensate_rounding(...), scale) leaves the parameters where they are."""
     params = parameters()
     for check_applied in (False, True):
-        tx = outside(compensate_rounding(adamax(0.1), check_applied=check_applied))
+        tx = outside(compensate_rounding(SGD, check_applied=check_applied))
         step = stepper(tx, compiled)
         first = step(params, tx.init(params), params)
         if not check_applied:
@@ -88,8 +98,8 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
 def test_check_applied_accepts_correct_loops():
     """Also inside limit_spikes with a skipped step, and if it is turned on during a run."""
     params, sequence = parameters(), gradients(steps=3)
-    checked = compensate_rounding(adamax(0.1), check_applied=True)
-    plain = compensate_rounding(adamax(0.1))
+    checked = compensate_rounding(SGD, check_applied=True)
+    plain = compensate_rounding(SGD)
     for tx, state in [
         (checked, checked.init(params)),
         (limit_spikes(checked, max_norm=1e3), None),
@@ -107,7 +117,7 @@ def test_check_applied_accepts_correct_loops():
 
 def test_check_applied_stores_the_applied_parameters():
     params = parameters()
-    tx = compensate_rounding(adamax(0.1), check_applied=True)
+    tx = compensate_rounding(SGD, check_applied=True)
     params, state = take(tx, params, tx.init(params), params)
     assert state.expected_params["c"] == optax.MaskedNode()
     assert_equal({k: params[k] for k in "ab"}, {k: state.expected_params[k] for k in "ab"})

@@ -97,7 +97,7 @@ def test_checkpoint_resumes_exactly(tmp_path):
 
 @pytest.mark.parametrize("kept", ["int8", "int16"])
 def test_checkpoint_of_another_residual_dtype_raises(tmp_path, kept):
-    """Orbax would cast the numbers, and with them every parameter would be wrong."""
+    """Orbax would cast the integers, and every parameter would be wrong."""
     other = {"int8": "int16", "int16": "int8"}[kept]
     target = optimizer(other).init(parameters())
     _, state = expected(kept)
@@ -202,7 +202,7 @@ def test_messages_about_trees_name_leaves_and_print_no_arrays(other):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("residual_dtype", ["int8", "int16"])
 def test_step_copies_only_the_residual(residual_dtype, dtype):
-    """Beyond those of the inner one, only the old residual is copied, whatever the gradients."""
+    """In addition to the temporaries of `inner`, with gradients of any dtype."""
     n, width = 1 << 20, jnp.iinfo(residual_dtype).bits // 8
     tx = compensate_rounding(optax.sgd(3e-4), residual_dtype)
     with jax.numpy_dtype_promotion("standard"):
