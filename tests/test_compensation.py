@@ -151,7 +151,8 @@ def init(params):
     ("error", "words", "call"),
     [
         (TypeError, "int8 or int16", lambda: compensate_rounding(adamax(0.1), "float32")),
-        (TypeError, "int8 or int16, but got 'int7'", lambda: compensate_rounding(adamax(0.1), "int7")),
+        (TypeError, "int8 or int16, but got 'int7'",
+         lambda: compensate_rounding(adamax(0.1), "int7")),
         (TypeError, "update_dtype must be float32 or bfloat16, but got 'float16'",
          lambda: compensate_rounding(adamax(0.1), update_dtype="float16")),
         (TypeError, r"compensate_rounding\(adamax", lambda: compensate_rounding("int8")),
@@ -159,7 +160,7 @@ def init(params):
         (TypeError, r"\['b'\] has dtype float16", lambda: init({"b": jnp.ones(2, "float16")})),
         (ValueError, "needs the parameters", lambda: TX.update(LOW, init(LOW))),
         (TypeError, "must be a CompensateRoundingState", lambda: TX.update(LOW, (init(LOW),), LOW)),
-        (TypeError, "add updates with optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
+        (TypeError, "with optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
         (TypeError, "holds no residual for it", lambda: TX.update(WIDE, init(WIDE), LOW)),
         (ValueError, r"shape \(3,\)", lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
         (TypeError, "as Int8Residual, but the transformation was built for Int16Residual",
@@ -167,7 +168,7 @@ def init(params):
         (ValueError, "no CompensateRoundingState in this tuple", lambda: master_params((), LOW)),
         (ValueError, "another tree of parameters",
          lambda: master_params(init({"a": LOW}), {"b": LOW})),
-        (TypeError, "add updates with optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
+        (TypeError, "with optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
         (ValueError, r"shape \(3,\)", lambda: master_params(init(LOW), jnp.ones(3, LOW.dtype))),
     ],
 )  # fmt: skip

@@ -83,7 +83,7 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
     """optax.chain(compensate_rounding(...), scale) leaves the parameters where they are."""
     params = parameters()
     for check_applied in (False, True):
-        tx = outside(compensate_rounding(SGD, check_applied=check_applied))
+        tx = outside(compensate_rounding(optax.sgd(0.1), check_applied=check_applied))
         step = stepper(tx, compiled)
         first = step(params, tx.init(params), params)
         if not check_applied:

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from optax_adamax import adamax
+from optax_adamax._v_formats import V_FORMATS
 from optax_adamax.wrappers.probe import GradientRange, probe_gradients
 
 # 8 elements that are not zero: 2 below the range of uint8, 1 above it.
@@ -37,7 +38,7 @@ def test_report_matches_numpy():
         saturated_fraction=0.125,
         nonfinite_count=1,
         v_dtype="uint8",
-        range=(2.0**-29, 6144.0),
+        range=V_FORMATS["uint8"].range,
     )
     assert str(found) == (
         "step 1: |g| 1e-12 to 1e+05; uint8 v 1.9e-09 to 6.1e+03: "
