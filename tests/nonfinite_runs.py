@@ -39,7 +39,7 @@ def clean_gradients(seed=0):
 
 
 def spoiled(gradients):
-    """Returns gradients with one bad element in each of BAD_STEPS, of another kind, and its place."""
+    """Returns gradients with bad elements of all kinds in BAD_STEPS, and their places."""
     bad = [jax.tree.map(lambda g: np.zeros(g.shape, bool), g) for g in gradients]
     for i, t in enumerate(BAD_STEPS):
         bad[t]["a"][i % 3, 1] = True

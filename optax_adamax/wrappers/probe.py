@@ -95,12 +95,13 @@ def probe_gradients(
     low, high = v_format.range
     name = str(v_format.dtype)
 
-    def to_host(step: Any, *numbers: Any) -> None:
-        found = GradientRange(int(step), *map(float, numbers), name, (low, high))
-        report(found._replace(nonfinite_count=int(found.nonfinite_count)))
+    def to_host(step: Any, nonfinite_count: Any, **numbers: Any) -> None:
+        floats = {key: float(number) for key, number in numbers.items()}
+        counts = {"step": int(step), "nonfinite_count": int(nonfinite_count)}
+        report(GradientRange(**counts, **floats, v_dtype=name, range=(low, high)))
 
     def measure(step: jax.Array, grads: list[jax.Array]) -> None:
-        jax.debug.callback(to_host, step, *_measured(grads, low, high, eps))
+        jax.debug.callback(to_host, step, **_measured(grads, low, high, eps))
 
     def skip(step: jax.Array, grads: list[jax.Array]) -> None:
         del step, grads
@@ -125,8 +126,10 @@ def probe_gradients(
     return optax.GradientTransformation(init, update)
 
 
-def _measured(grads: list[jax.Array], low: float, high: float, eps: ArrayLike) -> list[jax.Array]:
-    """The numbers of a `GradientRange` between `step` and `v_dtype`."""
+def _measured(
+    grads: list[jax.Array], low: float, high: float, eps: ArrayLike
+) -> dict[str, jax.Array]:
+    """Returns the measured fields of a `GradientRange`."""
     smallest, largest = jnp.float32(np.inf), jnp.float32(0)
     below = above = nonzero = nonfinite = jnp.float32(0)
     for g in grads:
@@ -141,4 +144,10 @@ def _measured(grads: list[jax.Array], low: float, high: float, eps: ArrayLike) -
         nonzero += jnp.sum(counted, dtype=jnp.float32)
         nonfinite += jnp.sum(~finite, dtype=jnp.float32)
     nonzero = jnp.maximum(nonzero, 1)
-    return [smallest, largest, below / nonzero, above / nonzero, nonfinite]
+    return {
+        "smallest": smallest,
+        "largest": largest,
+        "underflow_fraction": below / nonzero,
+        "saturated_fraction": above / nonzero,
+        "nonfinite_count": nonfinite,
+    }
