@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax._numerics import hash_uint32
-from optax_adamax._xla import without_fma, written_after
+from optax_adamax._xla import without_fma, write_after
 
 LARGEST_BFLOAT16 = float(jnp.finfo(jnp.bfloat16).max)
 
@@ -49,7 +49,7 @@ def add(
     reached = _bits(stored + step) - _bits(rounded) + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(theta)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
-    step = written_after(new_residual, jnp.where(finite, step, u), count)
+    step = write_after(new_residual, jnp.where(finite, step, u), count)
     return step.astype(update_dtype), new_residual
 
 

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._numerics import compute_dtype
-from optax_adamax._state import v_format_of
+from optax_adamax._v_formats import v_format_of
 
 
 class ProbeGradientsState(NamedTuple):
@@ -95,13 +95,23 @@ def probe_gradients(
     low, high = v_format.range
     name = str(v_format.dtype)
 
-    def to_host(step: Any, nonfinite_count: Any, **numbers: Any) -> None:
-        floats = {key: float(number) for key, number in numbers.items()}
-        counts = {"step": int(step), "nonfinite_count": int(nonfinite_count)}
-        report(GradientRange(**counts, **floats, v_dtype=name, range=(low, high)))
+    def to_host(measured: dict[str, Any]) -> None:
+        found = {key: np.asarray(number).item() for key, number in measured.items()}
+        report(
+            GradientRange(
+                step=int(found["step"]),
+                smallest=found["smallest"],
+                largest=found["largest"],
+                underflow_fraction=found["underflow_fraction"],
+                saturated_fraction=found["saturated_fraction"],
+                nonfinite_count=int(found["nonfinite_count"]),
+                v_dtype=name,
+                range=(low, high),
+            )
+        )
 
     def measure(step: jax.Array, grads: list[jax.Array]) -> None:
-        jax.debug.callback(to_host, step, **_measured(grads, low, high, eps))
+        jax.debug.callback(to_host, {"step": step, **_measured(grads, low, high, eps)})
 
     def skip(step: jax.Array, grads: list[jax.Array]) -> None:
         del step, grads
