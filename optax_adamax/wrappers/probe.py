@@ -83,8 +83,8 @@ def probe_gradients(
       >>> from optax_adamax.wrappers.probe import probe_gradients
       >>> tx = optax.chain(probe_gradients("uint8"), adamax(0.1, v_dtype="uint8"))
       >>> params = jnp.ones(4)
-      >>> updates, _ = tx.update(jnp.array([0.0, 1e-12, 0.5, 1e5]), tx.init(params), params)
-      step 1: |g| 1e-12 to 1e+05; uint8 v 1.9e-09 to 6.1e+03: 0.00% below, 33.33% above
+      >>> updates, _ = tx.update(jnp.array([0.0, 1e-12, 0.5, 1e10]), tx.init(params), params)
+      step 1: |g| 1e-12 to 1e+10; uint8 v 1.2e-10 to 9.4e+08: 0.00% below, 33.33% above
     """
     v_format = v_format_of(v_dtype)
     if not callable(report):
