@@ -105,7 +105,9 @@ def test_a_value_that_is_not_a_transformation_raises(tx):
 @pytest.mark.parametrize("tx", [optax.lbfgs(), optax.sm3(1e-3)])
 def test_a_state_that_optax_cannot_map_raises(tx):
     params = {name: structs(mesh_of())[name] for name in ("wide", "bias")}
-    with pytest.raises(TypeError, match=r"optax.tree.map_params cannot find.*of your own") as caught:
+    with pytest.raises(
+        TypeError, match=r"optax.tree.map_params cannot find.*of your own"
+    ) as caught:
         sharding.shard(tx, params)
     assert caught.value.__cause__ is not None
 
@@ -142,7 +144,10 @@ def test_traced_parameters_raise():
 
 
 OTHER = {
-    "another name": ({"b": np.ones((8, 4), np.float32)}, r"\['b'\] of shape \(8, 4\).*no such leaf"),
+    "another name": (
+        {"b": np.ones((8, 4), np.float32)},
+        r"\['b'\] of shape \(8, 4\).*no such leaf",
+    ),
     "another shape": (
         {"w": np.ones((4, 8), np.float32)},
         r"\['w'\] of shape \(4, 8\).*a leaf of shape \(8, 4\). Call shard with",

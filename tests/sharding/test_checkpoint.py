@@ -28,8 +28,8 @@ from sharding.common import (
 )
 from sharding.processes import run_alone
 
-# A leaf that ZeRO-1 shards, and one of another dtype or one that it cannot shard. All kinds of leaves
-# are saved and restored in test_to_other_meshes.
+# A leaf that ZeRO-1 shards, and one of another dtype or one that it cannot shard.
+# test_to_other_meshes saves and restores leaves of all kinds.
 TRAINED = ("wide", "half")
 OF_OPTAX = ("wide", "bias")
 

@@ -106,7 +106,9 @@ def test_eval_shape_carries_the_specs_of_explicit_axes():
     tx = sharding.shard(optax_adamax.adamax(1e-3), params, zero1_axis="data")
     state = jax.eval_shape(tx.init, params)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(tx.shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(NamedSharding(leaf.sharding.mesh, wanted.spec), leaf.ndim)
+        assert leaf.sharding.is_equivalent_to(
+            NamedSharding(leaf.sharding.mesh, wanted.spec), leaf.ndim
+        )
 
 
 @pytest.mark.parametrize(("name", "types", "options"), [*CASES, ("2 bytes", "mixed", "zero")])
