@@ -111,8 +111,8 @@ def shard(
       >>> params = jax.device_put(jnp.array([1.0, 2.0]), NamedSharding(mesh, P()))
       >>> tx = sharding.shard(adamax(0.002), params, zero1_axis="data")
       >>> state = tx.init(params)
-      >>> print(state[0].m.sharding.spec)
-      PartitionSpec('data',)
+      >>> print(tuple(state[0].m.sharding.spec))
+      ('data',)
       >>> params, state = jax.jit(tx.apply_gradients)(params, state, params)
       >>> print(params)
       [0.998 1.998]
@@ -190,7 +190,6 @@ class _Implementation:
     ) -> tuple[optax.Params, optax.OptState]:
         updates, state = self._zero1_update(gradients, state, params, **extra)
         params = optax.apply_updates(_constraints.constrain(params, self.zero1_params), updates)
-        params = _constraints.constrain(params, self.zero1_params)
         return _constraints.constrain(params, self.params), state
 
     def _zero1_update(
@@ -209,7 +208,7 @@ class _Implementation:
         if params is not None:
             params = _constraints.constrain(params, self.zero1_params)
         updates, state = self.inner.update(updates, state, params, **extra_args)
-        # Without this constraint, XLA may gather the inputs of the updates instead of the updates.
+        # Without this constraint, XLA may gather inputs of the updates in addition.
         updates = _constraints.constrain(updates, self.zero1_params)
         return updates, self._store(_constraints.constrain(state, self.computed))
 

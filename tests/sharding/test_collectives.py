@@ -69,6 +69,15 @@ def test_a_step_has_one_all_gather_per_parameter_of_zero1_and_none_else(
         assert found == []
 
 
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_update_gathers_the_updates_and_not_their_inputs(types):
+    """Without a constraint on the updates, XLA gathers a mask too (JAX 0.10.2, automatic axes)."""
+    params = structs(mesh_of(AXIS_TYPES[types]))
+    tx = sharding.shard(optax_adamax.scale_by_adamax(), params, zero1_axis="data")
+    compiled = jax.jit(updated(tx)).lower(params, tx.init(params), params).compile()
+    assert collectives(compiled) == gathers(types)
+
+
 def network(mesh):
     """A data-parallel step of a tensor-parallel network: parameters, batch and loss."""
     params = {"in": P(None, "model"), "out": P("model", None), "bias": P()}

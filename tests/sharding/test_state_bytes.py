@@ -64,9 +64,9 @@ def test_the_committed_table(case, table):
     assert wanted in committed["rows"]
     assert len(committed["rows"]) == len(table.MODELS) * len(table.MESHES) * len(table.FORMATS)
     scalars = 3 * 4  # two counts of steps, and the phase of v
-    assert abs(wanted["zero"] - wanted["unsplit"] - _eighth(wanted)) <= scalars
+    assert abs(wanted["zero"] - wanted["unsharded"] - _eighth(wanted)) <= scalars
 
 
 def _eighth(row):
     """What ZeRO leaves of the state, if all of it is split."""
-    return (row["like_parameters"] - row["unsplit"]) / row["mesh"]["data"]
+    return (row["like_parameters"] - row["unsharded"]) / row["mesh"]["data"]

@@ -24,6 +24,7 @@ from sharding.common import (
     mesh_of,
     on_one_device,
     random_like,
+    struct,
     structs,
     train,
 )
@@ -118,6 +119,36 @@ def test_a_transformation_that_selects(types):
     g, p = np.asarray(gradients["wide"]), np.asarray(params["wide"])
     wanted = {"wide": np.where(g > 0, 0, np.where(p < 0, g, p))}
     assert_same_bits(got, (wanted, optax.TraceState(wanted)))
+
+
+@pytest.mark.parametrize("types", ["auto", "explicit"])
+def test_a_state_that_does_not_depend_on_sharded_arrays_is_sharded(types):
+    """XLA would leave the new state unsharded, because nothing propagates a sharding to it."""
+
+    def update(updates, state, params=None):
+        return updates, optax.TraceState(jax.tree.map(jnp.zeros_like, updates))
+
+    params = random_like({"wide": structs(mesh_of(AXIS_TYPES[types]))["wide"]}, 0)
+    tx = optax.GradientTransformation(optax.trace(0.9).init, update)
+    sharded = sharding.shard(tx, params, zero1_axis="data")
+    _, state = jax.jit(sharded.update)(params, sharded.init(params))
+    assert jax.tree.all(jax.tree.map(is_at, state, sharded.shardings))
+
+
+@HOST_MEMORY
+def test_the_state_of_parameters_in_host_memory_is_moved_by_the_step():
+    """The state is where the parameters are stored; the step gets parameters on the devices."""
+    on_device = random_like({"wide": structs(mesh_of())["wide"]}, 0)
+    stored = jax.tree.map(
+        lambda p: struct(p, p.sharding.with_memory_kind("pinned_host")), on_device
+    )
+    tx = sharding.shard(exact_adamaxw("2 bytes"), stored)
+    state = tx.init(jax.device_put(on_device, jax.tree.map(lambda p: p.sharding, stored)))
+    for _ in range(2):
+        new, state = jax.jit(tx.apply_gradients)(on_device, state, on_device)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state[0].m)} == {"pinned_host"}
+    assert jax.tree.all(jax.tree.map(is_at, state, tx.shardings))
+    assert is_at(new["wide"], on_device["wide"].sharding)
 
 
 def test_extra_arguments_reach_the_transformation():
