@@ -1,6 +1,7 @@
 """Shards the optimizer state like the parameters or further (ZeRO-1), or stores it in host memory.
 
-Nothing here depends on Adamax: :func:`shard` wraps any optax transformation or chain.
+Functions:
+  shard: wraps any optax transformation or chain, so that its state is sharded.
 """
 
 from optax_adamax.sharding._placement import UnshardedLeaf

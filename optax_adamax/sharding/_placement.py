@@ -97,7 +97,8 @@ def _add_axes(
     free = [d for d, n in enumerate(shape) if not axes(entries[d]) and n and n % count == 0]
     if not free:
         return None
-    entries[max(free, key=lambda d: shape[d])] = added if len(added) > 1 else added[0]
+    name, *others = added
+    entries[max(free, key=lambda d: shape[d])] = added if others else name
     return PartitionSpec(*entries)
 
 

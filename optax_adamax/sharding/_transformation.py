@@ -122,7 +122,7 @@ def shard(
       <https://arxiv.org/abs/1910.02054>`_, 2020, stage 1.
     """
     if isinstance(tx, optax.MultiSteps):  # not a GradientTransformation, but passes extra arguments
-        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+        tx = optax.GradientTransformationExtraArgs(*tx.gradient_transformation())
     if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
         raise TypeError(f"tx must be an optax transformation, but {tx!r} was given.")
     sharded = _Implementation(tx, params, zero1_axis, memory_kind)

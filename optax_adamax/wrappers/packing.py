@@ -5,18 +5,14 @@ are passed in and out. Packing reduces the buffers of the state to a few. `_buff
 and slices the leaves.
 """
 
-import functools
-import json
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_adamax._paths import named_leaves
-from optax_adamax.wrappers import _buffers
+from optax_adamax.wrappers import _buffers, _layout
 
 
 class PackedTree(NamedTuple):
@@ -26,21 +22,12 @@ class PackedTree(NamedTuple):
     buffers: dict[str, Any]  # by dtype, one-dimensional: the small leaves, sorted by size
 
 
-class _PackedLeaf(NamedTuple):
-    path: str  # in the form of jax.tree_util.keystr, without a box of Flax
-    shape: tuple[int, ...]
-    buffer: str  # its key in PackedTree.buffers, or "" for a leaf in PackedTree.unpacked
-
-
-_Layout = tuple[_PackedLeaf, ...]
-
-
 class PackedState(NamedTuple):
     """State of `pack_small_leaves`."""
 
     # One key without a value: path, shape and buffer of each parameter in JSON. A key, because
     # checkpoints compare keys, and a string, because JAX exports and Flax saves only string keys.
-    layout: dict[str, None]
+    layout: dict[str, Any]
     inner_state: optax.OptState  # for parameters in the form of a PackedTree
 
 
@@ -105,8 +92,8 @@ def pack_small_leaves(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PackedState:
-        layout = _choose_layout(params, max_size)
-        return PackedState({_encode(layout): None}, inner.init(_pack(params, layout)))
+        layout = _layout.choose(params, max_size)
+        return PackedState({_layout.encode(layout): None}, inner.init(_pack(params, layout)))
 
     def update(
         updates: optax.Updates,
@@ -241,48 +228,16 @@ def _is_packed_tree(node: Any) -> bool:
     return isinstance(node, PackedTree)
 
 
-def _choose_layout(params: optax.Params, max_size: int) -> _Layout:
-    def place(path: str, leaf: Any) -> _PackedLeaf:
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:  # not an array: `inner` raises a better error
-            return _PackedLeaf(path, (), "")
-        packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
-        return _PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
-
-    return tuple(place(*item) for item in named_leaves(params))
-
-
-def _encode(layout: _Layout) -> str:
-    return json.dumps(layout, separators=(",", ":"))
-
-
-@functools.cache
-def _decode(text: str) -> _Layout:
-    return tuple(
-        _PackedLeaf(path, tuple(shape), buffer) for path, shape, buffer in json.loads(text)
-    )
-
-
-def _layout_of(state: PackedState) -> _Layout:
+def _layout_of(state: PackedState) -> _layout.Layout:
     (text,) = state.layout
-    return _decode(text)
+    return _layout.decode(text)
 
 
-def _order(layout: _Layout) -> dict[str, list[int]]:
-    """The leaves of each buffer as indices into the layout, sorted by size."""
-    order: dict[str, list[int]] = {}
-    for index in sorted(range(len(layout)), key=lambda i: math.prod(layout[i].shape)):
-        order.setdefault(layout[index].buffer, []).append(index)
-    order.pop("", None)
-    return order
-
-
-def _pack(tree: Any, layout: _Layout) -> Any:
-    leaves = _validated_leaves(tree, layout)
+def _pack(tree: Any, layout: _layout.Layout) -> Any:
+    leaves = _layout.validated_leaves(tree, layout)
     if not layout:  # the placeholder of optax.tree.map_params is such a tree
         return tree
-    order = _order(layout)
+    order = _layout.order(layout)
     return PackedTree(
         unpacked={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
         buffers={
@@ -291,43 +246,11 @@ def _pack(tree: Any, layout: _Layout) -> Any:
     )
 
 
-def _validated_leaves(tree: Any, layout: _Layout) -> list[Any]:
-    """The leaves of `tree` in the order of the layout, whatever the order of their keys."""
-    given = dict(named_leaves(tree))
-    known = {at.path for at in layout}
-    if given.keys() != known:
-        missing = [at.path for at in layout if at.path not in given]
-        surplus = [path for path in given if path not in known]
-        raise ValueError(
-            f"The tree differs from the tree that init received: it lacks {missing} and has the "
-            f"additional leaves {surplus}. Give zeros for a parameter without a gradient, freeze "
-            f"it by optax.set_to_zero in optax.partition, or call init again with these parameters."
-        )
-    for at in layout:
-        leaf = given[at.path]
-        if np.shape(leaf) != at.shape:
-            raise ValueError(
-                f"The leaf {at.path or 'given'} has shape {np.shape(leaf)}, but init received "
-                f"shape {at.shape}."
-            )
-        if at.buffer and _is_explicitly_sharded(leaf):
-            raise ValueError(
-                f"The leaf {at.path or 'given'} is sharded over explicit mesh axes, but "
-                f"pack_small_leaves is meant for one CPU: use the transformation without it."
-            )
-    return [given[at.path] for at in layout]
-
-
-def _is_explicitly_sharded(x: Any) -> bool:
-    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()
-    return any(entry is not None for entry in spec)
-
-
-def _unpack(packed: Any, like: Any, layout: _Layout) -> Any:
+def _unpack(packed: Any, like: Any, layout: _layout.Layout) -> Any:
     if not layout:
         return packed
     found = {at.path: packed.unpacked[at.path] for at in layout if not at.buffer}
-    for name, indices in _order(layout).items():
+    for name, indices in _layout.order(layout).items():
         shapes = tuple(layout[i].shape for i in indices)
         leaves = _buffers.slice_leaves(packed.buffers[name], shapes)
         found.update(zip((layout[i].path for i in indices), leaves, strict=True))
