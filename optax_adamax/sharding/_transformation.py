@@ -159,10 +159,8 @@ class _Implementation:
         )
 
     def init(self, params: optax.Params) -> optax.OptState:
-        leaves = jax.tree.leaves(params)
-        if not leaves:  # the placeholder of optax.tree.map_params
-            return self.inner.init(params)
         self._check_parameters("init", params)
+        leaves = jax.tree.leaves(params)
         structs = jax.eval_shape(self.inner.init, params)
         shardings = _constraints.select(self.stored, structs)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
