@@ -17,7 +17,7 @@ State:
   describe_state: does the format fit the gradients? A table, leaf by leaf.
 
 Submodules, imported when they are asked for:
-  sharding: the state beside its parameters, split further (ZeRO-1), or in host memory.
+  sharding: shards the state like the parameters or further (ZeRO-1), or stores it in host memory.
   compat: the Adamax of PyTorch, Keras, MLX, Lucid and optax: constructors and checkpoints.
 
 Example:
