@@ -72,6 +72,8 @@ def test_small_leaves_sharded_over_explicit_axes_raise():
     with pytest.raises(ValueError, match=r"\['w'\] is sharded over explicit .* meant for one CPU"):
         jax.jit(tx.update)(params, state)
     jax.jit(tx.update)(replicated, state)
+    large = pack_small_leaves(adamax(0.1), max_size=4).init(params)  # not packed
+    assert optax.tree.get(large, "m").unpacked["['w']"].sharding.spec == P("x")
 
 
 def test_boxes_of_flax_do_not_matter():
