@@ -102,12 +102,14 @@ def move(params: Params) -> None:
 def shard(params: Params) -> None:
     mesh = jax.make_mesh((1,), ("data",))
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    tx = optax_adamax.adamax(1e-2)
-    state = sharding.init_sharded(tx, params, zero_axis="data")
-    kept = sharding.keep_sharded(tx, params, zero_axis="data")
-    assert_type(kept, optax.GradientTransformationExtraArgs)
-    jax.jit(kept.update)(params, state)
-    for leaf in sharding.unsplit_leaves(tx, params, zero_axis="data"):
+    tx = assert_type(
+        sharding.shard(optax_adamax.adamax(1e-2), params, zero1_axis="data"),
+        sharding.ShardedTransformation,
+    )
+    chained: optax.GradientTransformationExtraArgs = tx
+    state = chained.init(params)
+    params, state = jax.jit(tx.apply_gradients)(params, state, params)
+    for leaf in tx.unsharded:
         assert_type(leaf.path, str)
         assert_type(leaf.bytes, int)
 
