@@ -15,6 +15,7 @@ Wrappers around an optimizer:
 State:
   decode_state, encode_state: convert a state from a storage format to float32, and back.
   describe_state: summarizes a state leaf by leaf and shows whether its storage format fits.
+  probe_gradients: reports whether gradients fit a storage format, for loops that hide the state.
 
 Submodules, imported at first use:
   sharding: shards the state like its parameters or further (ZeRO-1), or stores it in host memory.
@@ -56,6 +57,7 @@ from optax_adamax.wrappers.packing import (
     repack_state,
     unpack_state,
 )
+from optax_adamax.wrappers.probe import GradientRange, ProbeGradientsState, probe_gradients
 from optax_adamax.wrappers.spikes import LimitSpikesState, limit_spikes
 
 if TYPE_CHECKING:
@@ -75,6 +77,7 @@ __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
+    "GradientRange",
     "HandleNonfiniteState",
     "Int8Residual",
     "Int16Residual",
@@ -82,6 +85,7 @@ __all__ = [
     "LimitSpikesState",
     "PackedState",
     "PackedTree",
+    "ProbeGradientsState",
     "RatioInt8",
     "ScaleByAdamaxState",
     "ScaledBfloat16",
@@ -97,6 +101,7 @@ __all__ = [
     "limit_spikes",
     "master_params",
     "pack_small_leaves",
+    "probe_gradients",
     "repack_state",
     "scale_by_adamax",
     "unpack_state",

@@ -107,21 +107,22 @@ def check_decay(name: str, value: Any, *, closed: bool) -> None:
         )
 
 
-def check_ratio(largest: float | None, stored: float, b1: Any, b2: Any) -> None:
-    """Checks that the format of m can store every m / v that the decay rates allow.
+def check_ratio(b1: Any, b2: Any, largest_ratio: float) -> None:
+    """Checks that the storage format of m can store every m / v that the decay rates allow.
 
-    Args:
-      largest: largest m / v for b1 and b2, infinite for b1 >= b2; None if one of them is traced.
-      stored: largest m / v that the format of m can store.
-      b1: decay rate of m, for the message.
-      b2: decay rate of v, for the message.
+    For constant b1 < b2, |m_t| / v_t is at most (1 - b1) / (1 - b1/b2). Traced rates are not
+    checked.
     """
-    if largest is not None and largest > stored:
-        reached = "" if math.isinf(largest) else f", for which the ratio is {largest:.4g}"
+    b1, b2 = concrete_value(b1), concrete_value(b2)
+    if b1 is None or b2 is None or math.isinf(largest_ratio):
+        return
+    ratio = (1 - b1) / (1 - b1 / b2) if b1 < b2 else math.inf
+    if ratio > largest_ratio:
+        reached = "" if math.isinf(ratio) else f", for which the ratio is {ratio:.4g}"
         raise ValueError(
             f"m_dtype='int8' stores m / v, so it requires b1 < b2 and (1 - b1) / (1 - b1 / b2) <= "
-            f"{stored:.4g}, but b1={b1} and b2={b2} were given{reached}. Write a smaller b1, a "
-            f"larger b2, or m_dtype='bfloat16'."
+            f"{largest_ratio:.4g}, but b1={b1:g} and b2={b2:g} were given{reached}. Write a "
+            f"smaller b1, a larger b2, or m_dtype='bfloat16'."
         )
 
 

@@ -9,20 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from optax_adamax import _frame, _state_checks
+from optax_adamax import _shared_scale, _state_checks
 from optax_adamax._formats import Format, is_in_format, unwrap, wrap
-from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax._m_formats import M_FORMATS, MFormat, m_format_of
 from optax_adamax._numerics import preserving_memory_kind, saturating_cast, upcast
 from optax_adamax._state import (
     ScaleByAdamaxState,
     container_of,
     formats_of,
     is_adamax_state,
-    m_format_of,
     states_in,
-    v_format_of,
 )
-from optax_adamax._v_formats import V_FORMATS, VFormat
+from optax_adamax._v_formats import V_FORMATS, VFormat, v_format_of
 
 T = TypeVar("T")
 
@@ -149,7 +147,7 @@ def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     state = readable(state)
     m_format, _ = formats_of(state)
     m, v = unwrap(state.m, m_format), _decode_v(state)
-    if m_format.is_rounded:
+    if m_format.is_quantized:
         decode = preserving_memory_kind(functools.partial(_decode_leaf_of_m, m_format=m_format))
         m = _map_leaves(decode, m, v)
     return ScaleByAdamaxState(state.count, m, v)
@@ -157,7 +155,7 @@ def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
 
 def _decode_v(state: ScaleByAdamaxState) -> Any:
     _, v_format = formats_of(state)
-    if not v_format.is_framed:
+    if not v_format.has_shared_scale:
         return state.v
     decode = preserving_memory_kind(functools.partial(decode_scaled, v_format=v_format))
     phase = _only(state.v.phase)
@@ -180,7 +178,7 @@ def decode_scaled(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.
     phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
     w = v_format.decode(codes)
     # The largest floats may have been rounded up, beyond float32 in units of v.
-    return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
+    return jnp.minimum(w * (1 / _shared_scale.scale_from_phase(phase)), jnp.finfo(w.dtype).max)
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -217,8 +215,8 @@ def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> 
 
 @functools.partial(jax.jit, static_argnames=("v_format", "dtype"))
 def _encode_leaf_of_v(v: jax.Array, v_format: VFormat, dtype: np.dtype) -> jax.Array:
-    scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
-    return saturating_cast(v_format.encode(v * scale if v_format.is_framed else v), dtype)
+    scale = _shared_scale.scale_from_phase(jnp.uint32(0)).astype(v.dtype)
+    return saturating_cast(v_format.encode(v * scale if v_format.has_shared_scale else v), dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("m_format", "dtype"))

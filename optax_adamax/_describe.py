@@ -15,8 +15,8 @@ from jax.core import Tracer
 from optax_adamax._checks import check_scalar
 from optax_adamax._conversion import decode_scaled, readable
 from optax_adamax._formats import unwrap
-from optax_adamax._m_formats import M_FORMATS, MFormat, safe_divide
-from optax_adamax._numerics import preserving_memory_kind
+from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax._numerics import preserving_memory_kind, safe_divide
 from optax_adamax._paths import named_leaves
 from optax_adamax._state import ScaleByAdamaxState, formats_of, states_in, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
@@ -158,7 +158,7 @@ def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription
     count = preserving_memory_kind(
         functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format)
     )
-    phase = jax.tree.leaves(state.v.phase)[0] if v_format.is_framed else jnp.uint32(0)
+    phase = jax.tree.leaves(state.v.phase)[0] if v_format.has_shared_scale else jnp.uint32(0)
     m_leaves = named_leaves(unwrap(state.m, m_format), "/")
     v_leaves = jax.tree.leaves(unwrap(state.v, v_format))
     counted = [count(m, v, phase) for (_, m), v in zip(m_leaves, v_leaves, strict=True)]
@@ -190,8 +190,8 @@ def _statistics(
     v_format: VFormat,
 ) -> jax.Array:
     """Returns the least and largest v, and counts of elements in the order of `LeafDescription`."""
-    v = decode_scaled(v, phase, v_format) if v_format.is_framed else v
-    m = jnp.abs(m_format.decode(m, v) if m_format.is_rounded else m)
+    v = decode_scaled(v, phase, v_format) if v_format.has_shared_scale else v
+    m = jnp.abs(m_format.decode(m, v) if m_format.is_quantized else m)
     low, high = v_format.range
     is_finite = jnp.isfinite(m) & jnp.isfinite(v)
     no_gradient = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))

@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.typing import DTypeLike
 
-from optax_adamax._formats import Format, find_format, is_in_format
+from optax_adamax._formats import Format, is_in_format
 from optax_adamax._m_formats import M_FORMATS, MFormat
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
@@ -31,16 +30,6 @@ class ScaleByAdamaxState(NamedTuple):
         """Prints the count and the dtypes, because the arrays would fill the terminal."""
         m, v = (_summary(moment) for moment in (self.m, self.v))
         return f"{type(self).__name__}(count={_number(self.count)}, m={m}, v={v})"
-
-
-def m_format_of(dtype: DTypeLike | None) -> MFormat:
-    """Returns the format for a user's `m_dtype`."""
-    return find_format(M_FORMATS, "m_dtype", dtype)
-
-
-def v_format_of(dtype: DTypeLike | None) -> VFormat:
-    """Returns the format for a user's `v_dtype`."""
-    return find_format(V_FORMATS, "v_dtype", dtype)
 
 
 def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:

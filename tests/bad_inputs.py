@@ -135,7 +135,7 @@ SPIKES = [
     (dict(decay=1.0), ValueError, "decay must be in [0, 1), but 1.0"),
     (dict(decay=jnp.bfloat16(0.99)), TypeError, "decay was given as a bfloat16 array"),
     (dict(action="warn"), ValueError, "('skip', 'clip'), but 'warn'"),
-    (dict(inner=adamax), TypeError, "inner must be an optax transformation, but it is a function"),
+    (dict(inner=adamax), TypeError, "but got function. Write limit_spikes(adamax(1e-3)"),
 ]
 
 
