@@ -13,7 +13,7 @@ from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _groups
 from optax_adamax.compat._float32 import compute_in_float32
-from optax_adamax.compat._mapping import dump_params, load_params
+from optax_adamax.compat._params import dump_params, load_params
 from optax_adamax.compat.torch import flax_names
 
 __all__ = ["adamax", "dump_params", "flax_names", "load_params"]

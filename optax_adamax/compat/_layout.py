@@ -1,0 +1,279 @@
+"""Layouts: which array of a source framework becomes which parameter, and how its axes are ordered.
+
+A layout is the function that moved the weights, or a mapping
+``{source name: path or (path, axes)}``. Either becomes a `Move`, a function from arrays by name to
+arrays by name. Moves are only applied after `find_origins` has shown that they move elements and
+do nothing else. A path is that of `jax.tree_util.keystr` with ``simple=True`` and
+``separator="/"``, such as ``"params/Dense_0/kernel"``, without the box that Flax may put around
+an array.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_adamax.compat import _arrays
+from optax_adamax.compat._mapping import first_twice, near, path_name, paths
+
+# The source's name of a parameter, or its number if the source has no names.
+Key = str | int
+# The path, or the path and the order of axes that makes the source's array the parameter; None:
+# the source's array is left out.
+Entry = str | tuple[str, Sequence[int]] | None
+Layout = Mapping[Key, Entry] | Callable[[Any], Any]
+Arrays = Mapping[Any, np.ndarray]
+Move = Callable[[Arrays], dict[Any, np.ndarray]]
+# Marks of arrays are odd, so that rounding to half precision or arithmetic changes them.
+FIRST_MARK = 2**20 + 1
+
+
+class Place(NamedTuple):
+    """The parameter that a source array becomes, and the order of the source's axes."""
+
+    path: str
+    axes: tuple[int, ...] | None
+    shape: tuple[int, ...]
+
+    def to_param(self, array: np.ndarray) -> np.ndarray:
+        """Returns the source's array in the layout of the parameter if that can be done."""
+        if self.axes is None:
+            return array
+        if array.ndim != len(self.axes):
+            raise ValueError(
+                f"The layout of {self.path!r} orders axes as {self.axes}, but the source's array "
+                f"has shape {array.shape}."
+            )
+        array = array.transpose(self.axes)
+        regroups = array.ndim != len(self.shape) and _are_groups_of(array.shape, self.shape)
+        return array.reshape(self.shape) if regroups else array
+
+    def to_source(self, array: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+        """Returns the parameter in the source's layout; `shape` is needed to regroup axes."""
+        if self.axes is None:
+            return np.array(array, order="C")
+        if len(self.axes) != array.ndim:
+            if shape is None:
+                raise ValueError(
+                    f"The layout of {self.path!r} regroups axes: give source_params, the source's "
+                    f"parameters by name, whose shapes show how."
+                )
+            array = array.reshape([shape[axis] for axis in self.axes])
+        return np.array(array.transpose(np.argsort(self.axes)), order="C")
+
+
+class Origin(NamedTuple):
+    """What an array that a layout makes consists of."""
+
+    names: list[Any]  # of the sources of its elements
+    shape: tuple[int, ...]
+
+
+class _Source(dict):
+    """The source's arrays by name, for a function that may look for others."""
+
+    def __missing__(self, name: Any) -> Any:
+        raise ValueError(
+            f"The layout reads {name!r}, but the source has only {list(self)}. Give the names of "
+            f"the parameters as `names`; for parameters without moments also give source_params, "
+            f"the source's parameters by name."
+        )
+
+
+def move_to_params(
+    layout: Layout | None,
+    names: Iterable[Key],
+    params: optax.Params,
+    make: Callable[[np.ndarray], Any] = np.asarray,
+) -> Move:
+    """Returns the move from source names to paths.
+
+    Args:
+      layout: None stands for names that are paths, with "." for "/".
+      names: the names of the source's parameters.
+      params: the parameters.
+      make: makes an array of the source framework, which a function gets.
+
+    Raises:
+      TypeError: an entry of `layout` of the wrong type.
+      ValueError: an entry for an unknown name, for no parameter, or with impossible axes.
+    """
+    if callable(layout):
+
+        def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
+            made = _Source({name: make(x) for name, x in arrays.items()})
+            moved = paths(layout(made))
+            return {path: _arrays.read_array(f"The layout's {path!r}", x) for path, x in moved.items()}
+
+        return apply
+    places = find_places(layout, names, params)
+    return lambda arrays: {
+        place.path: place.to_param(arrays[name]) for name, place in places.items() if name in arrays
+    }
+
+
+def move_to_source(
+    layout: Layout | None,
+    names: Iterable[Key],
+    params: optax.Params,
+    source_params: Mapping[str, Any] | None,
+) -> Move:
+    """Returns the move from paths to source names; a function moves all parameters at once."""
+    if callable(layout):
+
+        def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
+            tree = jax.tree_util.tree_map_with_path(lambda p, _: arrays[path_name(p)], params)
+            moved = dict(layout(tree))
+            return {name: _arrays.read_array(f"The layout's {name!r}", x) for name, x in moved.items()}
+
+        return apply
+    places = find_places(layout, names, params)
+    shapes = {name: tuple(np.shape(x)) for name, x in (source_params or {}).items()}
+    return lambda arrays: {
+        name: place.to_source(arrays[place.path], shapes.get(str(name)))
+        for name, place in places.items()
+        if place.path in arrays
+    }
+
+
+def find_places(
+    layout: Mapping[Key, Entry] | None, names: Iterable[Key], params: optax.Params
+) -> dict[Key, Place]:
+    """Returns where each source name goes; a name without an entry goes nowhere."""
+    known, shapes = set(names), {path: jnp.shape(x) for path, x in paths(params).items()}
+    if layout is None:
+        numbers = [name for name in known if not isinstance(name, str)]
+        if numbers:
+            raise ValueError(
+                f"The source has numbers for its parameters, {sorted(numbers)}: give their names "
+                f"in this order as `names`, or a path for each number as `layout`."
+            )
+        layout = {name: name if name in shapes else str(name).replace(".", "/") for name in known}
+    unknown = [name for name in layout if name not in known]
+    if unknown:
+        raise ValueError(
+            f"layout has entries for {unknown}, but the source's parameters are "
+            f"{sorted(known, key=str)}. If those are numbers, give the names in this order as "
+            f"`names`."
+        )
+    places = {
+        name: _find_place(name, entry, shapes) for name, entry in layout.items() if entry is not None
+    }
+    by_path: dict[str, Key] = {}
+    for name, place in places.items():
+        other = by_path.setdefault(place.path, name)
+        if other != name:
+            raise ValueError(f"{other!r} and {name!r} both go to {place.path!r}.")
+    return places
+
+
+def _find_place(name: Key, entry: Any, shapes: Mapping[str, tuple[int, ...]]) -> Place:
+    is_pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+    path, axes = entry if is_pair else (entry, None)
+    if not isinstance(path, str):
+        raise TypeError(
+            f"layout[{name!r}] must be a path or a pair of path and axes, but it is {entry!r}."
+        )
+    if path not in shapes:
+        raise ValueError(
+            f"{name!r} goes to {path!r}, but there is no such parameter. Similar paths are "
+            f"{near(path, shapes)}. Give a path for each name as `layout`."
+        )
+    if axes is None:
+        return Place(path, None, shapes[path])
+    if sorted(axes) != list(range(len(axes))):
+        raise ValueError(f"layout[{name!r}] has the axes {tuple(axes)}, which are no permutation.")
+    return Place(path, tuple(axes), shapes[path])
+
+
+def _are_groups_of(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether each axis of one shape is a product of neighbouring axes of the other."""
+    one, two = (set(itertools.accumulate((1, *s), lambda a, b: a * b)) for s in (shape, other))
+    return max(one) == max(two) and (one <= two or two <= one)
+
+
+def find_origins(move: Move, sources: Mapping[Any, Sequence[int]]) -> dict[Any, Origin]:
+    """Returns what each array consists of that `move` makes.
+
+    Args:
+      move: the function, which is called with arrays of marks, one for each source.
+      sources: the shapes that it gets, by name.
+
+    Raises:
+      ValueError: `move` computes with elements, repeats some of an array or uses only a part of
+        them. Sources that are not used at all are left to the caller.
+    """
+    names = list(sources)
+    moved = move(
+        {
+            name: np.broadcast_to(np.float32(FIRST_MARK + 2 * i), tuple(sources[name]))
+            for i, name in enumerate(names)
+        }
+    )
+    used, origins = dict.fromkeys(names, 0), {}
+    for target, array in moved.items():
+        numbers = {}
+        for mark, count in _count_marks(np.real(array)):
+            number, remainder = divmod(mark - FIRST_MARK, 2)
+            if remainder or not 0 <= number < len(names) or np.any(np.imag(array)):
+                raise ValueError(
+                    f"The layout computes the elements of {target!r}. It must only move elements, "
+                    f"without arithmetic, constants or a cast to half precision."
+                )
+            numbers[names[int(number)]] = count
+        origins[target] = Origin(list(numbers), array.shape)
+        for name, count in numbers.items():
+            used[name] += count
+    for name, count in used.items():
+        size = int(np.prod(sources[name]))
+        if count not in (0, size):
+            raise ValueError(
+                f"The layout uses {count} elements of {name!r}, which has {size}: it must move "
+                f"each element to one place."
+            )
+    return origins
+
+
+def _count_marks(array: np.ndarray) -> list[tuple[float, int]]:
+    """Returns the distinct elements and how often each occurs."""
+    if array.size and np.all(array == array.flat[0]):
+        return [(float(array.flat[0]), array.size)]
+    marks, counts = np.unique(array, return_counts=True)
+    return list(zip(marks.tolist(), counts.tolist(), strict=True))
+
+
+def check_targets(
+    origins: Mapping[Any, Origin], shapes: Mapping[Any, Sequence[int] | None], what: str
+) -> None:
+    """Raises ValueError if a layout makes an unknown array, or one of another shape.
+
+    Args:
+      origins: of the arrays that are made.
+      shapes: the shapes that the targets have, by name; None: any shape.
+      what: what a target is called in the error.
+    """
+    for target, (names, shape) in origins.items():
+        if target not in shapes:
+            raise ValueError(
+                f"The layout makes {target!r} of {names}, but there is no such {what}. Similar "
+                f"names are {near(str(target), map(str, shapes))}."
+            )
+        expected = shapes[target]
+        if expected is not None and shape != tuple(expected):
+            raise ValueError(
+                f"The layout makes an array of shape {shape} of {names} for the {what} "
+                f"{target!r}, which has shape {tuple(expected)}."
+            )
+
+
+def names_of_params(params: optax.Params) -> dict[Key, Entry]:
+    """Returns the layout of a source that calls parameters by path, with "." for "/"."""
+    names = [path.replace("/", ".") for path in paths(params)]
+    twice = first_twice(names)
+    if twice is not None:
+        raise ValueError(f"Several parameters would be called {twice!r}: give `layout`.")
+    return dict(zip(names, paths(params), strict=True))

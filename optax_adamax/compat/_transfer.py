@@ -1,0 +1,289 @@
+"""Loads the moments of a source framework into a state, and dumps them in its names and layout."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import optax
+
+from optax_adamax import repack_state, unpack_state
+from optax_adamax.compat import _arrays, _layout, _moments
+from optax_adamax.compat._layout import Arrays, Key, Layout, Move, Origin
+from optax_adamax.compat._mapping import paths
+from optax_adamax.compat._measure import Measured, measure
+from optax_adamax.compat._moments import Moments
+
+Missing = Literal["raise", "zero"]
+
+
+def load(
+    source: Moments,
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    layout: Layout | None,
+    names: Iterable[Key] = (),
+    *,
+    missing: Missing = "raise",
+    source_params: Mapping[str, Any] | None = None,
+    groups: Sequence[Mapping[Key, float | None]] = (),
+    example: Any = None,
+) -> optax.OptState:
+    """Returns the state of `tx` with the moments of a source framework.
+
+    Args:
+      source: the moments by source name, as `numpy.ndarray` of float32 or wider.
+      params: the parameters.
+      tx: the transformation.
+      layout: see `_layout`.
+      names: the names of all parameters of the source, with moments or without.
+      missing: whether parameters without moments raise or start at zero.
+      source_params: the source's parameters by name, whose shapes a function as `layout` needs
+        for those without moments.
+      groups: the learning rate of each source name, for each group of the source.
+      example: one of the arrays as the source has them; a function as `layout` gets such arrays.
+
+    Raises:
+      TypeError: an array or a `layout` of the wrong type.
+      ValueError: parameters without moments, moments without a parameter, a wrong shape, moments
+        that are not those of Adamax, or other groups than those of `tx`.
+    """
+    if missing not in ("raise", "zero"):
+        raise ValueError(f"missing must be 'raise' or 'zero', but {missing!r} was given.")
+    template = tx.init(params)
+    state = unpack_state(template, params)
+    nodes = _moments.find_trained(state)
+    trained = {path: x for node in nodes for path, x in node.items()}
+    known = list(dict.fromkeys((*source.m, *names)))
+    if isinstance(layout, Mapping):
+        source = source.of(name for name in source.m if layout.get(name, "") is not None)
+    else:
+        source = _with_zeros(source, source_params or {}) if callable(layout) else source
+    move = _layout.move_to_params(layout, known, params, _arrays.maker_like(example))
+    moments, origins = _move(move, source)
+    _layout.check_targets(origins, {p: np.shape(x) for p, x in paths(params).items()}, "parameter")
+    _check_values(moments, origins, trained)
+    absent = [path for path, x in trained.items() if moments.step.get(path) is None]
+    if missing == "raise":
+        places = {} if callable(layout) else _layout.find_places(layout, known, params)
+        _check_complete(
+            [path for path in absent if trained[path].size],
+            {place.path: name for name, place in places.items()},
+            " To start them at zero, give missing='zero'.",
+        )
+    for path in absent:
+        moments.m[path] = moments.v[path] = np.zeros(trained[path].shape, np.float32)
+        moments.step[path] = None
+    check_is_adamax(moments.of(trained), tx, params)
+    check_groups(nodes, origins, groups)
+    check_rates(tx, params, moments.step, origins, {k: r for group in groups for k, r in group.items()})
+    return repack_state(_moments.fill(state, moments), like=template)
+
+
+def dump(
+    state: optax.OptState,
+    params: optax.Params,
+    layout: Layout | None,
+    names: Iterable[Key] | None = None,
+    source_params: Mapping[str, Any] | None = None,
+) -> Moments:
+    """Returns the moments by source name; a parameter that is not trained has none.
+
+    Args:
+      state: of a transformation of this package, by itself or within others.
+      params: the parameters.
+      layout: see `_layout`; a function must lead from a tree like `params` to the source's arrays
+        by name.
+      names: the names of the source's parameters. None: those of the layout.
+      source_params: the source's parameters by name, whose shapes are needed to regroup axes.
+
+    Raises:
+      ValueError: the layout does not lead to every parameter that is trained.
+    """
+    moments = _moments.read_state(unpack_state(state, params))
+    untrained = {path: x for path, x in paths(params).items() if path not in moments.m}
+    moments = _with_zeros(moments, untrained)
+    if names is None:
+        names = _layout.names_of_params(params) if layout is None else layout
+    names = () if callable(names) else list(names)
+    move = _layout.move_to_source(layout, names, params, source_params)
+    dumped, origins = _move(move, moments)
+    shapes = {k: tuple(np.shape(x)) for k, x in (source_params or {}).items()}
+    if names:
+        _layout.check_targets(origins, {k: shapes.get(str(k)) for k in names}, "parameter there")
+    return dumped.of(name for name, step in dumped.step.items() if step is not None)
+
+
+def single_step(moments: Moments) -> int:
+    """Returns the number of steps, for a framework that has one for all parameters."""
+    if len(set(moments.step.values())) > 1:
+        raise ValueError(f"The parameters have taken different numbers of steps: {moments.step}.")
+    return next(iter(moments.step.values()), None) or 0
+
+
+def _move(move: Move, moments: Moments) -> tuple[Moments, dict[Any, Origin]]:
+    """Returns the moved moments, and what each consists of."""
+    origins = _layout.find_origins(move, {name: x.shape for name, x in moments.m.items()})
+    used = {name for origin in origins.values() for name in origin.names}
+    unused = [
+        name
+        for name, step in moments.step.items()
+        if step is not None and name not in used and moments.m[name].size
+    ]
+    if unused:
+        raise ValueError(
+            f"The layout has no place for the moments of {unused}. Give each a path; None leaves "
+            f"it out."
+        )
+    steps = {target: _common_step(target, origin, moments) for target, origin in origins.items()}
+    return Moments(move(moments.m), move(moments.v), steps), origins
+
+
+def _common_step(target: Any, origin: Origin, moments: Moments) -> int | None:
+    steps = {name: moments.step[name] for name in origin.names}
+    taken = set(steps.values()) - {None}
+    if len(taken) > 1:
+        raise ValueError(
+            f"{target!r} consists of parameters that have taken different numbers of steps, {steps}."
+        )
+    return next(iter(taken), None)
+
+
+def _with_zeros(moments: Moments, arrays: Mapping[Any, Any]) -> Moments:
+    """Returns the moments, with zeros and no step for further arrays."""
+    new = {name: x for name, x in arrays.items() if name not in moments.m}
+    zeros = {name: np.zeros(tuple(np.shape(x)), np.float32) for name, x in new.items()}
+    return Moments(moments.m | zeros, moments.v | zeros, moments.step | dict.fromkeys(new))
+
+
+def _check_values(moments: Moments, origins: Mapping[str, Origin], trained: Arrays) -> None:
+    """Raises if moments have no place or cannot be those of their parameters."""
+    for path, step in moments.step.items():
+        m, v, names = moments.m[path], moments.v[path], origins[path].names
+        if path not in trained:
+            if step is None:
+                continue
+            raise ValueError(
+                f"The source has moments of {names} for {path!r}, which the transformation does "
+                f"not train: train it, or leave them out by None in `layout`."
+            )
+        is_real = not np.issubdtype(trained[path].dtype, np.complexfloating)
+        if is_real and (np.any(np.imag(m)) or np.any(np.imag(v))):
+            raise TypeError(f"The moments of {names} are complex, but {path!r} is real.")
+        if np.any(np.real(v) < 0) or np.any(np.imag(v) < 0):
+            raise ValueError(
+                f"The infinity norm of {names} has negative elements, so it is not one of Adamax."
+            )
+
+
+def _check_complete(absent: Sequence[str], names: Mapping[str, Key], advice: str) -> None:
+    """Raises ValueError if there are trained parameters without moments."""
+    if absent:
+        labels = [f"{p!r} (there {names[p]!r})" if p in names else repr(p) for p in absent]
+        raise ValueError(
+            f"There are no moments for {', '.join(labels)}, which the transformation trains. To "
+            f"freeze parameters, use optax.set_to_zero() in an optax.partition.{advice}"
+        )
+
+
+def check_is_adamax(
+    moments: Moments, tx: optax.GradientTransformation, params: optax.Params
+) -> None:
+    """Raises ValueError for moments that Adamax cannot have, such as those of Adam.
+
+    For b1 < b2, Adamax has ``|m| <= K v`` with ``K = (1 - b1) / (1 - b1 / b2)``. Adam's v is a
+    mean of squares: if gradients are below 1, it is less than m. Other b1 and b2 bound nothing.
+    """
+
+    def count(largest: Mapping[str, float]) -> int:
+        return sum(
+            np.count_nonzero(np.abs(m) > largest[path] * np.abs(moments.v[path]))
+            for path, m in moments.m.items()
+        )
+
+    total = sum(np.count_nonzero(m) for m in moments.m.values())
+    if 2 * count(dict.fromkeys(moments.m, 1.25)) <= total:
+        return
+    measured = measure(tx, params, moments.step)
+    bounds = {path: 1.25 * measured[path].largest_ratio for path in moments.m if path in measured}
+    beyond = count(dict.fromkeys(moments.m, float("inf")) | bounds)
+    if 2 * beyond > total:
+        raise ValueError(
+            f"This is not a state of Adamax: |m| exceeds its bound in {beyond} of {total} "
+            f"elements, which is {min(bounds.values()) / 1.25:.4g} v for the b1 and b2 of the "
+            f"transformation. The state of Adam, where v is a mean of squares, looks like this."
+        )
+
+
+def check_groups(
+    nodes: Sequence[Mapping[str, Any]],
+    origins: Mapping[str, Origin],
+    groups: Sequence[Mapping[Key, Any]],
+) -> None:
+    """Raises ValueError if the groups of the source overlap those of the transformation."""
+    group_of = {name: i for i, group in enumerate(groups) for name in group}
+    overlap = [
+        {group_of[name] for path in node if path in origins for name in origins[path].names}
+        for node in nodes
+    ]
+    for i, group in enumerate(groups):
+        shared = [k for k, found in enumerate(overlap) if i in found]
+        if len(shared) > 1 and any(len(overlap[k]) > 1 for k in shared):
+            raise ValueError(
+                f"The groups of the source are not those of the transformation: group {i}, "
+                f"{list(group)}, is in {len(shared)} groups here, some of which have parameters "
+                f"of other groups too. Give the names of each group in the order of the optimizer."
+            )
+
+
+def check_rates(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    steps: Mapping[str, int | None],
+    origins: Mapping[str, Origin],
+    rates: Mapping[Key, float | None],
+) -> None:
+    """Compares the constant learning rates of `tx` with those of the source.
+
+    Warns:
+      UserWarning: a rate of the transformation differs.
+
+    Raises:
+      ValueError: two groups have their rates in the reverse order.
+    """
+    if not any(rates.values()):
+        return
+    now, start = (measure(tx, params, at) for at in (steps, dict.fromkeys(steps, 0)))
+    pairs: dict[tuple[float, float], str] = {}
+    for path, origin in origins.items():
+        theirs = {rates.get(name) for name in origin.names}
+        ours = now[path].rate if path in now else None
+        if ours is None or len(theirs) != 1 or not _are_close(ours, start[path].rate):
+            continue
+        rate = theirs.pop()
+        if rate is not None:
+            pairs.setdefault((float(f"{ours:.3g}"), rate), path)
+    for (low, theirs), path in pairs.items():
+        for (high, others), other in pairs.items():
+            if low < high and theirs > others:
+                raise ValueError(
+                    f"The groups of the source are not those of the transformation: {path!r} has "
+                    f"the learning rate {low:g} here and {theirs:g} there, {other!r} {high:g} here "
+                    f"and {others:g} there. Give the names of each group in the order of the "
+                    f"optimizer, or give the groups their rates."
+                )
+    differing = {path: pair for pair, path in pairs.items() if not _are_close(*pair)}
+    if differing:
+        listed = ", ".join(
+            f"{ours:g} here and {theirs:g} in the checkpoint (for {path!r})"
+            for path, (ours, theirs) in differing.items()
+        )
+        warnings.warn(
+            f"The learning rates differ: {listed}. The transformation is used as it is; give it "
+            f"the checkpoint's rate, or a schedule.",
+            stacklevel=4,
+        )
+
+
+def _are_close(one: float, other: float | None) -> bool:
+    return other is not None and abs(one - other) <= 0.01 * max(abs(one), abs(other))
