@@ -148,3 +148,21 @@ def test_mlx_rounds_its_rate_to_float32():
             np.testing.assert_array_equal(
                 -updates["w"] / 0.1, float(np.float32(0.1)) * (1 - 0.9) / 0.1
             )
+
+
+def test_complex_gradients_are_not_accumulated():
+    with pytest.raises(TypeError, match="gradient_accumulation_steps needs real parameters"):
+        keras.adamax(gradient_accumulation_steps=2).init({"z": jnp.ones(2, jnp.complex64)})
+
+
+def test_accumulation_is_loaded_and_dumped_inside_multi_steps():
+    params = {"w": jnp.ones(2)}
+    tx = keras.adamax(0.1, gradient_accumulation_steps=3)
+    outer = optax.MultiSteps(tx, 2).gradient_transformation()
+    variables = [7, 0.1, np.full(2, 0.5), np.full(2, 0.1), np.ones(2)]
+    state = keras.load_state(variables, params, outer, order=["w"])
+    assert isinstance(state, optax.MultiStepsState)
+    (inner,) = state.inner_opt_state
+    assert (state.mini_step, inner.mini_step, inner.gradient_step) == (0, 1, 2)
+    dumped = keras.dump_state(state, params, order=["w"], learning_rate=0.1)
+    jax.tree.map(np.testing.assert_allclose, dumped, variables)

@@ -176,10 +176,22 @@ def test_averages_and_sums_are_those_of_keras(accumulation, frequency):
                 np.testing.assert_allclose(params[k], peer.steps[i].p[k], **close)
                 np.testing.assert_allclose(state.average[k], peer.averages[i][k], **close)
                 if accumulation:
-                    sums = optax.tree.get(state, "gradient_accumulator")
+                    sums = optax.tree.get(state, "acc_grads")
                     np.testing.assert_array_equal(sums[k], peer.accumulators[i][k])
         final = compat_keras.finalize_variable_values(params, state)
         np.testing.assert_array_equal(final["normal"], state.average["normal"])
+
+
+def test_infinite_gradient_is_forgotten_after_its_update():
+    # clipvalue makes the mean finite, so that only the sum can carry the infinity on.
+    start, grads = (
+        {"x": np.ones(2)},
+        [{"x": np.full(2, g)} for g in [1.0, np.inf, 1.0, 1.0, 1.0, 1.0]],
+    )
+    options = {"gradient_accumulation_steps": 2, "clipvalue": 0.5}
+    with jax.enable_x64(True):
+        run = peer_grid.our_run(compat_keras.adamax(**options), start, grads)
+    same(start, run, KerasRun(start, grads, **options).steps, np.float64)
 
 
 def test_without_an_average_nothing_is_finalized():

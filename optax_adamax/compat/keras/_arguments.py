@@ -8,7 +8,7 @@ import optax
 
 from optax_adamax import _checks
 from optax_adamax.compat import _mapping
-from optax_adamax.compat.keras import _links
+from optax_adamax.compat.keras import _transforms
 
 Exclusion = Sequence[str] | Callable[[optax.Params], Any] | Any
 
@@ -70,7 +70,7 @@ def limit(
 ) -> list[optax.GradientTransformation]:
     """The link that limits the gradient, if there is one."""
     links = {
-        "clipnorm": (clipnorm, _links.clip_each),
+        "clipnorm": (clipnorm, _transforms.clip_each),
         "clipvalue": (clipvalue, optax.clip),
         "global_clipnorm": (global_clipnorm, optax.clip_by_global_norm),
     }

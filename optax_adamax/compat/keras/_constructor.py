@@ -5,7 +5,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat._float32 import compute_in_float32
-from optax_adamax.compat.keras import _arguments, _links
+from optax_adamax.compat.keras import _arguments, _transforms
 
 
 def adamax(
@@ -108,8 +108,8 @@ def adamax(
         optax.scale_by_learning_rate(_arguments.by_updates(learning_rate, steps)),
     )
     if steps > 1:
-        tx = _links.accumulate(tx, steps)
+        tx = _transforms.accumulate(tx, steps)
     tx = compute_in_float32(optax.chain(*_arguments.unscale(loss_scale_factor), tx))
     if use_ema:
-        tx = _links.average(tx, ema_momentum, ema_overwrite_frequency, steps)
+        tx = _transforms.average(tx, ema_momentum, ema_overwrite_frequency, steps)
     return tx

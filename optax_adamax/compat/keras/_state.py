@@ -13,7 +13,7 @@ from optax_adamax._state import states_in
 from optax_adamax.compat import _arrays, _mapping, _state
 from optax_adamax.compat._mapping import Names
 from optax_adamax.compat.keras import _variables
-from optax_adamax.compat.keras._links import AccumulateState, AverageState
+from optax_adamax.compat.keras._transforms import is_accumulation, is_average
 
 
 def finalize_variable_values(params: optax.Params, state: optax.OptState) -> optax.Params:
@@ -46,10 +46,10 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
     """
     state = unpack_state(state, params)
     states_in(state)  # refuses what is no state
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState))
+    nodes = jax.tree.leaves(state, is_leaf=is_average)
     averages: dict[str, jax.Array] = {}
     for node in nodes:
-        if isinstance(node, AverageState):
+        if is_average(node):
             averages |= _mapping.paths(node.average)
     surplus = sorted(averages.keys() - _mapping.paths(params).keys())
     if surplus:
@@ -109,8 +109,8 @@ def load_state(
     """
     template = tx.init(params)
     unpacked = unpack_state(template, params)
-    accumulated = _variables.find(unpacked, AccumulateState)
-    averaged = _variables.find(unpacked, AverageState)
+    accumulated = _variables.find(unpacked, is_accumulation)
+    averaged = _variables.find(unpacked, is_average)
     steps = _steps(accumulated)
     peer = _variables.read(variables, unpacked, order)
     calls = _arrays.read_step(*peer.iteration)
@@ -121,17 +121,18 @@ def load_state(
     if averaged is not None:
         state = _variables.replace(
             state,
-            AverageState,
+            is_average,
             iteration=jnp.asarray(calls, jnp.int32),
             average=_variables.load_tree(averaged.average, peer.averages, targets),
         )
     if accumulated is not None:
-        sums = accumulated.gradient_accumulator
+        sums = accumulated.acc_grads
         state = _variables.replace(
             state,
-            AccumulateState,
-            micro_step=jnp.asarray(calls % steps, jnp.int32),
-            gradient_accumulator=_variables.load_tree(sums, peer.sums, targets),
+            is_accumulation,
+            mini_step=jnp.asarray(calls % steps, jnp.int32),
+            gradient_step=jnp.asarray(calls // steps, jnp.int32),
+            acc_grads=_variables.load_tree(sums, peer.sums, targets),
         )
     return repack_state(state, like=template)
 
@@ -164,8 +165,8 @@ def dump_state(
     """
     _mapping.check_order(order)
     state = unpack_state(state, params)
-    accumulated = _variables.find(state, AccumulateState)
-    averaged = _variables.find(state, AverageState)
+    accumulated = _variables.find(state, is_accumulation)
+    averaged = _variables.find(state, is_average)
     targets = _mapping.find_targets(order, params, names)
     found = _state.dump(state, params, order, names)
     calls = _state.single_step(found) * _steps(accumulated)
@@ -174,8 +175,8 @@ def dump_state(
         dumped = _variables.dump_tree(averaged.average, order, targets)
         values |= {("average", key): x for key, x in dumped.items()}
     if accumulated is not None:
-        calls += int(accumulated.micro_step)
-        dumped = _variables.dump_tree(accumulated.gradient_accumulator, order, targets)
+        calls += int(np.asarray(accumulated.mini_step))
+        dumped = _variables.dump_tree(accumulated.acc_grads, order, targets)
         values |= {("gradient_accumulator", key): x for key, x in dumped.items()}
     values["iteration", ""] = np.array(calls, np.int32)
     values["learning_rate", ""] = np.array(learning_rate or 0.0)
@@ -187,6 +188,7 @@ def dump_state(
     return [to_array(values[slot]) for slot in layout.slots(order)]
 
 
-def _steps(accumulated: AccumulateState | None) -> int:
-    """The number of calls to an update."""
-    return 1 if accumulated is None else int(accumulated.gradient_accumulation_steps)
+def _steps(accumulated: optax.MultiStepsState | None) -> int:
+    """The number of calls per update."""
+    constant: Any = None if accumulated is None else accumulated.skip_state
+    return 1 if constant is None else int(constant.gradient_accumulation_steps)

@@ -1,7 +1,7 @@
 """The variables of a Keras optimizer, which it keeps in one list."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -9,9 +9,9 @@ import optax
 
 from optax_adamax.compat import _arrays, _mapping, _state
 from optax_adamax.compat._state import PeerMoments, PeerValue
-from optax_adamax.compat.keras._links import AccumulateState, AverageState
+from optax_adamax.compat.keras._transforms import is_accumulation, is_average
 
-Kind = TypeVar("Kind", AccumulateState, AverageState)
+Kind = TypeVar("Kind")
 
 
 class Layout(NamedTuple):
@@ -43,29 +43,27 @@ class KerasVariables(NamedTuple):
     sums: dict[str, PeerValue]
 
 
-def find(state: optax.OptState, kind: type[Kind]) -> Kind | None:
+def find(state: optax.OptState, is_kind: Callable[[Any], TypeGuard[Kind]]) -> Kind | None:
     """The state of this kind within a state, if there is one.
 
     Raises:
       ValueError: there are several.
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    found = [x for x in nodes if isinstance(x, kind)]
+    nodes = jax.tree.leaves(state, is_leaf=is_kind)
+    found = [x for x in nodes if is_kind(x)]
     if len(found) > 1:
         raise ValueError(
-            f"There are {len(found)} {kind.__name__} in this state, but an optimizer of Keras has "
-            f"one: give the state of each compat.keras.adamax by itself."
+            f"There are {len(found)} {type(found[0]).__name__} in this state, but an optimizer of "
+            f"Keras has one: give the state of each compat.keras.adamax by itself."
         )
     return found[0] if found else None
 
 
-def replace(state: optax.OptState, kind: type[Kind], **fields: Any) -> optax.OptState:
+def replace(
+    state: optax.OptState, is_kind: Callable[[Any], TypeGuard[Any]], **fields: Any
+) -> optax.OptState:
     """`state` with new fields in the states of this kind."""
-    return jax.tree.map(
-        lambda x: x._replace(**fields) if isinstance(x, kind) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, kind),
-    )
+    return jax.tree.map(lambda x: x._replace(**fields) if is_kind(x) else x, state, is_leaf=is_kind)
 
 
 def read(variables: Any, state: optax.OptState, order: Sequence[str]) -> KerasVariables:
@@ -78,8 +76,8 @@ def read(variables: Any, state: optax.OptState, order: Sequence[str]) -> KerasVa
     values = _in_order(variables)
     layout = Layout(
         learning_rate=True,
-        average=find(state, AverageState) is not None,
-        gradient_accumulator=find(state, AccumulateState) is not None,
+        average=find(state, is_average) is not None,
+        gradient_accumulator=find(state, is_accumulation) is not None,
     )
     slots = list(layout.slots(order))
     if len(values) == len(slots) - 1:

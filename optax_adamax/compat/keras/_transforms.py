@@ -1,6 +1,7 @@
 """What Keras' optimizers do around the update rule, where optax has nothing of the kind."""
 
-from typing import Any, NamedTuple, TypeVar
+import inspect
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,19 @@ import optax
 
 State = TypeVar("State")
 
+# optax 0.2.6 and 0.2.7 sum in the dtype of the parameters, which `accumulate` widens; optax 0.2.8
+# sums in one dtype for all parameters. JAX takes float64 for float32 unless x64 is enabled.
+_ACCUMULATOR_DTYPE: dict[str, Any] = (
+    {"accumulator_dtype": np.float64}
+    if "accumulator_dtype" in inspect.signature(optax.MultiSteps).parameters
+    else {}
+)
 
-class AccumulateState(NamedTuple):
-    """State of `accumulate`."""
 
-    micro_step: jax.Array  # shape=(), dtype=int32: calls since the last update
-    # shape=(), dtype=int32, constant: calls to an update, which the count of calls is made of
-    gradient_accumulation_steps: jax.Array
-    # shaped like the parameters, float32 or wider: sum of the gradients of these calls
-    gradient_accumulator: optax.Updates
-    inner_state: optax.OptState
+class StepsPerUpdate(NamedTuple):
+    """`skip_state` of the `optax.MultiSteps` in `accumulate`. The count of calls depends on it."""
+
+    gradient_accumulation_steps: jax.Array  # shape=(), dtype=int32, constant
 
 
 class AverageState(NamedTuple):
@@ -40,47 +44,49 @@ def clip_each(max_norm: float) -> optax.GradientTransformation:
 def accumulate(
     inner: optax.GradientTransformation, steps: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Gives `inner` the mean of `steps` gradients at every `steps`-th call, else no update.
+    """Passes the mean of `steps` gradients to `inner` at every `steps`-th call.
 
-    `optax.MultiSteps` keeps a running mean. Keras keeps the sum and divides at the end, and where
-    gradients nearly cancel Adamax's first steps turn that rounding into steps of full length.
+    `optax.MultiSteps` does the work, with these changes. It sums and `inner` gets the sum divided
+    by `steps`, as in Keras: a running mean rounds differently. The sums are float32 or wider.
     """
-    wrapped = optax.with_extra_args_support(inner)
+    mean = optax.stateless(lambda sums, _: jax.tree.map(lambda x: x / steps, sums))
 
-    def init(params: optax.Params) -> AccumulateState:
-        return AccumulateState(
-            micro_step=jnp.zeros((), jnp.int32),
-            gradient_accumulation_steps=jnp.asarray(steps, jnp.int32),
-            gradient_accumulator=jax.tree.map(_zeros, params),
-            inner_state=wrapped.init(params),
+    def never_skip(*args: Any, **kwargs: Any) -> tuple[jax.Array, StepsPerUpdate]:
+        del args, kwargs
+        return jnp.array(False), StepsPerUpdate(jnp.array(steps, jnp.int32))
+
+    def multi_steps() -> optax.MultiSteps:  # not in advance: accumulator_dtype depends on x64 mode
+        return optax.MultiSteps(
+            optax.chain(mean, inner),
+            steps,
+            use_grad_mean=False,
+            should_skip_update_fn=never_skip,
+            **_ACCUMULATOR_DTYPE,
         )
+
+    def init(params: optax.Params) -> optax.MultiStepsState:
+        zeros = jax.tree.map(_zeros, params)
+        if any(jnp.iscomplexobj(x) for x in jax.tree.leaves(zeros)):
+            raise TypeError(
+                "gradient_accumulation_steps needs real parameters, but one is complex: "
+                "optax.MultiSteps drops the imaginary parts of gradients. Split complex parameters "
+                "with optax.contrib.split_real_and_imaginary."
+            )
+        return multi_steps().init(zeros)
 
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, AccumulateState]:
-        state, gradients = _own(state, AccumulateState), updates
-        total = jax.tree.map(
-            lambda g, a: jnp.asarray(g).astype(a.dtype) + a, gradients, state.gradient_accumulator
-        )
-
-        def step(total: Any, inner_state: Any) -> Any:
-            mean = jax.tree.map(lambda g, a: (a / steps).astype(g.dtype), gradients, total)
-            updates, inner_state = wrapped.update(mean, inner_state, params, **extra_args)
-            return updates, jax.tree.map(jnp.zeros_like, total), inner_state
-
-        def wait(total: Any, inner_state: Any) -> Any:
-            return jax.tree.map(jnp.zeros_like, gradients), total, inner_state
-
-        last = state.micro_step == steps - 1
-        updates, total, inner_state = jax.lax.cond(last, step, wait, total, state.inner_state)
-        return updates, state._replace(
-            micro_step=(state.micro_step + 1) % steps,
-            gradient_accumulator=total,
-            inner_state=inner_state,
-        )
+    ) -> tuple[optax.Updates, optax.MultiStepsState]:
+        state = _own(state, optax.MultiStepsState)
+        with jax.numpy_dtype_promotion("standard"):  # optax 0.2.8 multiplies booleans and floats
+            updates, state = multi_steps().update(updates, state, params, **extra_args)
+        # optax 0.2.8 resets the sums by multiplying with 0, and an infinite sum becomes NaN.
+        is_new = state.mini_step == 0
+        sums = jax.tree.map(lambda x: jnp.where(is_new, 0, x), state.acc_grads)
+        return updates, state._replace(acc_grads=sums)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -135,6 +141,16 @@ def average(
         return updates, AverageState(iteration, averages, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_accumulation(x: Any) -> TypeGuard[optax.MultiStepsState]:
+    """Whether `x` is a state of `accumulate`, not that of another `optax.MultiSteps`."""
+    return isinstance(x, optax.MultiStepsState) and isinstance(x.skip_state, StepsPerUpdate)
+
+
+def is_average(x: Any) -> TypeGuard[AverageState]:
+    """Whether `x` is a state of `average`."""
+    return isinstance(x, AverageState)
 
 
 def _own(state: Any, expected: type[State]) -> State:
