@@ -73,17 +73,6 @@ class Origin(NamedTuple):
     shape: tuple[int, ...]
 
 
-class _Source(dict):
-    """The source's arrays by name, for a function that may look for others."""
-
-    def __missing__(self, name: Any) -> Any:
-        raise ValueError(
-            f"The layout reads {name!r}, but the source has only {list(self)}. Give the names of "
-            f"the parameters as `names`; for parameters without moments also give source_params, "
-            f"the source's parameters by name."
-        )
-
-
 def move_to_params(
     layout: Layout | None,
     names: Iterable[Key],
@@ -105,9 +94,15 @@ def move_to_params(
     if callable(layout):
 
         def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
-            made = _Source({name: make(x) for name, x in arrays.items()})
-            moved = paths(layout(made))
-            return {path: _arrays.read_array(f"The layout's {path!r}", x) for path, x in moved.items()}
+            try:
+                tree = layout({name: make(x) for name, x in arrays.items()})
+            except (KeyError, IndexError) as error:
+                raise ValueError(
+                    f"The layout looks for {error}, but the source has only {list(arrays)}. Give "
+                    f"the names of the parameters as `names`; for parameters without moments also "
+                    f"give source_params, the source's parameters by name."
+                ) from error
+            return _read_all(paths(tree))
 
         return apply
     places = find_places(layout, names, params)
@@ -127,8 +122,7 @@ def move_to_source(
 
         def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
             tree = jax.tree_util.tree_map_with_path(lambda p, _: arrays[path_name(p)], params)
-            moved = dict(layout(tree))
-            return {name: _arrays.read_array(f"The layout's {name!r}", x) for name, x in moved.items()}
+            return _read_all(layout(tree))
 
         return apply
     places = find_places(layout, names, params)
@@ -138,6 +132,10 @@ def move_to_source(
         for name, place in places.items()
         if place.path in arrays
     }
+
+
+def _read_all(arrays: Mapping[Any, Any]) -> dict[Any, np.ndarray]:
+    return {name: _arrays.read_array(f"The layout's {name!r}", x) for name, x in arrays.items()}
 
 
 def find_places(
@@ -161,7 +159,9 @@ def find_places(
             f"`names`."
         )
     places = {
-        name: _find_place(name, entry, shapes) for name, entry in layout.items() if entry is not None
+        name: _find_place(name, entry, shapes)
+        for name, entry in layout.items()
+        if entry is not None
     }
     by_path: dict[str, Key] = {}
     for name, place in places.items():

@@ -3,6 +3,7 @@
 Of `compat`, only this module knows how a state stores them.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +27,9 @@ class Moments(NamedTuple):
     v: dict[Any, Any]
     step: dict[Any, int | None]  # None: no step yet
 
-    def of(self, names: Any) -> "Moments":
+    def of(self, names: Iterable[Any]) -> "Moments":
         """Returns the moments of these names."""
+        names = list(names)
         return Moments(*({name: field[name] for name in names} for field in self))
 
 
@@ -63,8 +65,12 @@ def find_trained(
     Raises:
       ValueError: there is no Adamax, or there are two for one parameter.
     """
-    shapes = jax.eval_shape(lambda nodes: [_decode(node)[1] for node in nodes], _nodes_in(state, kind))
-    found = [paths(jax.eval_shape(lambda m: jax.tree.map(join, m, is_leaf=is_parts), m)) for m in shapes]
+    shapes = jax.eval_shape(
+        lambda nodes: [_decode(node)[1] for node in nodes], _nodes_in(state, kind)
+    )
+    found = [
+        paths(jax.eval_shape(lambda m: jax.tree.map(join, m, is_leaf=is_parts), m)) for m in shapes
+    ]
     seen: set[str] = set()
     for path in (path for m in found for path in m):
         if path in seen:
@@ -74,7 +80,11 @@ def find_trained(
 
 
 def _nodes_in(state: optax.OptState, kind: type[Node]) -> list[Any]:
-    nodes = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind)) if isinstance(x, kind)]
+    nodes = [
+        x
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+        if isinstance(x, kind)
+    ]
     if not nodes:
         fields = (
             " m and v of Adamax are mu and nu in optax's." if kind is ScaleByAdamaxState else ""
@@ -104,17 +114,24 @@ def _fill(state: Any, moments: Moments, kind: type[Node]) -> tuple[Any, int | No
     if isinstance(state, kind):
         step = _find_count(state, moments)
         return fill_node(state, moments, step), step
+    if isinstance(state, optax.transforms.PartitionState):  # whose groups have their own schedules
+        parts = {k: _fill(part, moments, kind) for k, part in state.inner_states.items()}
+        steps = [step for _, step in parts.values() if step is not None]
+        state = state._replace(inner_states={label: part for label, (part, _) in parts.items()})
+        return state, max(steps, default=None)
     children, treedef = jax.tree.flatten(state, is_leaf=lambda x: x is not state)
     if len(children) == 1 and children[0] is state:  # a leaf
         return state, None
     filled = [_fill(child, moments, kind) for child in children]
     step = max((step for _, step in filled if step is not None), default=None)
     children = [child for child, _ in filled]
-    if step is not None and not isinstance(state, optax.transforms.PartitionState):
+    if step is not None:
         children = [_set_schedule(child, step) for child in children]
     new = jax.tree.unflatten(treedef, children)
     if step is not None and _injects(new):
-        states = jax.tree.map(lambda count: _put_count(step, count), getattr(new, "hyperparams_states", ()))
+        states = jax.tree.map(
+            lambda count: _put_count(step, count), getattr(new, "hyperparams_states", ())
+        )
         new = new._replace(count=_put_count(step, new.count))
         new = new._replace(hyperparams_states=states) if states else new
     return new, step
@@ -165,9 +182,7 @@ def fill_node(node: Any, moments: Moments, step: int) -> Any:
     return encode_state(ScaleByAdamaxState(count, m, v), m_dtype, v_dtype)
 
 
-def replace_nodes(
-    state: Any, template: Any, old: type[Node], new: type[Node]
-) -> Any | None:
+def replace_nodes(state: Any, template: Any, old: type[Node], new: type[Node]) -> Any | None:
     """Returns `state` with each Adamax as `template` has it, and everything else as it is.
 
     Args:

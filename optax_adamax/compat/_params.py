@@ -72,7 +72,9 @@ def load_params(
         raise ValueError(f"There is nothing for the parameters {missing}.")
     moved = move(arrays)
     for path, x in moved.items():
-        if np.iscomplexobj(x) and not jnp.issubdtype(jnp.result_type(by_path[path]), np.complexfloating):
+        if np.iscomplexobj(x) and not jnp.issubdtype(
+            jnp.result_type(by_path[path]), np.complexfloating
+        ):
             raise TypeError(f"The source's array for {path!r} is complex, but {path!r} is real.")
     return put_tree(params, moved)
 
@@ -117,13 +119,16 @@ def flax_names(
     Args:
       params: the parameters of the Flax module.
       modules: names of the source's modules by the paths of Flax's.
-      channels_last: whether the source's convolutions are (out, *space, in), else (out, in, *space).
+      channels_last: whether the source's convolutions are (out, *space, in) or
+        (out, in, *space).
     """
     modules, used, names = dict(modules or {}), set(), {}
     renamed = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     for path, leaf in paths(params).items():
         parts = path.split("/")
-        statistics = {"mean": "running_mean", "var": "running_var"} if parts[0] == "batch_stats" else {}
+        statistics = (
+            {"mean": "running_mean", "var": "running_var"} if parts[0] == "batch_stats" else {}
+        )
         parts = parts[1:] if parts[0] in ("params", "batch_stats") else parts
         module, name = parts[:-1], parts[-1]
         for length in range(len(module), 0, -1):

@@ -11,7 +11,7 @@ from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _arrays, _layout, _moments
 from optax_adamax.compat._layout import Arrays, Key, Layout, Move, Origin
 from optax_adamax.compat._mapping import paths
-from optax_adamax.compat._measure import Measured, measure
+from optax_adamax.compat._measure import measure
 from optax_adamax.compat._moments import Moments
 
 Missing = Literal["raise", "zero"]
@@ -75,8 +75,10 @@ def load(
         moments.m[path] = moments.v[path] = np.zeros(trained[path].shape, np.float32)
         moments.step[path] = None
     check_is_adamax(moments.of(trained), tx, params)
-    check_groups(nodes, origins, groups)
-    check_rates(tx, params, moments.step, origins, {k: r for group in groups for k, r in group.items()})
+    if groups:
+        check_groups(nodes, origins, groups)
+        rates = {name: rate for group in groups for name, rate in group.items()}
+        check_rates(tx, params, moments.step, origins, rates)
     return repack_state(_moments.fill(state, moments), like=template)
 
 
@@ -144,7 +146,7 @@ def _common_step(target: Any, origin: Origin, moments: Moments) -> int | None:
     taken = set(steps.values()) - {None}
     if len(taken) > 1:
         raise ValueError(
-            f"{target!r} consists of parameters that have taken different numbers of steps, {steps}."
+            f"{target!r} consists of parameters with different numbers of steps, {steps}."
         )
     return next(iter(taken), None)
 

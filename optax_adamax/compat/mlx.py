@@ -150,7 +150,8 @@ def load_state(
         raise ValueError(
             "This is the state of a MultiOptimizer: give that of the Adamax in it, "
             "optimizer.optimizers[i].state, with an optax.partition as `tx`. Give those of several "
-            "Adamax of the same steps as one dict of the tree_flatten of each."
+            "Adamax of the same steps as one dict of the tree_flatten of each, without the "
+            "learning_rate."
         )
     if "step" not in flat:
         raise ValueError(f"There is no 'step' in this state: it has {list(flat)}.")
@@ -259,9 +260,7 @@ def dump_params(
       ValueError: a layout that does not lead to every parameter.
     """
     shapes, layout = dict(_flatten(source_params or {})), _with_flat_output(layout)
-    return _unflatten(
-        _params.dump_params(params, layout, source_params=shapes, to_array=to_array)
-    )
+    return _unflatten(_params.dump_params(params, layout, source_params=shapes, to_array=to_array))
 
 
 def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -> dict[Key, Entry]:

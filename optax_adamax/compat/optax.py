@@ -50,9 +50,7 @@ def load_state(
         source, unpack_state(template, params), optax.ScaleByAdamState, ScaleByAdamaxState
     )
     if state is None:
-        return _transfer.load(
-            _moments.read_state(source, optax.ScaleByAdamState), params, tx, None
-        )
+        return _transfer.load(_moments.read_state(source, optax.ScaleByAdamState), params, tx, None)
     _transfer.check_is_adamax(_moments.read_state(state), tx, params)
     return repack_state(state, like=template)
 
@@ -76,9 +74,7 @@ def dump_state(
     """
     template, source = tx.init(params), unpack_state(state, params)
     unpacked = unpack_state(template, params)
-    replaced = _moments.replace_nodes(
-        source, unpacked, ScaleByAdamaxState, optax.ScaleByAdamState
-    )
+    replaced = _moments.replace_nodes(source, unpacked, ScaleByAdamaxState, optax.ScaleByAdamState)
     if replaced is None:
         moments = _moments.read_state(source)
         replaced = _moments.fill(unpacked, moments, optax.ScaleByAdamState)

@@ -25,7 +25,7 @@ def state_dict(params):
 
 def load(tx, names=("w", "x")):
     params = {name: PARAMS[name] for name in names}
-    return torch.load_state(state_dict(params), PARAMS, tx, order=list(params))
+    return torch.load_state(state_dict(params), PARAMS, tx, names=list(params))
 
 
 def counters(state):
@@ -112,7 +112,7 @@ def test_a_schedule_of_groups_with_different_steps_counts_the_most():
     tx = optax.chain(torch.adamax(groups=[{"params": "w"}, {}]), optax.scale_by_schedule(schedule))
     saved = state_dict(PARAMS)
     saved["state"][0]["step"] = 3
-    state = torch.load_state(saved, PARAMS, tx, order=list(PARAMS))
+    state = torch.load_state(saved, PARAMS, tx, names=list(PARAMS))
     assert sorted(counters(state).values()) == [3, STEP, STEP]
     assert int(state[1].count) == STEP
 

@@ -55,7 +55,7 @@ def test_each_part_of_a_partition_is_finalized():
     with pytest.raises(TypeError, match="no ScaleByAdamaxState in this dict"):
         compat_keras.finalize_variable_values(state, params)
     with pytest.raises(ValueError, match="There are 2 AverageState"):
-        compat_keras.dump_state(state, params, order=list(params), learning_rate=None)
+        compat_keras.dump_state(state, params, names=list(params), learning_rate=None)
 
 
 class TwoOfOneName(keras.Model):
@@ -79,14 +79,14 @@ def test_two_variables_of_one_path():
     params = {"first": jnp.ones((2, 2)), "second": jnp.ones((2, 2))}
     tx = compat_keras.adamax(0.1)
     with pytest.raises(ValueError, match=r"'model/dense/kernel' twice: .* '0:model/dense/kernel'"):
-        compat_keras.load_state(optimizer.variables, params, tx, order=order)
+        compat_keras.load_state(optimizer.variables, params, tx, names=order)
     with pytest.raises(ValueError, match="'model/dense/kernel' twice"):
-        compat_keras.dump_state(tx.init(params), params, order=order, learning_rate=0.1)
+        compat_keras.dump_state(tx.init(params), params, names=order, learning_rate=0.1)
     for i, value in ((2, 0.1), (3, 1.0), (4, 0.2), (5, 2.0)):
         optimizer.variables[i].assign(np.full((2, 2), value))
     order = [f"{i}:{path}" for i, path in enumerate(order)]
     names = dict(zip(order, params, strict=True))
-    state = compat_keras.load_state(optimizer.variables, params, tx, names, order=order)
+    state = compat_keras.load_state(optimizer.variables, params, tx, names, names=order)
     v = optax.tree.get(state, "v")
     assert (float(v["first"][0, 0]), float(v["second"][0, 0])) == (1.0, 2.0)
 
@@ -99,23 +99,23 @@ def test_swapped_names_are_refused():
     params = {"model": {name: {"kernel": jnp.ones((3, 3))} for name in ("one", "two")}}
     order = [v.path for v in model.trainable_variables]
     tx = compat_keras.adamax(0.1)
-    compat_keras.load_state(optimizer.variables, params, tx, order=order)
+    compat_keras.load_state(optimizer.variables, params, tx, names=order)
     with pytest.raises(ValueError, match="so it is that of 'model/one/kernel'"):
-        compat_keras.load_state(optimizer.variables, params, tx, order=order[::-1])
+        compat_keras.load_state(optimizer.variables, params, tx, names=order[::-1])
     # A caller's own names say nothing of the order, nor do bare arrays.
     names = dict(zip("ab", order[::-1], strict=True))
-    compat_keras.load_state(optimizer.variables, params, tx, names, order=["a", "b"])
+    compat_keras.load_state(optimizer.variables, params, tx, names, names=["a", "b"])
     values = [np.asarray(v) for v in optimizer.variables]
-    compat_keras.load_state(values, params, tx, order=order[::-1])
+    compat_keras.load_state(values, params, tx, names=order[::-1])
 
 
 def test_the_state_knows_the_calls_to_an_update():
     params = {"w": jnp.ones(2)}
     tx = compat_keras.adamax(0.1, gradient_accumulation_steps=3)
     after, state = peer_grid.train(tx, params, tx.init(params), [params] * 7)
-    dumped = compat_keras.dump_state(state, after, order=["w"], learning_rate=0.1)
+    dumped = compat_keras.dump_state(state, after, names=["w"], learning_rate=0.1)
     assert int(dumped[0]) == 7
-    again = compat_keras.load_state(dumped, after, tx, order=["w"])
+    again = compat_keras.load_state(dumped, after, tx, names=["w"])
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
@@ -139,7 +139,7 @@ def test_bfloat16_in_a_file_is_read(tmp_path):
     order = [v.path for v in model.trainable_variables]
     with h5py.File(tmp_path / "model.weights.h5") as opened:
         saved = opened["optimizer/vars"]
-        state = compat_keras.load_state(saved, params, compat_keras.adamax(), order=order)
+        state = compat_keras.load_state(saved, params, compat_keras.adamax(0.01), names=order)
     m = optax.tree.get(state, "m")["model"]["layer"]["kernel"]
     np.testing.assert_array_equal(m, np.asarray(variables[2].value, np.float32))
 

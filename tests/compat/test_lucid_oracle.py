@@ -110,7 +110,7 @@ def test_continued_from_a_state_dict_of_lucid_2(dtype):
         saved = {"state": entries, "param_groups": [{"lr": 0.01, "params": list(entries)}]}
         tx = compat_lucid.adamax(**options)
         params = compat_lucid.load_params(last.p, params, names)
-        state = compat_torch.load_state(saved, params, tx, names, order=list(arrays))
+        state = compat_torch.load_state(saved, params, tx, names, names=list(arrays))
         params, state = peer_grid.train(tx, params, state, grads[half:])
         back = compat_lucid.dump_params(params, names)
         peer_grid.assert_equal_trees(back, whole[-1].p, dtype)

@@ -39,7 +39,7 @@ class Peer:
         return mx.array(x, self.dtype)
 
     def tree(self, arrays):
-        return mlx_utils.tree_unflatten([(k, self.array(x)) for k, x in arrays.items()])
+        return jax.tree.map(self.array, arrays)
 
     def train(self, grads):
         for g in grads:
@@ -72,13 +72,13 @@ def test_continued_from_mlx(dtype):
         state = compat_mlx.load_state(peer.optimizer.state, params, tx, names)
         params, state = peer_grid.train(tx, params, state, grads[HALF:])
         peer.train(their_grads[HALF:])
-        ours = compat_mlx.dump_params(params, names)
+        ours = dict(mlx_utils.tree_flatten(compat_mlx.dump_params(params, names)))
         peer_grid.assert_equal_trees(ours, peer.arrays(), dtype)
         moments = optax.tree.get(state, "ScaleByAdamaxState")
         assert moments.count == peer_grid.STEPS
         both = {}
         for field, tree in (("m", moments.m), ("v", moments.v)):
-            dumped = compat_mlx.dump_params(tree, names)
+            dumped = dict(mlx_utils.tree_flatten(compat_mlx.dump_params(tree, names)))
             both |= {f"{name}.{field}": x for name, x in dumped.items()}
         peer_grid.assert_equal_trees(both, peer.moments(), dtype)
 
@@ -132,7 +132,7 @@ def test_the_state_of_adam_is_refused_where_it_can_be_told():
     optimizer = mlx_optimizers.Adam(learning_rate=0.01)
     for g in 0.1 * rng.standard_normal((20, 50)):
         optimizer.apply_gradients({"w": mx.array(g.astype("f4"))}, {"w": mx.zeros(50)})
-    with pytest.raises(ValueError, match=r"no state of Adamax: .* The state of Adam"):
+    with pytest.raises(ValueError, match=r"not a state of Adamax: .* The state of Adam"):
         compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
 
 
@@ -143,7 +143,7 @@ def test_a_parameter_without_a_gradient_starts_at_zero_on_request():
     fresh = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     jax.tree.map(np.testing.assert_array_equal, fresh, tx.init(params))
     optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
-    with pytest.raises(ValueError, match=r"There is nothing for 'x'.* missing='zero'"):
+    with pytest.raises(ValueError, match=r"There are no moments for 'x'.* missing='zero'"):
         compat_mlx.load_state(optimizer.state, params, tx)
     state = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     assert np.all(optax.tree.get(state, "m")["x"] == 0)
@@ -167,6 +167,7 @@ def test_the_state_of_a_multi_optimizer_is_named():
     merged = {}
     for adamax in optimizer.optimizers:
         merged |= dict(mlx_utils.tree_flatten(adamax.state))
+    del merged["learning_rate"]
     state = compat_mlx.load_state(merged, params, tx)
     for label, name in (("a", "w"), ("b", "x")):
         node = state.inner_states[label].inner_state[0]

@@ -1,6 +1,6 @@
 """The ``state_dict`` of `torch.optim.Adamax`, in and out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,8 @@ def dump_state(
       layout: a mapping as for :func:`load_state`, or the function that moves weights back, from a
         tree like `params` to arrays by name.
       names: see :func:`load_state`.
-      source_params: ``model.state_dict()``, of which a mapping needs the shapes if it regroups axes.
+      source_params: ``model.state_dict()``, of which a mapping that regroups axes needs the
+        shapes.
       to_array: makes a tensor from a NumPy array: `torch.from_numpy` for
         ``optimizer.load_state_dict``.
 
