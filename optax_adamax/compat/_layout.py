@@ -28,8 +28,8 @@ Entry = str | tuple[str, Sequence[int]] | None
 Layout = Mapping[Key, Entry] | Callable[[Any], Any]
 Arrays = Mapping[Any, np.ndarray]
 Move = Callable[[Arrays], dict[Any, np.ndarray]]
-# Marks of arrays are odd, so that rounding to half precision or arithmetic changes them.
-FIRST_MARK = 2**20 + 1
+# Marks of arrays are odd, and no format of half precision represents an odd number above 2048.
+FIRST_MARK = 2049
 
 
 class Place(NamedTuple):
@@ -95,7 +95,7 @@ def move_to_params(
 
         def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
             try:
-                tree = layout({name: make(x) for name, x in arrays.items()})
+                tree = layout({name: make(np.array(x)) for name, x in arrays.items()})
             except (KeyError, IndexError) as error:
                 raise ValueError(
                     f"The layout looks for {error}, but the source has only {list(arrays)}. Give "
@@ -121,7 +121,9 @@ def move_to_source(
     if callable(layout):
 
         def apply(arrays: Arrays) -> dict[Any, np.ndarray]:
-            tree = jax.tree_util.tree_map_with_path(lambda p, _: arrays[path_name(p)], params)
+            tree = jax.tree_util.tree_map_with_path(
+                lambda path, _: np.array(arrays[path_name(path)]), params
+            )
             return _read_all(layout(tree))
 
         return apply
