@@ -49,7 +49,8 @@ def load_params(
     }
     arrays = {name: _arrays.read_array(repr(name), x) for name, x in values.items()}
     make = _arrays.maker_like(next(iter(values.values()), None))
-    move = _layout.move_to_params(layout, source_params, params, make)
+    names = values if layout is None else source_params
+    move = _layout.move_to_params(layout, names, params, make)
     origins = _layout.find_origins(move, {name: x.shape for name, x in arrays.items()})
     _layout.check_targets(origins, {p: np.shape(x) for p, x in by_path.items()}, "parameter")
     used = {name for origin in origins.values() for name in origin.names}

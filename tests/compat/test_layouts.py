@@ -153,7 +153,7 @@ def test_a_function_that_forgets_a_parameter_raises():
         compat_torch.dump_state(state, params, groups, lambda p: {"a": p["w"]}, names=["a"])
     with pytest.raises(ValueError, match=r"does not lead to \['x'\]"):
         compat_torch.dump_params(params, lambda p: {"a": p["w"]})
-    with pytest.raises(ValueError, match="makes 'b' .* no such parameter there"):
+    with pytest.raises(ValueError, match=r"makes 'b' .* no such parameter there"):
         to_torch = lambda p: {"a": p["w"], "b": p["x"]}  # noqa: E731
         compat_torch.dump_state(state, params, groups, to_torch, names=["a"])
 
@@ -166,7 +166,9 @@ def test_parts_with_different_steps_raise():
     }
     fuse = lambda a: {"w": np.concatenate([a["q"], a["k"]])}  # noqa: E731
     tx, how = compat_torch.adamax(), {"names": ["q", "k"]}
-    with pytest.raises(ValueError, match="'w' consists of .* numbers of steps, {'q': 5, 'k': 6}"):
+    with pytest.raises(
+        ValueError, match=r"'w' consists of .* numbers of steps, \{'q': 5, 'k': 6\}"
+    ):
         compat_torch.load_state(state_dict, {"w": jnp.zeros(4)}, tx, fuse, **how)
     state_dict["state"][1]["step"] = np.int64(5)
     state = compat_torch.load_state(state_dict, {"w": jnp.zeros(4)}, tx, fuse, **how)
@@ -183,7 +185,7 @@ def test_a_function_gets_zeros_for_parameters_without_moments():
     params, tx = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}, compat_torch.adamax()
     args = optimizer.state_dict(), params, tx, layout
     how = {"names": ["weight", "bias"]}
-    with pytest.raises(ValueError, match="looks for 'bias', .* give source_params"):
+    with pytest.raises(ValueError, match=r"looks for 'bias', .* give source_params"):
         compat_torch.load_state(*args, **how, missing="zero")
     how["source_params"] = model.state_dict()
     with pytest.raises(ValueError, match="no moments for 'bias'"):
