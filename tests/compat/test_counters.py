@@ -28,6 +28,10 @@ def load(tx, names=("w", "x")):
     return torch.load_state(state_dict(params), PARAMS, tx, names=list(params))
 
 
+def twice_masked(tx):
+    return optax.masked(optax.masked(tx, {"w": True, "x": True}), {"w": True, "x": True})
+
+
 def counters(state):
     """All counts of a state by path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -78,6 +82,8 @@ def test_another_link_of_the_chain_is_left_alone(other):
         (compat_optax.adamaxw(schedule, weight_decay=schedule, mask={"w": True, "x": False}), 3),
         (optax.named_chain(("a", torch.adamax()), ("b", optax.scale_by_schedule(schedule))), 2),
         (optax.masked(torch.adamax(schedule), {"w": True, "x": True}), 2),
+        (optax.chain(torch.adamax(), twice_masked(optax.scale_by_schedule(schedule))), 2),
+        (twice_masked(optax.chain(torch.adamax(), optax.scale_by_schedule(schedule))), 2),
         (optax.inject_hyperparams(torch.adamax)(lr=0.1), 2),
         (optax.inject_hyperparams(torch.adamax)(lr=schedule), 3),
         (
