@@ -21,7 +21,7 @@ from optax_adamax import (
 )
 from optax_adamax._state import dtypes_of, v_format_of
 from optax_adamax.compat import _arrays, _counters, _mapping
-from optax_adamax.compat._complex import Parts, is_parts, join
+from optax_adamax.compat._arithmetic import RealImag, is_real_imag, join
 from optax_adamax.compat._counters import Path
 from optax_adamax.compat._mapping import Key, Names, Target
 
@@ -136,8 +136,8 @@ def read(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> dict[s
         )
     found: dict[str, Moments] = {}
     for count, m, v in map(_decoded, nodes):
-        by_path = _mapping.paths(v, is_parts)
-        for path, x in _mapping.paths(m, is_parts).items():
+        by_path = _mapping.paths(v, is_real_imag)
+        for path, x in _mapping.paths(m, is_real_imag).items():
             if path in found:
                 raise ValueError(f"There are two {kind.__name__} with moments of {path!r}.")
             x, y = (np.asarray(join(z)) for z in (x, by_path[path]))
@@ -170,7 +170,7 @@ def put_arrays(tree: Any, values: Mapping[str, Any], field: str) -> Any:
     def put(path: Path, old: Any) -> Any:
         return _put_like(getattr(values[_mapping.path_name(path)], field), old)
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_parts)
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_real_imag)
 
 
 def check_complete(
@@ -204,7 +204,7 @@ def _decoded(node: Node) -> Node:
 def _filled(old: Node, step: int, moments: Mapping[str, Moments]) -> Node:
     """A node with these moments in its format."""
     count, m, v = _decoded(old)
-    paths = _mapping.paths(m, is_parts)
+    paths = _mapping.paths(m, is_real_imag)
     count = _put_like(np.asarray(step), count)
     m, v = put_arrays(m, moments, "m"), put_arrays(v, moments, "v")
     if isinstance(old, optax.ScaleByAdamState):
@@ -264,7 +264,7 @@ def _read(peer: PeerMoments, target: Target, ours: Moments) -> Moments:
 
 def _count(node: Node, moments: Mapping[str, Moments]) -> int:
     """The number of steps of one transformation, which has one for all of its parameters."""
-    steps = {path: moments[path].step for path in _mapping.paths(_decoded(node)[1], is_parts)}
+    steps = {path: moments[path].step for path in _mapping.paths(_decoded(node)[1], is_real_imag)}
     steps = {path: step for path, step in steps.items() if step is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
@@ -276,7 +276,7 @@ def _count(node: Node, moments: Mapping[str, Moments]) -> int:
 
 def _put_like(value: np.ndarray, old: Any) -> Any:
     """`value` in the dtype, and on the devices, of `old`."""
-    if is_parts(old):
-        return Parts(_put_like(np.real(value), old.real), _put_like(np.imag(value), old.imag))
+    if is_real_imag(old):
+        return RealImag(_put_like(np.real(value), old.real), _put_like(np.imag(value), old.imag))
     new = jnp.asarray(value if jnp.iscomplexobj(old) else np.real(value), old.dtype)
     return jax.device_put(new, old.sharding) if getattr(old, "committed", False) else new

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _mapping, _state
-from optax_adamax.compat._float32 import compute_in_float32
+from optax_adamax.compat._arithmetic import compute_in_float32
 from optax_adamax.compat._mapping import Entry, Key, Names, dump_params, load_params
 from optax_adamax.compat._state import Missing, PeerMoments, PeerValue
 

@@ -4,7 +4,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat._float32 import compute_in_float32
+from optax_adamax.compat._arithmetic import compute_in_float32
 from optax_adamax.compat.keras import _arguments, _transforms
 
 

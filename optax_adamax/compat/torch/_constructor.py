@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _complex, _groups
-from optax_adamax.compat._float32 import compute_in_float32
+from optax_adamax.compat import _arguments, _groups
+from optax_adamax.compat._arithmetic import compute_in_float32, split_complex
 
 
 @_arguments.without_params
@@ -98,7 +98,7 @@ def adamax(
             scale_by_adamax(b1, b2, eps, m_dtype=m_dtype, v_dtype=v_dtype),
             optax.scale_by_learning_rate(lr),
         )
-        return compute_in_float32(_complex.split_real_imag(chain))
+        return compute_in_float32(split_complex(chain))
 
     defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
     ignored = ("foreach", "differentiable", "capturable", "initial_lr")
