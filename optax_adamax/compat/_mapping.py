@@ -86,24 +86,6 @@ def check_order(order: Sequence[str]) -> None:
         )
 
 
-def matching(
-    name: str, pattern: str, params: optax.Params, part: Callable[[str], str] = str
-) -> list[str]:
-    """The paths in which a pattern is found, or in the `part` of them that is to be searched.
-
-    Raises:
-      ValueError: there are none.
-    """
-    known = list(paths(params))
-    found = [path for path in known if re.search(pattern, part(path))]
-    if not found:
-        raise ValueError(
-            f"{name} has the pattern {pattern!r}, which no parameter matches: near it are "
-            f"{near(pattern, known)}."
-        )
-    return found
-
-
 def last_part(path: str) -> str:
     """The parameter's own name, without that of its module."""
     return path.rsplit("/", 1)[-1]
