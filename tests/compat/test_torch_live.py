@@ -199,3 +199,33 @@ def test_groups_are_those_of_torch(dtype):
     with jax.enable_x64(dtype == np.float64):
         run = peer_grid.our_run(compat_torch.adamax(lr=0.01, groups=groups), start, grads)
     assert_same(start, run, peer, dtype)
+
+
+SCHEDULERS = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_groups_copied_from_torch_are_accepted(name):
+    optimizer = torch.optim.Adamax([("w", torch.nn.Parameter(torch.ones(1)))], lr=0.01)
+    SCHEDULERS[name](optimizer)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert "param_names" in group and "initial_lr" in group
+    tx = compat_torch.adamax(groups=[{**group, "params": "w"}])
+    params = {"w": jnp.ones(1)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -group["lr"], rtol=1e-6)
+    with pytest.raises(TypeError, match="must be a pattern"):
+        compat_torch.adamax(groups=[group])
+
+
+def test_empty_group_is_allowed_as_in_torch():
+    groups = [{"params": [], "lr": 0.1}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
+    assert len(torch.optim.Adamax(groups).param_groups) == 2
+    params = {"w": jnp.ones(1)}
+    tx = compat_torch.adamax(groups=[{"params": [], "lr": 0.1}, {"params": "w"}])
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -2e-3, rtol=1e-6)

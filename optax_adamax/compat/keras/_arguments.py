@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -81,7 +81,9 @@ def _decayed(exclude: Exclusion) -> Any:
     name = "exclude_from_weight_decay"
     if callable(exclude):
         return lambda params: _invert(exclude(params))
-    if not isinstance(exclude, str) and any(_is_bool(x) for x in jax.tree.leaves(exclude)):
+    if not isinstance(exclude, (str, Iterator)) and any(
+        _is_bool(x) for x in jax.tree.leaves(exclude)
+    ):
         return _invert(exclude)
     patterns = compile_patterns(name, exclude)
 
