@@ -196,7 +196,7 @@ def test_state_of_another_chain_raises(name):
     }
     tx = keras.adamax(**options[name])
     params = {"w": jnp.ones(2)}
-    with pytest.raises(TypeError, match="The state must be a"):
+    with pytest.raises(TypeError, match="The state was made without"):
         tx.update(params, keras.adamax().init(params), params)
 
 
