@@ -1,8 +1,7 @@
 """Arguments of `keras.optimizers.Adamax` as checked values or as transformations."""
 
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from optax_adamax.compat import _mapping
 from optax_adamax.compat._arguments import compile_patterns, matching, number, rate
 from optax_adamax.compat.keras import _transforms
 
-Exclusion = str | Sequence[str] | Callable[[optax.Params], Any] | Any
+Exclusion = str | Sequence[str] | Callable[[optax.Params], Any]
 
 
 def rate_of_updates(learning_rate: Any, steps: int) -> Any:
@@ -69,28 +68,24 @@ def clip(clipnorm: Any, clipvalue: Any, global_clipnorm: Any) -> list[optax.Grad
 
 
 def decay(weight_decay: Any, exclude: Exclusion | None) -> list[optax.GradientTransformation]:
-    """Adds decoupled weight decay, except to the parameters in `exclude`, if there is any."""
+    """Adds decoupled weight decay, if there is any, except to the parameters in `exclude`."""
     mask = None if exclude is None else _decayed(exclude)
     if weight_decay is None:
         return []
     return [optax.add_decayed_weights(number("weight_decay", weight_decay), mask)]
 
 
-def _decayed(exclude: Exclusion) -> Any:
-    """Returns the mask of the parameters with weight decay, or a function to it."""
-    name = "exclude_from_weight_decay"
+def _decayed(exclude: Exclusion) -> Callable[[optax.Params], Any]:
+    """Returns the function from the parameters to the mask of those with weight decay."""
     if callable(exclude):
-        return lambda params: _invert(exclude(params))
-    if not isinstance(exclude, (str, Iterator)) and any(
-        _is_bool(x) for x in jax.tree.leaves(exclude)
-    ):
-        return _invert(exclude)
+        function = exclude
+        return lambda params: jax.tree.map(_invert, function(params))
+    name = "exclude_from_weight_decay"
     patterns = compile_patterns(name, exclude)
 
     def decayed(params: optax.Params) -> Any:
-        excluded = matching(
-            name, patterns, _mapping.paths(params), lambda path: path.rsplit("/", 1)[-1]
-        )
+        paths = _mapping.paths(params)
+        excluded = matching(name, patterns, paths, lambda path: path.rsplit("/", 1)[-1])
         return jax.tree_util.tree_map_with_path(
             lambda path, _: _mapping.path_name(path) not in excluded, params
         )
@@ -98,15 +93,10 @@ def _decayed(exclude: Exclusion) -> Any:
     return decayed
 
 
-def _invert(excluded: Any) -> Any:
-    others = [x for x in jax.tree.leaves(excluded) if not _is_bool(x)]
-    if others:
+def _invert(flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
         raise TypeError(
-            f"exclude_from_weight_decay must be patterns, a tree of booleans or a function that "
-            f"returns one, but the tree has {others[0]!r}."
+            f"The function exclude_from_weight_decay must return a tree of booleans, but the tree "
+            f"has {flag!r}."
         )
-    return jax.tree.map(operator.not_, excluded)
-
-
-def _is_bool(x: Any) -> bool:
-    return isinstance(x, (bool, np.bool_))
+    return not flag

@@ -61,10 +61,10 @@ def adamax(
       loss_scale_factor: factor by which the loss was multiplied. None: 1.
       gradient_accumulation_steps: number of calls per update, at least 2. None: 1.
       name: has no effect.
-      exclude_from_weight_decay: parameters without weight decay: a regular expression or a list of
-        them, searched in the last part of the parameter's path, as Keras' method of this name
-        does; or, as in optax, a tree of booleans like the parameters (or a prefix of it), or a
-        function from the parameters to that tree.
+      exclude_from_weight_decay: parameters without weight decay. Either a regular expression or a
+        list of them, which are searched in the last part of each parameter's path, as by Keras'
+        method of this name. Or a function from the parameters to a tree of booleans like the
+        parameters (or a prefix of it).
       m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
       v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 

@@ -137,12 +137,13 @@ def average(
 
         averages = jax.tree.map(mean, optax.apply_updates(params, updates), state.average)
         if overwrite_frequency is not None:
-            overwrite = (effective + 1) % overwrite_frequency == 0
-
-            def replace(u: jax.Array, p: jax.Array, a: jax.Array) -> jax.Array:
-                return jnp.where(overwrite, (a - p.astype(a.dtype)).astype(u.dtype), u)
-
-            updates = jax.tree.map(replace, updates, params, averages)
+            is_due = (effective + 1) % overwrite_frequency == 0
+            updates = jax.tree.map(
+                lambda u, p, a: jnp.where(is_due, (a - p.astype(a.dtype)).astype(u.dtype), u),
+                updates,
+                params,
+                averages,
+            )
         iteration = jnp.asarray(optax.safe_increment(state.iteration))
         return updates, AverageState(iteration, averages, inner_state)
 

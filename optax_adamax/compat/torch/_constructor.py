@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _groups
-from optax_adamax.compat._arithmetic import compute_in_float32, split_complex
+from optax_adamax.compat._arithmetic import compute_in_float32
 
 # Keys in the groups of an optimizer or a state dict that change nothing: options of PyTorch's
 # implementation, names, and the notes of LRScheduler, OneCycleLR, CyclicLR and SWALR.
@@ -105,7 +105,7 @@ def adamax(
             scale_by_adamax(*_arguments.pair(betas), eps, m_dtype=m_dtype, v_dtype=v_dtype),
             optax.scale_by_learning_rate(_arguments.rate("lr", lr)),
         )
-        return compute_in_float32(split_complex(chain))
+        return compute_in_float32(chain, split_complex=True)
 
     defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
     return _groups.partition(make, defaults, groups, labels, _IGNORED)
