@@ -121,6 +121,15 @@ def step_types(tx, params, gradient):
     return state, *jax.eval_shape(tx.update, gradient, state, params)
 
 
+def test_averages_of_bfloat16_parameters_are_float32():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = keras.adamax(0.1, use_ema=True, ema_momentum=0.999)
+    grads = [{"w": jnp.full(3, g, jnp.bfloat16)} for g in (1.0, 0.0, 0.0)]
+    (_, first), (_, last) = steps(tx, params, grads[:1]), steps(tx, params, grads)
+    assert first.average["w"].dtype == last.average["w"].dtype == np.float32
+    assert np.all(last.average["w"] > first.average["w"])  # by less than an ULP of bfloat16
+
+
 def test_float64_stays_float64():
     with jax.enable_x64(True):
         (params, _), (_, grads) = draw(jnp.float64), draw(jnp.float32)
