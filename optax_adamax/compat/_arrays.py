@@ -90,9 +90,10 @@ def put_like(value: np.ndarray, like: Any) -> jax.Array:
     """Returns `value` in the dtype of `like`, on its devices and in its kind of memory."""
     value = np.asarray(value, jnp.result_type(like))
     sharding = getattr(like, "sharding", None)
-    is_placed = getattr(like, "committed", sharding is not None)
-    if not is_placed or isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        return jax.device_put(value, sharding) if is_placed else jnp.asarray(value)
+    if sharding is None or not getattr(like, "committed", True):
+        return jnp.asarray(value)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 

@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import optax
-
 from optax_adamax import _paths
 
 
@@ -35,13 +33,13 @@ def path_name(path: Any) -> str:
     return _paths.path_name(path, "/")
 
 
-def first_twice(names: Sequence[str]) -> str | None:
+def first_twice(names: Sequence[str | int]) -> str | int | None:
     """The first name that occurs twice, if there is one."""
-    seen: set[str] = set()
+    seen: set[str | int] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 
 
-def check_order(order: Sequence[str]) -> None:
+def check_order(order: Sequence[str | int]) -> None:
     """Raises ValueError if a name occurs twice."""
     twice = first_twice(order)
     if twice is not None:
@@ -49,24 +47,6 @@ def check_order(order: Sequence[str]) -> None:
             f"The names of the parameters have {twice!r} twice: give each parameter a name of its "
             f"own in `names`, such as '0:{twice}', and `layout` with a path for each."
         )
-
-
-def matching(
-    name: str, pattern: str, params: optax.Params, part: Callable[[str], str] = str
-) -> list[str]:
-    """The paths in which a pattern is found, or in the `part` of them that is to be searched.
-
-    Raises:
-      ValueError: there are none.
-    """
-    known = list(paths(params))
-    found = [path for path in known if re.search(pattern, part(path))]
-    if not found:
-        raise ValueError(
-            f"{name} has the pattern {pattern!r}, which no parameter matches: near it are "
-            f"{near(pattern, known)}."
-        )
-    return found
 
 
 def last_part(path: str) -> str:

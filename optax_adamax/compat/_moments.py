@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.typing import DTypeLike
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 from optax_adamax import ScaleByAdamaxState, decode_state, encode_state
 from optax_adamax._state import dtypes_of, v_format_of
 from optax_adamax.compat import _arrays
-from optax_adamax.compat._complex import Parts, is_parts, join
+from optax_adamax.compat._arithmetic import RealImag, is_real_imag, join
 from optax_adamax.compat._mapping import path_name, paths
 
 Node = ScaleByAdamaxState | optax.ScaleByAdamState
@@ -39,19 +40,15 @@ def read_state(state: optax.OptState, kind: type[Node] = ScaleByAdamaxState) -> 
     Raises:
       ValueError: there are none, or two for one parameter.
     """
-    nodes = [_decode(node) for node in _nodes_in(state, kind)]
-    moments = Moments({}, {}, {})
-    for node in nodes:
-        found = read_node(node)
-        moments.m.update(found.m), moments.v.update(found.v), moments.step.update(found.step)
-    return moments
+    found = [read_node(node) for node in _nodes_in(state, kind)]
+    return Moments(*({k: x for fields in found for k, x in fields[i].items()} for i in range(3)))
 
 
 def read_node(node: Node) -> Moments:
     """Returns the moments of one state of Adamax by path."""
     count, m, v = _decode(node)
     m, v = (
-        {path: _arrays.fetch(join(x)) for path, x in paths(tree, is_parts).items()}
+        {path: _arrays.fetch(join(x)) for path, x in paths(tree, is_real_imag).items()}
         for tree in (m, v)
     )
     return Moments(m, v, dict.fromkeys(m, int(_arrays.fetch(count))))
@@ -69,7 +66,8 @@ def find_trained(
         lambda nodes: [_decode(node)[1] for node in nodes], _nodes_in(state, kind)
     )
     found = [
-        paths(jax.eval_shape(lambda m: jax.tree.map(join, m, is_leaf=is_parts), m)) for m in shapes
+        paths(jax.eval_shape(lambda m: jax.tree.map(join, m, is_leaf=is_real_imag), m))
+        for m in shapes
     ]
     seen: set[str] = set()
     for path in (path for m in found for path in m):
@@ -160,7 +158,7 @@ def _put_count(step: int, like: Any) -> jax.Array:
 
 def _find_count(node: Node, moments: Moments) -> int:
     """Returns the number of steps of one transformation, which has one for all parameters."""
-    steps = {path: moments.step[path] for path in paths(_decode(node)[1], is_parts)}
+    steps = {path: moments.step[path] for path in paths(_decode(node)[1], is_real_imag)}
     steps = {path: step for path, step in steps.items() if step is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
@@ -177,7 +175,7 @@ def fill_node(node: Any, moments: Moments, step: int) -> Any:
     if isinstance(node, optax.ScaleByAdamState):
         return node._replace(count=count, mu=m, nu=v)
     m_dtype, v_dtype = dtypes_of(node)
-    for path in paths(m, is_parts):
+    for path in paths(m, is_real_imag):
         _check_range(path, moments.v[path], v_dtype)
     return encode_state(ScaleByAdamaxState(count, m, v), m_dtype, v_dtype)
 
@@ -196,7 +194,8 @@ def replace_nodes(state: Any, template: Any, old: type[Node], new: type[Node]) -
     Raises:
       ValueError: `state` or `template` has no Adamax, or the wrappers differ.
     """
-    _nodes_in(state, old), _nodes_in(template, new)
+    for tree, kind in ((state, old), (template, new)):
+        _nodes_in(tree, kind)  # raises if there is none
     likes, treedef = jax.tree.flatten(template, is_leaf=lambda x: isinstance(x, new))
     try:
         parts = treedef.flatten_up_to(state)
@@ -243,15 +242,17 @@ def put_tree(tree: Any, arrays: dict[Any, np.ndarray]) -> Any:
         name = path_name(path)
         if name not in arrays:
             raise ValueError(f"There are no moments for {name!r}: there are {list(arrays)}.")
-        array, shape = arrays[name], np.shape(like.real if is_parts(like) else like)
+        array, shape = arrays[name], np.shape(like.real if is_real_imag(like) else like)
         if array.shape != shape:
             raise ValueError(f"The moments for {name!r} have shape {array.shape}, not {shape}.")
-        if is_parts(like):
+        if np.any(np.imag(array)) and not (is_real_imag(like) or jnp.iscomplexobj(like)):
+            raise TypeError(f"The array for {name!r} is complex, but {name!r} is real.")
+        if is_real_imag(like):
             parts = (np.real(array), np.imag(array))
-            return Parts(*map(_arrays.put_like, parts, like))
-        return _arrays.put_like(array if np.iscomplexobj(like) else np.real(array), like)
+            return RealImag(*map(_arrays.put_like, parts, like))
+        return _arrays.put_like(array if jnp.iscomplexobj(like) else np.real(array), like)
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_parts)
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_real_imag)
 
 
 def _check_range(path: str, v: np.ndarray, v_dtype: DTypeLike | None) -> None:

@@ -38,8 +38,7 @@ def load_params(
       ValueError: a missing, surplus or misshapen array.
     """
     _arrays.check_is_read("A mapping of the source's parameters by name", source_params)
-    by_path = paths(params)
-    named = dict(layout) if isinstance(layout, Mapping) else {}
+    by_path, named = paths(params), dict(layout) if isinstance(layout, Mapping) else {}
     values = {
         name: x
         for name, x in source_params.items()
@@ -48,36 +47,23 @@ def load_params(
         and (layout is not None or not _is_buffer(name) or name.replace(".", "/") in by_path)
     }
     arrays = {name: _arrays.read_array(repr(name), x) for name, x in values.items()}
+    shapes, names = {name: x.shape for name, x in arrays.items()}, [*named, *values]
     make = _arrays.maker_like(next(iter(values.values()), None))
-    names = values if layout is None else source_params
-    move = _layout.move_to_params(layout, names, params, make)
-    origins = _layout.find_origins(move, {name: x.shape for name, x in arrays.items()})
-    _layout.check_targets(origins, {p: np.shape(x) for p, x in by_path.items()}, "parameter")
-    used = {name for origin in origins.values() for name in origin.names}
-    places = {_memory_of(values[name]) for name in used}
-    surplus = [
-        name
-        for name, x in arrays.items()
-        if name not in used
-        and x.size
-        and not _is_buffer(name)
-        and _memory_of(values[name]) not in places
-    ]
+    unknown = [name for name in named if name not in source_params]
+    if unknown:
+        raise ValueError(f"layout has entries for {unknown}, but there are {list(source_params)}.")
+    plan = _layout.plan_load(layout, names, shapes, params, make)
+    tied = {_memory_of(values[k]) for origin in plan.origins.values() for k in origin}
+    surplus = [k for k in plan.unused if not _is_buffer(k) and _memory_of(values[k]) not in tied]
     if surplus:
         raise ValueError(
             f"The layout has no place for {surplus}. If they are buffers, give "
             f"dict(model.named_parameters()), or the entry None for each."
         )
-    missing = [path for path in by_path if path not in origins]
+    missing = [path for path in by_path if path not in plan.origins]
     if missing:
         raise ValueError(f"There is nothing for the parameters {missing}.")
-    moved = move(arrays)
-    for path, x in moved.items():
-        if np.iscomplexobj(x) and not jnp.issubdtype(
-            jnp.result_type(by_path[path]), np.complexfloating
-        ):
-            raise TypeError(f"The source's array for {path!r} is complex, but {path!r} is real.")
-    return put_tree(params, moved)
+    return put_tree(params, plan.move(arrays))
 
 
 def dump_params(
@@ -100,16 +86,11 @@ def dump_params(
     Raises:
       ValueError: a layout that does not lead to every parameter.
     """
+    plan = _layout.plan_dump(layout, None, params, source_params)
+    if plan.unused:
+        raise ValueError(f"The layout does not lead to {plan.unused}.")
     arrays = {path: _arrays.fetch(x) for path, x in paths(params).items()}
-    layout = _layout.names_of_params(params) if layout is None else layout
-    names = () if callable(layout) else layout
-    move = _layout.move_to_source(layout, names, params, source_params)
-    origins = _layout.find_origins(move, {path: x.shape for path, x in arrays.items()})
-    used = {path for origin in origins.values() for path in origin.names}
-    missing = [path for path, x in arrays.items() if path not in used and x.size]
-    if missing:
-        raise ValueError(f"The layout does not lead to {missing}.")
-    return {str(name): to_array(x) for name, x in move(arrays).items()}
+    return {str(name): to_array(x) for name, x in plan.move(arrays).items()}
 
 
 def flax_names(

@@ -9,7 +9,7 @@ import optax
 
 from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _arrays, _layout, _moments
-from optax_adamax.compat._layout import Arrays, Key, Layout, Move, Origin
+from optax_adamax.compat._layout import Key, Layout, Plan
 from optax_adamax.compat._mapping import paths
 from optax_adamax.compat._measure import measure
 from optax_adamax.compat._moments import Moments
@@ -59,26 +59,25 @@ def load(
         source = source.of(name for name in source.m if layout.get(name, "") is not None)
     else:
         source = _with_zeros(source, source_params or {}) if callable(layout) else source
-    move = _layout.move_to_params(layout, known, params, _arrays.maker_like(example))
-    moments, origins = _move(move, source)
-    _layout.check_targets(origins, {p: np.shape(x) for p, x in paths(params).items()}, "parameter")
-    _check_values(moments, origins, trained)
-    absent = [path for path, x in trained.items() if moments.step.get(path) is None]
-    if missing == "raise":
+    shapes, make = {name: x.shape for name, x in source.m.items()}, _arrays.maker_like(example)
+    plan = _layout.plan_load(layout, known, shapes, params, make)
+    loaded = _move(plan, source)
+    _check_values(loaded, plan, trained)
+    absent = [k for k, x in trained.items() if loaded.step.get(k) is None and x.size]
+    if missing == "raise" and absent:
         places = {} if callable(layout) else _layout.find_places(layout, known, params)
-        _check_complete(
-            [path for path in absent if trained[path].size],
-            {place.path: name for name, place in places.items()},
-            " To start them at zero, give missing='zero'.",
+        there = {place.path: f" (there {name!r})" for name, place in places.items()}
+        raise ValueError(
+            f"There are no moments for {', '.join(repr(k) + there.get(k, '') for k in absent)}, "
+            f"which the transformation trains. To freeze parameters, use optax.set_to_zero() in "
+            f"an optax.partition. To start them at zero, give missing='zero'."
         )
-    for path in absent:
-        moments.m[path] = moments.v[path] = np.zeros(trained[path].shape, np.float32)
-        moments.step[path] = None
-    check_is_adamax(moments.of(trained), tx, params)
+    moments = _with_zeros(loaded, trained).of(trained)
+    check_is_adamax(moments, tx, params)
     if groups:
-        check_groups(nodes, origins, groups)
+        check_groups(nodes, plan.origins, groups)
         rates = {name: rate for group in groups for name, rate in group.items()}
-        check_rates(tx, params, moments.step, origins, rates)
+        check_rates(tx, params, moments.step, plan.origins, rates)
     return repack_state(_moments.fill(state, moments), like=template)
 
 
@@ -103,16 +102,8 @@ def dump(
       ValueError: the layout does not lead to every parameter that is trained.
     """
     moments = _moments.read_state(unpack_state(state, params))
-    untrained = {path: x for path, x in paths(params).items() if path not in moments.m}
-    moments = _with_zeros(moments, untrained)
-    if names is None:
-        names = _layout.names_of_params(params) if layout is None else layout
-    names = () if callable(names) else list(names)
-    move = _layout.move_to_source(layout, names, params, source_params)
-    dumped, origins = _move(move, moments)
-    shapes = {k: tuple(np.shape(x)) for k, x in (source_params or {}).items()}
-    if names:
-        _layout.check_targets(origins, {k: shapes.get(str(k)) for k in names}, "parameter there")
+    plan = _layout.plan_dump(layout, names, params, source_params)
+    dumped = _move(plan, _with_zeros(moments, paths(params)))
     return dumped.of(name for name, step in dumped.step.items() if step is not None)
 
 
@@ -123,32 +114,23 @@ def single_step(moments: Moments) -> int:
     return next(iter(moments.step.values()), None) or 0
 
 
-def _move(move: Move, moments: Moments) -> tuple[Moments, dict[Any, Origin]]:
-    """Returns the moved moments, and what each consists of."""
-    origins = _layout.find_origins(move, {name: x.shape for name, x in moments.m.items()})
-    used = {name for origin in origins.values() for name in origin.names}
-    unused = [
-        name
-        for name, step in moments.step.items()
-        if step is not None and name not in used and moments.m[name].size
-    ]
+def _move(plan: Plan, moments: Moments) -> Moments:
+    """Returns the moments by their new names."""
+    unused = [name for name in plan.unused if moments.step[name] is not None]
     if unused:
         raise ValueError(
             f"The layout has no place for the moments of {unused}. Give each a path; None leaves "
             f"it out."
         )
-    steps = {target: _common_step(target, origin, moments) for target, origin in origins.items()}
-    return Moments(move(moments.m), move(moments.v), steps), origins
-
-
-def _common_step(target: Any, origin: Origin, moments: Moments) -> int | None:
-    steps = {name: moments.step[name] for name in origin.names}
-    taken = set(steps.values()) - {None}
-    if len(taken) > 1:
-        raise ValueError(
-            f"{target!r} consists of parameters with different numbers of steps, {steps}."
-        )
-    return next(iter(taken), None)
+    taken: dict[Any, int | None] = {}
+    for target, names in plan.origins.items():
+        steps = {name: moments.step[name] for name in names if moments.step[name] is not None}
+        if len(set(steps.values())) > 1:
+            raise ValueError(
+                f"{target!r} consists of parameters with different numbers of steps, {steps}."
+            )
+        taken[target] = next(iter(steps.values()), None)
+    return Moments(plan.move(moments.m), plan.move(moments.v), taken)
 
 
 def _with_zeros(moments: Moments, arrays: Mapping[Any, Any]) -> Moments:
@@ -158,10 +140,10 @@ def _with_zeros(moments: Moments, arrays: Mapping[Any, Any]) -> Moments:
     return Moments(moments.m | zeros, moments.v | zeros, moments.step | dict.fromkeys(new))
 
 
-def _check_values(moments: Moments, origins: Mapping[str, Origin], trained: Arrays) -> None:
+def _check_values(moments: Moments, plan: Plan, trained: Mapping[str, Any]) -> None:
     """Raises if moments have no place or cannot be those of their parameters."""
     for path, step in moments.step.items():
-        m, v, names = moments.m[path], moments.v[path], origins[path].names
+        m, v, names = moments.m[path], moments.v[path], plan.origins[path]
         if path not in trained:
             if step is None:
                 continue
@@ -178,16 +160,6 @@ def _check_values(moments: Moments, origins: Mapping[str, Origin], trained: Arra
             )
 
 
-def _check_complete(absent: Sequence[str], names: Mapping[str, Key], advice: str) -> None:
-    """Raises ValueError if there are trained parameters without moments."""
-    if absent:
-        labels = [f"{p!r} (there {names[p]!r})" if p in names else repr(p) for p in absent]
-        raise ValueError(
-            f"There are no moments for {', '.join(labels)}, which the transformation trains. To "
-            f"freeze parameters, use optax.set_to_zero() in an optax.partition.{advice}"
-        )
-
-
 def check_is_adamax(
     moments: Moments, tx: optax.GradientTransformation, params: optax.Params
 ) -> None:
@@ -198,10 +170,9 @@ def check_is_adamax(
     """
 
     def count(largest: Mapping[str, float]) -> int:
-        return sum(
-            np.count_nonzero(np.abs(m) > largest[path] * np.abs(moments.v[path]))
-            for path, m in moments.m.items()
-        )
+        m, v = moments.m, moments.v
+        beyond = [np.count_nonzero(np.abs(m[k]) > largest[k] * np.abs(v[k])) for k in m]
+        return int(sum(beyond))
 
     total = sum(np.count_nonzero(m) for m in moments.m.values())
     if 2 * count(dict.fromkeys(moments.m, 1.25)) <= total:
@@ -219,13 +190,13 @@ def check_is_adamax(
 
 def check_groups(
     nodes: Sequence[Mapping[str, Any]],
-    origins: Mapping[str, Origin],
+    origins: Mapping[str, Sequence[Key]],
     groups: Sequence[Mapping[Key, Any]],
 ) -> None:
     """Raises ValueError if the groups of the source overlap those of the transformation."""
     group_of = {name: i for i, group in enumerate(groups) for name in group}
     overlap = [
-        {group_of[name] for path in node if path in origins for name in origins[path].names}
+        {group_of[name] for path in node if path in origins for name in origins[path]}
         for node in nodes
     ]
     for i, group in enumerate(groups):
@@ -242,7 +213,7 @@ def check_rates(
     tx: optax.GradientTransformation,
     params: optax.Params,
     steps: Mapping[str, int | None],
-    origins: Mapping[str, Origin],
+    origins: Mapping[str, Sequence[Key]],
     rates: Mapping[Key, float | None],
 ) -> None:
     """Compares the constant learning rates of `tx` with those of the source.
@@ -257,8 +228,8 @@ def check_rates(
         return
     now, start = (measure(tx, params, at) for at in (steps, dict.fromkeys(steps, 0)))
     pairs: dict[tuple[float, float], str] = {}
-    for path, origin in origins.items():
-        theirs = {rates.get(name) for name in origin.names}
+    for path, names in origins.items():
+        theirs = {rates.get(name) for name in names}
         ours = now[path].rate if path in now else None
         if ours is None or len(theirs) != 1 or not _are_close(ours, start[path].rate):
             continue

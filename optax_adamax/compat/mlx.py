@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _arrays, _params, _transfer
-from optax_adamax.compat._float32 import compute_in_float32
+from optax_adamax.compat._arithmetic import compute_in_float32
 from optax_adamax.compat._layout import Entry, Key, Layout
 from optax_adamax.compat._moments import Moments
 from optax_adamax.compat._transfer import Missing
@@ -28,7 +27,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`mlx.optimizers.Adamax`, which does not correct the bias of its first moment.
+    r"""Adamax with the arguments of `mlx.optimizers.Adamax`, without bias correction.
 
     .. math::
 
@@ -37,23 +36,23 @@ def adamax(
         w_t &= w_{t-1} - \lambda m_t / (v_t + \varepsilon)
 
     Args:
-      learning_rate: :math:`\lambda` >= 0, a number or a schedule of the step count. As in MLX it
-        is rounded to float32, which only float64 parameters can tell.
+      learning_rate: :math:`\lambda` >= 0, a number or a schedule of the step count. As in MLX, it
+        is rounded to float32, which only affects float64 parameters.
       betas: decay rates of the first moment and of the infinity norm, both in [0, 1).
       eps: :math:`\varepsilon` >= 0, in the units of the gradient.
-      m_dtype: dtype in which the first moment is kept, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: dtype in which the infinity norm is kept, likewise.
+      m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 
     Returns:
-      The transformation. All of its arithmetic is in float32 at least; the updates have the wider
-      dtype of gradient and parameter (if ``update`` is given any).
+      The transformation. All arithmetic is in float32 or float64. The updates have the wider of the
+      dtypes of gradient and parameter (if ``update`` receives parameters).
 
-    Where MLX goes wrong we do not follow: with bfloat16 parameters its v never decays, in float16
-    a zero gradient gives NaN, and so does one with ``eps=0`` in every dtype.
+    Deliberate differences from MLX: with bfloat16 parameters, MLX's v never decays. In float16, and
+    with ``eps=0`` in every dtype, a zero gradient gives NaN there.
 
     Raises:
-      ValueError: a hyperparameter out of range.
-      TypeError: a hyperparameter of the wrong type.
+      ValueError: a hyperparameter is out of range.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -65,34 +64,26 @@ def adamax(
       >>> print(optax.apply_updates(params, updates))
       [0.998 2.002]
     """
-    b1, b2 = _arguments.check_betas(betas)
-    _checks.check_rate("learning_rate", learning_rate)
+    rate = _arguments.rate("learning_rate", learning_rate)
     chain = optax.chain(
         scale_by_adamax(
-            b1,
-            b2,
+            *_arguments.pair(betas),
             eps,
             eps_placement="denominator",
             bias_correction=False,
             m_dtype=m_dtype,
             v_dtype=v_dtype,
         ),
-        optax.scale_by_learning_rate(_in_float32(learning_rate)),
+        optax.scale_by_learning_rate(_in_float32(rate)),
     )
     return compute_in_float32(chain)
 
 
-def _in_float32(learning_rate: optax.ScalarOrSchedule) -> Any:
-    """The learning rate as MLX keeps it. JAX arrays stay as they are: they may be tracers."""
-    if isinstance(learning_rate, jax.Array):
-        return learning_rate
-    if not callable(learning_rate):
-        return float(np.float32(learning_rate))
-
-    def schedule(count: ArrayLike) -> ArrayLike:
-        return jnp.asarray(learning_rate(count), jnp.float32)
-
-    return schedule
+def _in_float32(rate: Any) -> Any:
+    """Rounds a learning rate to float32, as MLX does, unless it is traced."""
+    if callable(rate):
+        return lambda count: jnp.asarray(rate(count), jnp.float32)
+    return rate if isinstance(rate, jax.Array) else float(np.float32(rate))
 
 
 def load_state(

@@ -146,9 +146,9 @@ def test_bfloat16_in_a_file_is_read(tmp_path):
 
 def test_a_pattern_that_excludes_nothing_is_refused():
     params = {"dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}}
-    for exclude in (["bias", "biass"], "biass", lambda params: ["biass"]):
+    for exclude in (["bias", "biass"], "biass"):
         tx = compat_keras.adamax(weight_decay=0.1, exclude_from_weight_decay=exclude)
-        with pytest.raises(ValueError, match=r"'biass', which no parameter .* \['dense/bias'"):
+        with pytest.raises(ValueError, match=r"'biass', which matches no .* \['dense/bias'"):
             tx.init(params)
     tx = compat_keras.adamax(weight_decay=0.1, exclude_from_weight_decay=["bias"])
     state = tx.init(params)

@@ -16,7 +16,7 @@ from optax_adamax.compat import optax as compat_optax
 from optax_adamax.compat import torch as compat_torch
 
 
-def main(config):
+def main():
     layout = {"w": ("w", (1, 0)), "b": "b"}
     saved = {**SAVED, "state": dict(SAVED["state"])}
     saved["state"][0] = {k: np.transpose(x) for k, x in SAVED["state"][0].items()}
@@ -40,7 +40,7 @@ def main(config):
     assert float(jnp.sum(state[0].v["w"])) == 0.0
 
 
-config = json.loads(sys.argv[1])
-connect(config, int(sys.argv[2]))
-main(config)
-print("done", flush=True)
+if __name__ == "__main__":
+    connect(json.loads(sys.argv[1]), int(sys.argv[2]))
+    main()
+    print("done", flush=True)

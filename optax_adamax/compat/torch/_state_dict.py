@@ -237,31 +237,30 @@ def _name_groups(
     if not all("params" in group for group in param_groups):
         raise ValueError("Each of param_groups must have the entry 'params', a list of numbers.")
     numbers = [list(group["params"]) for group in param_groups]
+    listed: list[list[Key]] | None = None
     if names is not None:
-        names = list(names)
-        if names and all(isinstance(name, str) for name in names):
+        listed = [[names] if isinstance(names, str) else list(names) for names in names]
+        if listed and all(isinstance(name, str) for name in names):
             if len(numbers) > 1:
                 raise ValueError(
                     f"The optimizer has {len(numbers)} groups, whose order may differ from that of "
                     f"model.named_parameters(): give `names` as a list for each group, "
                     f"names_of(optimizer, model)."
                 )
-            names = [names]
-        names = [list(group) for group in names]
+            listed = [[name for group in listed for name in group]]
     if any("param_names" in group for group in param_groups):
         known = [list(group.get("param_names", ())) for group in param_groups]
-        if names is not None and names != known:
-            raise ValueError(f"names is {names}, but param_groups has the param_names {known}.")
-        names = known
-    if names is None:
-        names = numbers
-    lengths = [len(group) for group in names], [len(group) for group in numbers]
+        if listed not in (None, known):
+            raise ValueError(f"names is {listed}, but param_groups has the param_names {known}.")
+        listed = known
+    listed = numbers if listed is None else listed
+    lengths = [len(group) for group in listed], [len(group) for group in numbers]
     if lengths[0] != lengths[1]:
         raise ValueError(
-            f"names has {lengths[0]} names, but the groups have {lengths[1]} parameters: {names}."
+            f"names has {lengths[0]} names, but the groups have {lengths[1]} parameters: {listed}."
         )
-    check_order([name for group in names for name in group])
-    return [dict(zip(*pair, strict=True)) for pair in zip(numbers, names, strict=True)]
+    check_order([name for group in listed for name in group])
+    return [dict(zip(*pair, strict=True)) for pair in zip(numbers, listed, strict=True)]
 
 
 def _rate(group: Mapping[str, Any]) -> float | None:
