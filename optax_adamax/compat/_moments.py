@@ -158,8 +158,8 @@ def _put_count(step: int, like: Any) -> jax.Array:
 
 def _find_count(node: Node, moments: Moments) -> int:
     """Returns the number of steps of one transformation, which has one for all parameters."""
-    steps = {path: moments.step[path] for path in paths(_decode(node)[1], is_real_imag)}
-    steps = {path: step for path, step in steps.items() if step is not None}
+    trained = paths(_decode(node)[1], is_real_imag)
+    steps = {path: step for path in trained if (step := moments.step.get(path)) is not None}
     if len(set(steps.values())) > 1:
         raise ValueError(
             f"The parameters have taken different numbers of steps, {steps}, but one "
@@ -181,18 +181,12 @@ def fill_node(node: Any, moments: Moments, step: int) -> Any:
 
 
 def replace_nodes(state: Any, template: Any, old: type[Node], new: type[Node]) -> Any | None:
-    """Returns `state` with each Adamax as `template` has it, and everything else as it is.
+    """Returns `state` with each Adamax in the form of `template`, and everything else as it is.
 
-    Args:
-      state: an unpacked state with states of Adamax of the type `old`.
-      template: an unpacked state with states of Adamax of the type `new`.
-
-    Returns:
-      The state, in the structure of `template`; None if the two are in different wrappers and
-      `state` has only moments and counts of schedules besides.
+    It is None if the two have different wrappers, and those of `state` store nothing.
 
     Raises:
-      ValueError: `state` or `template` has no Adamax, or the wrappers differ.
+      ValueError: there is no Adamax, or what the wrappers of `state` store would be lost.
     """
     for tree, kind in ((state, old), (template, new)):
         _nodes_in(tree, kind)  # raises if there is none
@@ -216,12 +210,20 @@ def replace_nodes(state: Any, template: Any, old: type[Node], new: type[Node]) -
         return None
     return treedef.unflatten(
         [
-            fill_node(like, read_node(part), int(_arrays.fetch(part.count)))
-            if isinstance(part, old) and isinstance(like, new)
-            else part
+            _convert(part, like) if isinstance(part, old) and isinstance(like, new) else part
             for like, part in zip(likes, parts, strict=True)
         ]
     )
+
+
+def _convert(node: Node, like: Node) -> Node:
+    moments, trained = read_node(node), paths(_decode(like)[1], is_real_imag)
+    if moments.m.keys() != trained.keys():
+        raise ValueError(
+            f"The state has moments for {list(moments.m)}, but the transformation trains "
+            f"{list(trained)}."
+        )
+    return fill_node(like, moments, int(_arrays.fetch(node.count)))
 
 
 def _can_be(like: Any, part: Any, old: type[Node]) -> bool:

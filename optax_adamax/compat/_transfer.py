@@ -29,24 +29,12 @@ def load(
     groups: Sequence[Mapping[Key, float | None]] = (),
     example: Any = None,
 ) -> optax.OptState:
-    """Returns the state of `tx` with the moments of a source framework.
+    """Returns the state of `tx` with these moments, by source name.
 
     Args:
-      source: the moments by source name, as `numpy.ndarray` of float32 or wider.
-      params: the parameters.
-      tx: the transformation.
-      layout: see `_layout`.
-      names: the names of all parameters of the source, with moments or without.
-      missing: whether parameters without moments raise or start at zero.
-      source_params: the source's parameters by name, whose shapes a function as `layout` needs
-        for those without moments.
+      names: of all parameters of the source, with moments or without.
       groups: the learning rate of each source name, for each group of the source.
-      example: one of the arrays as the source has them; a function as `layout` gets such arrays.
-
-    Raises:
-      TypeError: an array or a `layout` of the wrong type.
-      ValueError: parameters without moments, moments without a parameter, a wrong shape, moments
-        that are not those of Adamax, or other groups than those of `tx`.
+      example: an array as the source has it; a function as `layout` gets such arrays.
     """
     if missing not in ("raise", "zero"):
         raise ValueError(f"missing must be 'raise' or 'zero', but {missing!r} was given.")
@@ -88,19 +76,7 @@ def dump(
     names: Iterable[Key] | None = None,
     source_params: Mapping[str, Any] | None = None,
 ) -> Moments:
-    """Returns the moments by source name; a parameter that is not trained has none.
-
-    Args:
-      state: of a transformation of this package, by itself or within others.
-      params: the parameters.
-      layout: see `_layout`; a function must lead from a tree like `params` to the source's arrays
-        by name.
-      names: the names of the source's parameters. None: those of the layout.
-      source_params: the source's parameters by name, whose shapes are needed to regroup axes.
-
-    Raises:
-      ValueError: the layout does not lead to every parameter that is trained.
-    """
+    """Returns the moments by source name; those of parameters that are not trained are left out."""
     moments = _moments.read_state(unpack_state(state, params))
     plan = _layout.plan_dump(layout, names, params, source_params)
     dumped = _move(plan, _with_zeros(moments, paths(params)))

@@ -77,5 +77,12 @@ def dump_state(
     replaced = _moments.replace_nodes(source, unpacked, ScaleByAdamaxState, optax.ScaleByAdamState)
     if replaced is None:
         moments = _moments.read_state(source)
+        nodes = _moments.find_trained(unpacked, optax.ScaleByAdamState)
+        trained = {path for node in nodes for path in node}
+        if trained != set(moments.m):
+            raise ValueError(
+                f"The state has moments for {sorted(moments.m)}, but the transformation trains "
+                f"{sorted(trained)}."
+            )
         replaced = _moments.fill(unpacked, moments, optax.ScaleByAdamState)
     return repack_state(replaced, like=template)

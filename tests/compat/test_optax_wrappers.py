@@ -130,6 +130,18 @@ def test_other_wrappers_lose_nothing_silently():
     assert int(dumped[1][1].count) == 3
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, optax.chain])
+def test_other_parameters_raise(wrap):
+    both, one = {"w": True, "x": True}, {"w": True, "x": False}
+    more, less = (optax.masked(compat_optax.adamax(rate), mask) for mask in (both, one))
+    their_more, their_less = (wrap(optax.masked(optax.adamax(rate), m)) for m in (both, one))
+    for tx, theirs in ((more, their_less), (less, their_more)):
+        with pytest.raises(ValueError, match=r"trains \["):
+            compat_optax.dump_state(tx.init(PARAMS), PARAMS, theirs)
+        with pytest.raises(ValueError, match=r"trains|which the transformation"):
+            compat_optax.load_state(theirs.init(PARAMS), PARAMS, tx)
+
+
 def bounded_state(b1, b2, steps=800):
     """Of optax with gradients that decay as v does, so that m/v reaches its bound."""
     tx, params = optax.adamax(0.1, b1, b2, eps=0.0), {"w": jnp.ones(20)}
