@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from optax_adamax import _checks
-from optax_adamax.compat._mapping import near
+from optax_adamax.compat._paths import near
 
 Arguments = ParamSpec("Arguments")
 Transformation = TypeVar("Transformation")

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_adamax.compat import _arguments, _mapping
+from optax_adamax.compat import _arguments, _paths
 
 Group = Mapping[str, Any]
 Groups = Sequence[Group] | Mapping[Hashable, Group]
@@ -88,7 +88,7 @@ def _labels(patterns: Mapping[Any, Any], rest: Sequence[Any], params: optax.Para
     """Returns the group of each parameter, as a tree like the parameters."""
     if not jax.tree.leaves(params):  # the placeholder of optax.tree.map_params
         return params
-    chosen: dict[str, list[Any]] = {path: [] for path in _mapping.paths(params)}
+    chosen: dict[str, list[Any]] = {path: [] for path in _paths.paths(params)}
     for i, compiled in patterns.items():
         for path in _arguments.matching(f"groups[{i}]['params']", compiled, chosen):
             chosen[path].append(i)
@@ -101,5 +101,5 @@ def _labels(patterns: Mapping[Any, Any], rest: Sequence[Any], params: optax.Para
                 f"this transformation and optax.set_to_zero() in an optax.partition."
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: (chosen[_mapping.path_name(path)] or rest)[0], params
+        lambda path, _: (chosen[_paths.path_name(path)] or rest)[0], params
     )

@@ -10,8 +10,8 @@ import optax
 
 from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _moments
-from optax_adamax.compat._mapping import paths
 from optax_adamax.compat._moments import Moments
+from optax_adamax.compat._paths import paths
 
 # So many steps that 1 - b1**t is 1.
 LATE = 2**30

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamax.compat import _arrays, _layout
+from optax_adamax.compat import _arrays, _plan
 from optax_adamax.compat._layout import Entry, Key, Layout
-from optax_adamax.compat._mapping import paths
 from optax_adamax.compat._moments import put_tree
+from optax_adamax.compat._paths import paths
 
 BUFFERS = ("running_mean", "running_var")  # of PyTorch's and MLX's BatchNorm
 
@@ -52,7 +52,7 @@ def load_params(
     unknown = [name for name in named if name not in source_params]
     if unknown:
         raise ValueError(f"layout has entries for {unknown}, but there are {list(source_params)}.")
-    plan = _layout.plan_load(layout, names, shapes, params, make)
+    plan = _plan.plan_load(layout, names, shapes, params, make)
     tied = {_memory_of(values[k]) for origin in plan.origins.values() for k in origin}
     surplus = [k for k in plan.unused if not _is_buffer(k) and _memory_of(values[k]) not in tied]
     if surplus:
@@ -86,7 +86,7 @@ def dump_params(
     Raises:
       ValueError: a layout that does not lead to every parameter.
     """
-    plan = _layout.plan_dump(layout, None, params, source_params)
+    plan = _plan.plan_dump(layout, None, params, source_params)
     if plan.unused:
         raise ValueError(f"The layout does not lead to {plan.unused}.")
     arrays = {path: _arrays.fetch(x) for path, x in paths(params).items()}

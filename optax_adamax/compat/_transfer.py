@@ -8,11 +8,12 @@ import numpy as np
 import optax
 
 from optax_adamax import repack_state, unpack_state
-from optax_adamax.compat import _arrays, _layout, _moments
-from optax_adamax.compat._layout import Key, Layout, Plan
-from optax_adamax.compat._mapping import paths
+from optax_adamax.compat import _arrays, _layout, _moments, _plan
+from optax_adamax.compat._layout import Key, Layout
 from optax_adamax.compat._measure import measure
 from optax_adamax.compat._moments import Moments
+from optax_adamax.compat._paths import paths
+from optax_adamax.compat._plan import Plan
 
 Missing = Literal["raise", "zero"]
 
@@ -48,7 +49,7 @@ def load(
     else:
         source = _with_zeros(source, source_params or {}) if callable(layout) else source
     shapes, make = {name: x.shape for name, x in source.m.items()}, _arrays.maker_like(example)
-    plan = _layout.plan_load(layout, known, shapes, params, make)
+    plan = _plan.plan_load(layout, known, shapes, params, make)
     loaded = _move(plan, source)
     _check_values(loaded, plan, trained)
     absent = [k for k, x in trained.items() if loaded.step.get(k) is None and x.size]
@@ -78,7 +79,7 @@ def dump(
 ) -> Moments:
     """Returns the moments by source name; those of parameters that are not trained are left out."""
     moments = _moments.read_state(unpack_state(state, params))
-    plan = _layout.plan_dump(layout, names, params, source_params)
+    plan = _plan.plan_dump(layout, names, params, source_params)
     dumped = _move(plan, _with_zeros(moments, paths(params)))
     return dumped.of(name for name, step in dumped.step.items() if step is not None)
 

@@ -281,6 +281,11 @@ def test_names_of_flax_modules():
     expected["conv.weight"] = ("params/Conv_0/kernel", (1, 2, 3, 0))
     expected["Conv_1.weight"] = ("params/Conv_1/kernel", (1, 2, 0))
     assert mlx.flax_names(params, modules) == expected
+    both = {"Block_0": "blocks.0", "Block_0/Dense_0": "fc"}
+    params["params"]["Block_0"]["Dense_1"] = {"bias": jnp.ones(3)}
+    nested = torch.flax_names(params, both)
+    assert nested["fc.bias"] == "params/Block_0/Dense_0/bias"
+    assert nested["blocks.0.Dense_1.bias"] == "params/Block_0/Dense_1/bias"
     with pytest.raises(ValueError, match=r"\['Dense_7'\]"):
         torch.flax_names(params, {"Dense_7": "fc"})
 

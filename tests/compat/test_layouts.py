@@ -114,6 +114,7 @@ BAD_FUNCTIONS = [
     (lambda a: {"w": a["w"].T * 0.5}, COMPUTES),
     (lambda a: {"w": a["w"].T * 2}, COMPUTES),
     (lambda a: {"w": a["w"].T - 1}, COMPUTES),
+    (lambda a: {"w": a["w"].T + 1}, COMPUTES),
     (lambda a: {"w": -a["w"].T}, COMPUTES),
     (lambda a: {"w": jnp.asarray(a["w"].T, jnp.bfloat16)}, COMPUTES),
     (lambda a: {"w": np.asarray(a["w"].T, np.float16)}, COMPUTES),

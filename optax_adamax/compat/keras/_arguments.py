@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_adamax.compat import _mapping
+from optax_adamax.compat import _paths
 from optax_adamax.compat._arguments import compile_patterns, matching, number, rate
 from optax_adamax.compat.keras import _transforms
 
@@ -84,10 +84,10 @@ def _decayed(exclude: Exclusion) -> Callable[[optax.Params], Any]:
     patterns = compile_patterns(name, exclude)
 
     def decayed(params: optax.Params) -> Any:
-        paths = _mapping.paths(params)
+        paths = _paths.paths(params)
         excluded = matching(name, patterns, paths, lambda path: path.rsplit("/", 1)[-1])
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: _mapping.path_name(path) not in excluded, params
+            lambda path, _: _paths.path_name(path) not in excluded, params
         )
 
     return decayed

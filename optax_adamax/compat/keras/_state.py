@@ -9,10 +9,10 @@ import optax
 
 from optax_adamax import repack_state, unpack_state
 from optax_adamax._state import states_in
-from optax_adamax.compat import _arrays, _layout, _transfer
+from optax_adamax.compat import _arrays, _plan, _transfer
 from optax_adamax.compat._layout import Key, Layout
-from optax_adamax.compat._mapping import check_order, path_name, paths
 from optax_adamax.compat._moments import Moments, put_tree
+from optax_adamax.compat._paths import check_order, path_name, paths
 from optax_adamax.compat.keras._transforms import is_accumulation, is_average
 from optax_adamax.compat.keras._variables import Slots, read_variables
 
@@ -121,7 +121,7 @@ def load_state(
     state = _transfer.load(source, params, tx, layout, groups=[rates])
     state = unpack_state(state, params)
     shapes = {name: x.shape for name, x in source.m.items()}
-    move = _layout.plan_load(layout, names, shapes, params).move
+    move = _plan.plan_load(layout, names, shapes, params).move
 
     def put(node: Any, kind: str, counts: Mapping[str, int], field: str) -> Any:
         new = {k: _arrays.put_like(np.asarray(x), getattr(node, k)) for k, x in counts.items()}
@@ -173,7 +173,7 @@ def dump_state(
     moments = _transfer.dump(state, params, layout, names, source_params)
     calls = _transfer.single_step(moments) * _steps_per_update(accumulation)
     arrays: dict[str, Mapping[Any, Any]] = {"momentum": moments.m, "norm": moments.v}
-    move = _layout.plan_dump(layout, names, params, source_params).move
+    move = _plan.plan_dump(layout, names, params, source_params).move
     if average is not None:
         arrays["average"] = move(_fetch_all(average.average))
     if accumulation is not None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_adamax.compat import _arrays
-from optax_adamax.compat._mapping import check_order
+from optax_adamax.compat._paths import check_order
 
 # The last or second part of a variable's name in Keras 2, where `v` or `u` is the infinity norm.
 KERAS_2_KINDS = {"m": "momentum", "u": "norm", "v": "norm"}

@@ -8,8 +8,8 @@ import optax
 
 from optax_adamax.compat import _arrays, _params, _transfer
 from optax_adamax.compat._layout import Entry, Key, Layout
-from optax_adamax.compat._mapping import check_order
 from optax_adamax.compat._moments import Moments
+from optax_adamax.compat._paths import check_order
 from optax_adamax.compat._transfer import Missing
 
 FIELDS = ("exp_avg", "exp_inf", "step")

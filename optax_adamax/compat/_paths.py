@@ -1,4 +1,4 @@
-"""Paths of parameters, and the search for them by pattern.
+"""Names of parameters: paths in a tree, and names that occur twice or resemble others.
 
 A path is that of :func:`jax.tree_util.keystr` with ``simple=True`` and ``separator="/"``, for
 example ``"params/Dense_0/kernel"``, without the box that Flax may put around an array.
@@ -9,32 +9,33 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from optax_adamax import _paths
+from optax_adamax._paths import named_leaves
+from optax_adamax._paths import path_name as _path_name
 
 
 def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves of a tree by path.
+    """Returns the leaves of a tree by path.
 
     Raises:
       ValueError: two leaves have one path.
     """
-    named = _paths.named_leaves(tree, "/", is_leaf)
+    named = named_leaves(tree, "/", is_leaf)
     by_path = dict(named)
     if len(by_path) < len(named):
         raise ValueError(
             f"Several parameters have the path {first_twice([path for path, _ in named])!r}, so "
-            f"that no name can tell them apart: rename one of them, without '/' in a key."
+            f"no name identifies them: rename one of them, without '/' in a key."
         )
     return by_path
 
 
 def path_name(path: Any) -> str:
-    """The path of a leaf as a name."""
-    return _paths.path_name(path, "/")
+    """Returns the path of a leaf as a name."""
+    return _path_name(path, "/")
 
 
 def first_twice(names: Sequence[str | int]) -> str | int | None:
-    """The first name that occurs twice, if there is one."""
+    """Returns the first name that occurs twice, if there is one."""
     seen: set[str | int] = set()
     return next((name for name in names if name in seen or seen.add(name)), None)
 
@@ -50,12 +51,12 @@ def check_order(order: Sequence[str | int]) -> None:
 
 
 def last_part(path: str) -> str:
-    """The parameter's own name, without that of its module."""
+    """Returns the last part of a path, the parameter's own name."""
     return path.rsplit("/", 1)[-1]
 
 
 def near(wanted: str, known: Iterable[str]) -> list[str]:
-    """The three names that are most like a name or pattern that nothing has."""
+    """Returns the three names that are most similar to an unknown name or pattern."""
     plain = re.sub(r"[^\w/]", "", wanted)
 
     def likeness(name: str) -> float:
