@@ -9,7 +9,7 @@ import optax
 
 from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _arrays, _layout, _moments, _plan
-from optax_adamax.compat._layout import Key, Layout
+from optax_adamax.compat._layout import Key, Layout, Place
 from optax_adamax.compat._measure import measure
 from optax_adamax.compat._moments import Moments
 from optax_adamax.compat._paths import paths
@@ -54,12 +54,8 @@ def load(
     _check_values(loaded, plan, trained)
     absent = [k for k, x in trained.items() if loaded.step.get(k) is None and x.size]
     if missing == "raise" and absent:
-        places = {} if callable(layout) else _layout.find_places(layout, known, params)
-        there = {place.path: f" (there {name!r})" for name, place in places.items()}
-        raise ValueError(
-            f"There are no moments for {', '.join(repr(k) + there.get(k, '') for k in absent)}, "
-            f"which the transformation trains. To freeze parameters, use optax.set_to_zero() in "
-            f"an optax.partition. To start them at zero, give missing='zero'."
+        _raise_absent(
+            absent, {} if callable(layout) else _layout.find_places(layout, known, params)
         )
     moments = _with_zeros(loaded, trained).of(trained)
     check_is_adamax(moments, tx, params)
@@ -120,7 +116,7 @@ def _with_zeros(moments: Moments, arrays: Mapping[Any, Any]) -> Moments:
 def _check_values(moments: Moments, plan: Plan, trained: Mapping[str, Any]) -> None:
     """Raises if moments have no place or cannot be those of their parameters."""
     for path, step in moments.step.items():
-        m, v, names = moments.m[path], moments.v[path], plan.origins[path]
+        v, names = moments.v[path], plan.origins[path]
         if path not in trained:
             if step is None:
                 continue
@@ -128,13 +124,19 @@ def _check_values(moments: Moments, plan: Plan, trained: Mapping[str, Any]) -> N
                 f"The source has moments of {names} for {path!r}, which the transformation does "
                 f"not train: train it, or leave them out by None in `layout`."
             )
-        is_real = not np.issubdtype(trained[path].dtype, np.complexfloating)
-        if is_real and (np.any(np.imag(m)) or np.any(np.imag(v))):
-            raise TypeError(f"The moments of {names} are complex, but {path!r} is real.")
         if np.any(np.real(v) < 0) or np.any(np.imag(v) < 0):
             raise ValueError(
                 f"The infinity norm of {names} has negative elements, so it is not one of Adamax."
             )
+
+
+def _raise_absent(absent: Sequence[str], places: Mapping[Key, Place]) -> None:
+    there = {place.path: f" (there {name!r})" for name, place in places.items()}
+    raise ValueError(
+        f"There are no moments for {', '.join(repr(k) + there.get(k, '') for k in absent)}, which "
+        f"the transformation trains. To freeze parameters, use optax.set_to_zero() in an "
+        f"optax.partition. To start them at zero, give missing='zero'."
+    )
 
 
 def check_is_adamax(
@@ -173,7 +175,7 @@ def check_groups(
     """Raises ValueError if the groups of the source overlap those of the transformation."""
     group_of = {name: i for i, group in enumerate(groups) for name in group}
     overlap = [
-        {group_of[name] for path in node if path in origins for name in origins[path]}
+        {group_of[name] for path in node for name in origins.get(path, ()) if name in group_of}
         for node in nodes
     ]
     for i, group in enumerate(groups):

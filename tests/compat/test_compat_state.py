@@ -66,7 +66,7 @@ BAD_STATE_DICTS = [
     (state_dict(exp_avg=np.ones((3, 2), int)), TypeError, r"\['exp_avg'\] must hold floats"),
     (state_dict(exp_avg="moments"), TypeError, FIRST + r"\['exp_avg'\] must hold floats"),
     (state_dict(exp_avg=None), TypeError, FIRST + r"\['exp_avg'\] must hold floats"),
-    (state_dict(exp_avg=1j * np.ones((3, 2))), TypeError, r"of \['fc.weight'\] are complex"),
+    (state_dict(exp_avg=1j * np.ones((3, 2))), TypeError, "The array for 'fc/kernel' is complex"),
     (state_dict(exp_avg_sq=np.ones((3, 2))), ValueError, FIRST + r" has \['exp_avg_sq'\]"),
     (without(state_dict(), "state", 0, "exp_inf"), ValueError, FIRST + r" has no \['exp_inf'\]"),
     (without(state_dict(), "state", 0, "step"), ValueError, FIRST + r" has no \['step'\]"),

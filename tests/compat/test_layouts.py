@@ -257,6 +257,7 @@ def test_neighbouring_axes_are_regrouped_there_and_back(source, axes, shape):
         ((2, 6), ("w", (0, 1)), (6, 2)),
         ((3, 2), ("w", (0, 1)), (2, 3)),
         ((6, 4), ("w", (0, 1)), (4, 3, 2)),
+        ((1, 8), ("w", (0, 1)), (8, 1)),
     ],
 )
 def test_other_axes_are_never_regrouped(source, entry, shape):
