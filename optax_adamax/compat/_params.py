@@ -83,6 +83,9 @@ def dump_params(
         regroups axes.
       to_array: makes an array of the source framework from a NumPy array.
 
+    Returns:
+      The arrays by name.
+
     Raises:
       ValueError: a layout that does not lead to every parameter.
     """

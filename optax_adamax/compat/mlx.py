@@ -107,18 +107,14 @@ def load_state(
         used; a constant learning rate that differs from that in the state is a warning.
       layout: as for :func:`optax_adamax.compat.torch.load_state`, by MLX's names, such as
         ``"layers.0.weight"``. A function gets a nested dict, as ``model.parameters()`` returns it.
-      missing: parameters without moments, because they never had a gradient, ``"raise"`` an error
-        or start at ``"zero"``.
-      source_params: ``model.parameters()``, of which a function as `layout` needs the shapes for
-        parameters without moments.
+      missing: as there.
+      source_params: ``model.parameters()``, as there.
 
     Returns:
       The state, with the counts that :func:`optax_adamax.compat.torch.load_state` sets.
 
     Raises:
-      ValueError: a missing, surplus or misshapen entry, a layout that does not fit, moments that
-        are not those of Adamax, an infinity norm out of the range of ``v_dtype``, or the state of
-        a `MultiOptimizer`.
+      ValueError: as there, and for the state of a `MultiOptimizer`.
       TypeError: an entry of the wrong type, or the name of a file.
 
     Warns:
@@ -216,14 +212,8 @@ def load_params(
 ) -> optax.Params:
     """Returns MLX's parameters as a tree like `params`.
 
-    Args:
-      source_params: ``model.parameters()``, or its ``tree_flatten`` as a dict.
-      params: the parameters, of which structure, shapes, dtypes and shardings are used.
-      layout: see :func:`load_state`.
-
-    Raises:
-      TypeError: an array that cannot be read.
-      ValueError: a missing, surplus or misshapen array.
+    As :func:`optax_adamax.compat.torch.load_params`; `source_params` is ``model.parameters()`` or
+    its ``tree_flatten`` as a dict.
     """
     _arrays.check_is_read("A mapping of the source's parameters by name", source_params)
     return _params.load_params(dict(_flatten(source_params)), params, _with_nested_input(layout))
@@ -238,17 +228,8 @@ def dump_params(
 ) -> dict[str, Any]:
     """Returns the parameters for ``model.update(...)``, the inverse of :func:`load_params`.
 
-    Args:
-      params: the parameters.
-      layout: see :func:`dump_state`.
-      source_params: see :func:`dump_state`.
-      to_array: makes an array from a NumPy array: `mlx.core.array`.
-
-    Returns:
-      A nested dict, with lists where names have numbers.
-
-    Raises:
-      ValueError: a layout that does not lead to every parameter.
+    As :func:`optax_adamax.compat.torch.dump_params`, but a nested dict, with lists where names have
+    numbers.
     """
     shapes, layout = dict(_flatten(source_params or {})), _with_flat_output(layout)
     return _unflatten(_params.dump_params(params, layout, source_params=shapes, to_array=to_array))

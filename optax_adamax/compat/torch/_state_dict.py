@@ -171,6 +171,9 @@ def names_of(optimizer: Any, model: Any) -> list[list[str]]:
       optimizer: a `torch.optim.Optimizer`.
       model: a `torch.nn.Module` that has all parameters of the optimizer.
 
+    Returns:
+      The names, matched by the identity of parameters.
+
     Raises:
       ValueError: a parameter of the optimizer that the model does not have.
 
