@@ -3,10 +3,14 @@
 The constructors are those of :mod:`optax_adamax`, whose first arguments are optax's.
 """
 
+from typing import Any, TypeGuard
+
+import jax
 import optax
 
 from optax_adamax import ScaleByAdamaxState, repack_state, unpack_state
 from optax_adamax._alias import adamax, adamaxw
+from optax_adamax._nonfinite import HandleNonfiniteState
 from optax_adamax.compat import _moments, _transfer
 
 __all__ = ["adamax", "adamaxw", "dump_state", "load_state"]
@@ -46,13 +50,28 @@ def load_state(
       ScaleByAdamaxState
     """
     template, source = tx.init(params), unpack_state(source_state, params)
+    unpacked = unpack_state(template, params)
     state = _moments.replace_nodes(
-        source, unpack_state(template, params), optax.ScaleByAdamState, ScaleByAdamaxState
+        source, _without_policy(unpacked), optax.ScaleByAdamState, ScaleByAdamaxState
     )
     if state is None:
         return _transfer.load(_moments.read_state(source, optax.ScaleByAdamState), params, tx, None)
     _transfer.check_is_adamax(_moments.read_state(state), tx, params)
+    likes, treedef = jax.tree.flatten(unpacked, is_leaf=_is_policy)
+    parts = zip(likes, treedef.flatten_up_to(state), strict=True)
+    state = treedef.unflatten(
+        [like._replace(inner_state=x) if _is_policy(like) else x for like, x in parts]
+    )
     return repack_state(state, like=template)
+
+
+def _is_policy(x: Any) -> TypeGuard[HandleNonfiniteState]:
+    return isinstance(x, HandleNonfiniteState)
+
+
+def _without_policy(state: Any) -> Any:
+    """Returns a state without that of `nonfinite`, which optax does not have."""
+    return jax.tree.map(lambda x: x.inner_state if _is_policy(x) else x, state, is_leaf=_is_policy)
 
 
 def dump_state(
@@ -72,7 +91,7 @@ def dump_state(
     Raises:
       ValueError: `tx` has no `optax.adamax`, trains other parameters or has other wrappers.
     """
-    template, source = tx.init(params), unpack_state(state, params)
+    template, source = tx.init(params), _without_policy(unpack_state(state, params))
     unpacked = unpack_state(template, params)
     replaced = _moments.replace_nodes(source, unpacked, ScaleByAdamaxState, optax.ScaleByAdamState)
     if replaced is None:

@@ -108,6 +108,19 @@ def test_everything_continues_here_and_in_optax(name):
     jax.tree.map(np.testing.assert_array_equal, plain(again), plain(state))
 
 
+def test_a_policy_for_non_finite_gradients_is_no_other_wrapper():
+    theirs, tx = (
+        optax.chain(make(rate), optax.ema(0.9))
+        for make in (optax.adamax, lambda rate: compat_optax.adamax(rate, nonfinite="zero"))
+    )
+    params, state = train(theirs, PARAMS, theirs.init(PARAMS), range(3))
+    loaded = compat_optax.load_state(state, params, tx)
+    assert jax.tree.structure(loaded) == jax.tree.structure(tx.init(params))
+    assert int(loaded[1].count) == 3 and int(loaded[0].nonfinite_count) == 0
+    again = compat_optax.dump_state(loaded, params, theirs)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
 def test_other_wrappers_lose_nothing_silently():
     params = PARAMS
     state = optax.chain(optax.adamax(rate), optax.ema(0.9)).init(params)
