@@ -13,7 +13,8 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax import ScaleByAdamaxState, decode_state, encode_state
-from optax_adamax._state import dtypes_of, v_format_of
+from optax_adamax._state import dtypes_of
+from optax_adamax._v_formats import v_format_of
 from optax_adamax.compat import _arrays
 from optax_adamax.compat._arithmetic import RealImag, is_real_imag, join
 from optax_adamax.compat._paths import path_name, paths
