@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import learning_rate as rates
 from benchmarks import timing
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
+PAGES += [
+    ROOT / "docs" / "guide" / f"{name}.md"
+    for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
+]
 Row = Iterable[object]
 
 
@@ -137,6 +142,32 @@ def compensation(results: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def bfloat16_costs(results: dict[str, Any]) -> str:
+    """Ways to store parameters: bytes, temporary bytes and step time."""
+    rows = [
+        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.text(row["ratio"])]
+        for name, row in results["step"]["rows"].items()
+    ]
+    return table(["parameters", "bytes per parameter", "temporary bytes", "step time"], rows)
+
+
+def learning_rate(results: dict[str, Any]) -> str:
+    """The lowest loss of each optimizer, its rate, and the rates nearly as good."""
+    rows, optimizers = [], list(rates.OPTIMIZERS)
+    for name, task in results["tasks"].items():
+        for noise in results["noises"]:
+            found = rates.summary(task, noise)
+            best = min(row["loss"] for row in found.values())
+            cells = []
+            for row in (found[optimizer] for optimizer in optimizers):
+                loss, good = f"{row['loss']:.4g}", row["good_rates"]
+                loss = f"**{loss}**" if row["loss"] == best else loss
+                span = f"{good[0]:g} to {good[-1]:g}" if good else "none"
+                cells.append(f"{loss} at {row['rate']:g}<br>good: {span}")
+            rows.append([f"{name}, {noise}", *cells])
+    return table(["task, gradients", *optimizers], rows)
+
+
 def state_bytes(results: dict[str, Any]) -> str:
     """Gigabytes of state a device, like the parameters and with ZeRO-1."""
     rows: dict[tuple[str, int], list[str]] = {}
@@ -189,6 +220,17 @@ def reliability_costs(results: dict[str, Any]) -> str:
     return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
 
 
+def nonfinite_costs(results: dict[str, Any]) -> str:
+    """Step time and temporary bytes of each policy, a column per storage format."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in _formats(results):
+        extra = f"{row['temporary_bytes'] / results['parameters']:.1f}"
+        name = f"{row['m_dtype']}, {row['v_dtype']}"
+        cells.setdefault(row["policy"], {})[name] = f"{timing.text(row['ratio'])}; {extra}"
+    header = next(iter(cells.values()))
+    return table(["policy", *header], [[name, *row.values()] for name, row in cells.items()])
+
+
 def fuzz(results: dict[str, Any]) -> str:
     """How much of the state machine was run."""
     seeds = results["provenance"]["seeds"]
@@ -197,9 +239,12 @@ def fuzz(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bfloat16_costs": bfloat16_costs,
     "compensation": compensation,
     "dtypes": dtypes,
+    "learning_rate": learning_rate,
     "low_bit": low_bit,
+    "nonfinite_costs": nonfinite_costs,
     "overhead": overhead,
     "packing": packing,
     "peers": peers,
@@ -211,6 +256,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reliability_costs": reliability_costs,
     "reliability_long": reliability_long,
 }
+# The file of a table, if it has another name.
+FILES = {"bfloat16_costs": "compensation", "nonfinite_costs": "reliability_costs"}
 
 
 def _load(made: dict[str, Any]) -> str:
@@ -226,7 +273,8 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        file = ROOT / "benchmarks" / "results" / f"{FILES.get(name, name)}.json"
+        results = json.loads(file.read_text("utf-8"))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"

@@ -16,8 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
-# What they train with frameworks and limit, test_frameworks.py and test_spikes.py look at.
-LONG = {DOCS / "guide" / "frameworks.md", DOCS / "guide" / "deep_vaes.md"}
+# These pages train networks. Other tests cover what the pages use.
+LONG = {DOCS / "guide" / f"{name}.md" for name in ("frameworks", "deep_vaes", "recipes")}
 MODULES = [
     "optax_adamax",
     "optax_adamax.sharding",
