@@ -25,12 +25,12 @@ import optax_adamax
 from benchmarks import learning_rate_figure, reporting
 from benchmarks.tasks import TASKS, Params, Task, text_fingerprint
 
-SEEDS = (0, 1, 2)
-SHORTER = {"character transformer": (2, 200), "sparse embedding": (2, 800)}  # seeds, steps
+SEEDS = (0, 1)
+STEPS = {"character transformer": 150, "sparse embedding": 700}  # the others: 1,000
 NOISES = {"own gradients": 0.0, "noise added": 1.0}  # in root mean squares of the leaf's gradient
 NEAR = 0.05  # share of the largest decrease of the loss that a good rate may lack
 ADAPTIVE_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 Builder = Callable[[optax.Schedule, float], optax.GradientTransformation]
@@ -182,8 +182,7 @@ def main() -> None:
     chosen = {name: make() for name, make in TASKS.items()}
     chosen["digits classifier, b1 = 0.99"] = chosen["digits classifier"]._replace(b1=0.99)
     for name, task in chosen.items():
-        seeds, steps = SHORTER.get(name, (len(SEEDS), task.steps))
-        chosen[name] = task._replace(seeds=seeds, steps=steps)
+        chosen[name] = task._replace(seeds=len(SEEDS), steps=STEPS.get(name, 1000))
     optimizers = OPTIMIZERS
     if quick:
         few = ("digits classifier", "sparse embedding")
