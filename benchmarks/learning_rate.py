@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 import optax_adamax
 from benchmarks import learning_rate_figure, reporting
+from benchmarks.learning_rate_summary import print_table
 from benchmarks.tasks import TASKS, Params, Task, text_fingerprint
 
 SEEDS = (0, 1)
 STEPS = {"character transformer": 150, "sparse embedding": 700}  # the others: 1,000
 NOISES = {"own gradients": 0.0, "noise added": 1.0}  # in root mean squares of the leaf's gradient
-NEAR = 0.05  # share of the largest decrease of the loss that a good rate may lack
 ADAPTIVE_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -137,42 +137,6 @@ def measure(task: Task, optimizers: dict[str, Optimizer], progress: tqdm) -> dic
     }
 
 
-def summary(task: dict[str, Any], noise: str) -> dict[str, dict[str, Any]]:
-    """Of each optimizer: the lowest mean loss, its rate, and the rates nearly as good.
-
-    Nearly as good: the loss is above the lowest of all optimizers by at most `NEAR` of the
-    decrease from the initial loss to it. Means are over seeds; a NaN counts as infinite.
-    """
-    means = {
-        name: np.nan_to_num(np.mean(row["held_out_loss"], 1), nan=np.inf)
-        for name, row in task[noise].items()
-    }
-    lowest = min(losses.min() for losses in means.values())
-    enough = lowest + NEAR * (task["initial_loss"] - lowest)
-    return {
-        name: {
-            "loss": losses.min(),
-            "rate": task[noise][name]["rates"][losses.argmin()],
-            "largest_update": max(task[noise][name]["largest_update"]),
-            "good_rates": [
-                r for r, x in zip(task[noise][name]["rates"], losses, strict=True) if x <= enough
-            ],
-        }
-        for name, losses in means.items()
-    }
-
-
-def print_table(tasks: dict[str, Any]) -> None:
-    """Prints a block per task and noise, a line per optimizer."""
-    for name, task in tasks.items():
-        for noise in NOISES:
-            print(f"\n{name}, {noise}: initial loss {task['initial_loss']:.4g}")
-            for optimizer, row in summary(task, noise).items():
-                good = row["good_rates"]
-                span = f"{good[0]:g} to {good[-1]:g}" if good else "none"
-                print(f"  {optimizer:20} {row['loss']:.4g} at {row['rate']:g}; good: {span}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,7 +157,7 @@ def main() -> None:
         for name, task in chosen.items():
             progress.set_description(name)
             tasks[name] = measure(task, optimizers, progress)
-    print_table(tasks)
+    print_table(tasks, NOISES)
     if quick:
         return
     about = reporting.provenance("benchmarks.learning_rate", seeds=SEEDS, packages=["scikit-learn"])

@@ -57,7 +57,7 @@ def draw_panel(panel: plt.Axes, task: dict[str, Any], noise: str) -> None:
 
 
 def set_limits(panel: plt.Axes, task: dict[str, Any], noises: list[str]) -> None:
-    """Shows the lowest losses up to half of the initial decrease; on a log scale if that is wide."""
+    """Shows losses up to half of the initial decrease; all of them, on a log scale, if wide."""
     losses = [x for noise in noises for row in task[noise].values() for x in row["held_out_loss"]]
     lowest, first = float(np.nanmin(losses)), task["initial_loss"]
     if first > 20 * lowest:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import learning_rate as rates
 from benchmarks import timing
+from benchmarks.learning_rate_summary import span, summary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
@@ -153,19 +153,33 @@ def bfloat16_costs(results: dict[str, Any]) -> str:
 
 def learning_rate(results: dict[str, Any]) -> str:
     """The lowest loss of each optimizer, its rate, and the rates nearly as good."""
-    rows, optimizers = [], list(rates.OPTIMIZERS)
-    for name, task in results["tasks"].items():
-        for noise in results["noises"]:
-            found = rates.summary(task, noise)
-            best = min(row["loss"] for row in found.values())
-            cells = []
-            for row in (found[optimizer] for optimizer in optimizers):
-                loss, good = f"{row['loss']:.4g}", row["good_rates"]
-                loss = f"**{loss}**" if row["loss"] == best else loss
-                span = f"{good[0]:g} to {good[-1]:g}" if good else "none"
-                cells.append(f"{loss} at {row['rate']:g}<br>good: {span}")
-            rows.append([f"{name}, {noise}", *cells])
-    return table(["task, gradients", *optimizers], rows)
+    rows = []
+    for name, found in _summaries(results):
+        best = min(row["loss"] for row in found.values())
+        cells = []
+        for row in found.values():
+            loss = f"{row['loss']:.4g}"
+            loss = f"**{loss}**" if row["loss"] == best else loss
+            cells.append(f"{loss} at {row['rate']:g}<br>good: {span(row['good_rates'])}")
+        rows.append([name, *cells])
+    return table(["task, gradients", *found], rows)
+
+
+def largest_update(results: dict[str, Any]) -> str:
+    """The largest update over the learning rate, in all runs of an optimizer and task."""
+    rows = []
+    for name, found in _summaries(results):
+        shown = {k: row["largest_update"] for k, row in found.items() if "sgd" not in k}
+        rows.append([name, *(f"{x:.3f}" for x in shown.values())])
+    return table(["task, gradients", *shown], rows)
+
+
+def _summaries(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    return [
+        (f"{name}, {noise}", summary(task, noise))
+        for name, task in results["tasks"].items()
+        for noise in results["noises"]
+    ]
 
 
 def state_bytes(results: dict[str, Any]) -> str:
@@ -242,6 +256,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bfloat16_costs": bfloat16_costs,
     "compensation": compensation,
     "dtypes": dtypes,
+    "largest_update": largest_update,
     "learning_rate": learning_rate,
     "low_bit": low_bit,
     "nonfinite_costs": nonfinite_costs,
@@ -257,7 +272,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reliability_long": reliability_long,
 }
 # The file of a table, if it has another name.
-FILES = {"bfloat16_costs": "compensation", "nonfinite_costs": "reliability_costs"}
+FILES = {
+    "bfloat16_costs": "compensation",
+    "largest_update": "learning_rate",
+    "nonfinite_costs": "reliability_costs",
+}
 
 
 def _load(made: dict[str, Any]) -> str:
