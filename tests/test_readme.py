@@ -9,11 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-
-
-BENCHMARKS, RELIABILITY = (
-    (ROOT / "docs" / name).read_text("utf-8") for name in ("benchmarks.md", "reliability.md")
-)
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 
 
 def test_tables_are_those_of_the_committed_results(monkeypatch):
