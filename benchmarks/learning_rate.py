@@ -37,14 +37,14 @@ Builder = Callable[[optax.Schedule, float], optax.GradientTransformation]
 
 
 class Optimizer(NamedTuple):
-    """A function from a schedule and b1 to an optimizer, and its grid of peak rates."""
+    """How to build an optimizer from a schedule and b1, and its grid of peak rates."""
 
     build: Builder
     rates: Sequence[float] = ADAPTIVE_RATES
 
 
 def sgd(schedule: optax.Schedule, b1: float) -> optax.GradientTransformation:
-    """SGD whose momentum is b1."""
+    """Builds SGD with momentum b1."""
     return optax.sgd(schedule, momentum=b1)
 
 

@@ -9,7 +9,7 @@ NEAR = 0.05  # share of the largest decrease of the loss that a good rate may la
 
 
 def summary(task: dict[str, Any], noise: str) -> dict[str, dict[str, Any]]:
-    """Of each optimizer: the lowest mean loss, its rate, and the rates nearly as good.
+    """Finds the lowest mean loss of each optimizer, its rate, and the rates nearly as good.
 
     Nearly as good: the loss is above the lowest of all optimizers by at most `NEAR` of the
     decrease from the initial loss to it. Means are over seeds; a NaN counts as infinite.
@@ -34,7 +34,7 @@ def summary(task: dict[str, Any], noise: str) -> dict[str, dict[str, Any]]:
 
 
 def span(rates: Sequence[float]) -> str:
-    """The least and the largest of the good rates."""
+    """Writes the least and the largest of the good rates."""
     return f"{rates[0]:g} to {rates[-1]:g}" if rates else "none"
 
 

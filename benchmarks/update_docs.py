@@ -143,7 +143,7 @@ def compensation(results: dict[str, Any]) -> str:
 
 
 def bfloat16_costs(results: dict[str, Any]) -> str:
-    """Ways to store parameters: bytes, temporary bytes and step time."""
+    """Shows bytes, temporary bytes and step time of each way to store parameters."""
     rows = [
         [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.text(row["ratio"])]
         for name, row in results["step"]["rows"].items()
@@ -152,7 +152,7 @@ def bfloat16_costs(results: dict[str, Any]) -> str:
 
 
 def learning_rate(results: dict[str, Any]) -> str:
-    """The lowest loss of each optimizer, its rate, and the rates nearly as good."""
+    """Shows the lowest loss of each optimizer, its rate, and the rates nearly as good."""
     rows = []
     for name, found in _summaries(results):
         best = min(row["loss"] for row in found.values())
@@ -166,7 +166,7 @@ def learning_rate(results: dict[str, Any]) -> str:
 
 
 def largest_update(results: dict[str, Any]) -> str:
-    """The largest update over the learning rate, in all runs of an optimizer and task."""
+    """Shows the largest update over the learning rate, in all runs of an optimizer and task."""
     rows = []
     for name, found in _summaries(results):
         shown = {k: row["largest_update"] for k, row in found.items() if "sgd" not in k}
@@ -235,7 +235,7 @@ def reliability_costs(results: dict[str, Any]) -> str:
 
 
 def nonfinite_costs(results: dict[str, Any]) -> str:
-    """Step time and temporary bytes of each policy, a column per storage format."""
+    """Shows step time and temporary bytes of each policy, a column per storage format."""
     cells: dict[str, dict[str, str]] = {}
     for row in _formats(results):
         extra = f"{row['temporary_bytes'] / results['parameters']:.1f}"
