@@ -74,7 +74,7 @@ def names(found: Iterable[str]) -> str:
 
 
 def key_paths(found: Iterable[str]) -> str:
-    """Lists paths such as ``['layer']['w']`` without further quotes, at most `MAX_NAMES` of them."""
+    """Lists paths such as ``['layer']['w']`` without more quotes, at most `MAX_NAMES` of them."""
     shown = [path or "(a single array)" for path in found]
     more = len(shown) - MAX_NAMES
     return ", ".join(shown[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

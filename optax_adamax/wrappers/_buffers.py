@@ -1,7 +1,8 @@
 """Concatenates the leaves of a tree into one flat array, and slices it again.
 
 XLA on CPU compiles one kernel for each slice at a constant offset, which takes 10 ms per slice
-(jaxlib 0.10.2). `slice_leaves` hides the offsets from XLA. Leaves of equal size then share a kernel.
+(jaxlib 0.10.2). `slice_leaves` hides the offsets from XLA. Leaves of equal size then share one
+kernel.
 """
 
 import functools

@@ -268,9 +268,8 @@ def _one_of(name: str, dtype: DTypeLike, allowed: tuple[str, str]) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in allowed:
-        raise TypeError(
-            f"{name} must be {allowed[0]} or {allowed[1]}, but {describe_value(dtype)} was given."
-        )
+        given = describe_value(dtype) if found is None else found.name
+        raise TypeError(f"{name} must be {allowed[0]} or {allowed[1]}, but {given} was given.")
     return found
 
 
