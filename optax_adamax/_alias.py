@@ -28,7 +28,7 @@ def adamax(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns the Adamax optimizer, the variant of Adam with an infinity norm.
 
-    The first four arguments are those of :func:`optax.adamax`. By default, eps is added in the
+    The first four arguments are as in :func:`optax.adamax`. By default, eps is added in the
     maximum, as in optax and PyTorch. (:func:`adamax_step` adds it in the denominator.)
     .. math::
 
@@ -111,7 +111,7 @@ def adamaxw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns the Adamax optimizer with decoupled weight decay.
 
-    The first six arguments are those of :func:`optax.adamaxw`. With m and v as in :func:`adamax`,
+    The first six arguments are as in :func:`optax.adamaxw`. With m and v as in :func:`adamax`,
 
     .. math::
 

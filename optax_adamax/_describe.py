@@ -94,7 +94,7 @@ def describe_state(
       eps: as in the transformation. An element is without a gradient if m is 0 and v is at most
         :math:`\varepsilon` or at the lower end of the range.
       all_processes: whether every process of a multi-host run makes this call. It must be True if
-        the state is sharded over processes, because all of their devices take part.
+        the state is sharded over processes, because the computation needs all of their devices.
 
     Returns:
       A :class:`StateDescription`: a :class:`LeafDescription` per leaf in ``leaves``, the size of

@@ -91,8 +91,8 @@ def hash_uint32(x: jax.Array) -> jax.Array:
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
     """Returns 1 - (1 - a)**t without cancellation, for a in [0, 1] and integers t >= 1.
 
-    At a = 1 (b1 = 0), derivatives of the general expression are 0 * inf. So another expression is
-    used there, whose first and second derivatives are correct. A custom JVP rule would not work,
+    At a = 1 (b1 = 0), derivatives of the general expression are 0 * inf. So at a = 1, another
+    expression is used, whose first and second derivatives are correct. A custom JVP rule would not work,
     because JAX (0.10.2) ignores it if a `lax.scan` is differentiated twice.
     """
     x, at_one = 1 - a, a == 1

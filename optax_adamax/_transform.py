@@ -87,7 +87,7 @@ def scale_by_adamax(
       arithmetic. With constant gradients, exact updates have this value, and the clip removes
       errors in one direction only: updates with int8 m and uint8 v are then about 1.8 % too short
       (``b1=0.9``, measured).
-    - **Traced or unordered b1 and b2.** Nothing is clipped. :math:`|u_t|` may exceed the exact
+    - **Traced b1 or b2, and b1 >= b2.** Updates are not clipped. :math:`|u_t|` may exceed the exact
       value by the error of the format. int8 m limits it to :math:`7.5 / (1 - \beta_1^t)`.
     - **Time.** On CPU, a step takes 1.1 to 1.5 times as long as :func:`optax.adamax`: 1.2 times
       with int8 m and uint8 v (measured). On TPU v5e and v6e, it takes 0.57 times as long with int8

@@ -1,6 +1,6 @@
 """Workarounds for compilers.
 
-Each function documents a symptom and the versions in which it was seen. A test in
+Each function documents a symptom and the versions that have it. A test in
 `tests/test_xla.py` or `tests/accelerators` fails when the workaround is obsolete.
 """
 
@@ -111,9 +111,9 @@ def add_products(
 def without_fma(x: jax.Array, t: jax.Array) -> jax.Array:
     """Returns the product x, which XLA on CPU then rounds before it adds it; t >= 0.
 
-    XLA (jaxlib 0.7 to 0.12) does not contract a product whose bits are combined by `or` with those
-    of min(t, 0), which is 0. TPUs do not contract, and a step would be 1.3 (v5e) to 1.7 (v6e) times
-    slower there.
+    XLA (jaxlib 0.7 to 0.12) does not contract a product whose bits are combined by `or` with the
+    bits of min(t, 0), which is 0. On TPU, which does not contract, a step would be 1.3 (v5e) to 1.7
+    (v6e) times slower.
     """
     integer = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
     bits = jax.lax.bitcast_convert_type(x, integer) | jnp.minimum(t, 0).astype(integer)

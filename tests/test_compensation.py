@@ -162,7 +162,8 @@ def init(params):
         (TypeError, "must be a CompensateRoundingState", lambda: TX.update(LOW, (init(LOW),), LOW)),
         (TypeError, "with optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
         (TypeError, "has no residual for it", lambda: TX.update(WIDE, init(WIDE), LOW)),
-        (ValueError, r"its shape is \(3,\)", lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
+        (ValueError, r"its shape is \(3,\)",
+         lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
         (TypeError, "in an Int8Residual, but the transformation was built for an Int16Residual",
          lambda: compensate_rounding(adamax(0.1), "int16").update(LOW, init(LOW), LOW)),
         (ValueError, "contain a CompensateRoundingState, but this tuple does not",
@@ -170,7 +171,8 @@ def init(params):
         (ValueError, r"there is no parameter for \['a'\]\. Call init with these parameters",
          lambda: master_params(init({"a": LOW}), {"b": LOW})),
         (TypeError, "with optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
-        (ValueError, r"its shape is \(3,\)", lambda: master_params(init(LOW), jnp.ones(3, LOW.dtype))),
+        (ValueError, r"its shape is \(3,\)",
+         lambda: master_params(init(LOW), jnp.ones(3, LOW.dtype))),
     ],
 )  # fmt: skip
 def test_bad_input_raises(error, words, call):

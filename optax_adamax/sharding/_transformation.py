@@ -103,7 +103,7 @@ def shard(
         ignored.
       memory_kind: kind of memory for the state between steps, for example ``"pinned_host"``. None:
         the memory kind of the parameter. A step moves the state to the devices and back. Donate
-        the state, because two copies exist otherwise. On a mesh with both explicit and automatic
+        the state to avoid a second copy. On a mesh with both explicit and automatic
         axes, JAX 0.10.2 drops the memory kind of results: pass ``tx.shardings`` as `out_shardings`
         of the jitted step.
 

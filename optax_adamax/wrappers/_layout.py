@@ -40,7 +40,7 @@ def choose(params: optax.Params, max_size: int) -> Layout:
 
 
 def encode(layout: Layout) -> str:
-    """Converts a layout to JSON. Equal layouts give equal text."""
+    """Converts a layout to JSON. Equal layouts have equal text."""
     return json.dumps(layout, separators=(",", ":"))
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Int8Residual(NamedTuple):
-    """8-bit residuals. The name of the field tells checkpoints of different residuals apart."""
+    """8-bit residuals. The name of the field distinguishes their checkpoints."""
 
     # Tree like the parameters, int8, with the shapes of the parameters: in units of 2**-8 ULP of
     # the stored parameter, positive away from zero. optax.MaskedNode for parameters with 32 bits or
@@ -35,7 +35,7 @@ class Int8Residual(NamedTuple):
 
 
 class Int16Residual(NamedTuple):
-    """16-bit residuals. The name of the field tells checkpoints of different residuals apart."""
+    """16-bit residuals. The name of the field distinguishes their checkpoints."""
 
     int16: Any  # as in Int8Residual, but int16, in units of 2**-16 ULP
 

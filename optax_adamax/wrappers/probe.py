@@ -77,7 +77,7 @@ def probe_gradients(
 
     Raises:
       ValueError: another storage format, `every` that is not an integer >= 1, or eps out of range.
-      TypeError: another argument of the wrong type. From ``update``: another state.
+      TypeError: any other argument of another type. From ``update``: another state.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -85,7 +85,7 @@ def limit_spikes(
       ValueError: neither max_norm_ratio nor max_norm; max_norm_ratio <= 1, max_norm <= 0, a decay
         out of range, or an unknown action. ``update`` raises it if gradients differ between the
         devices of a :func:`jax.shard_map` along an axis that `axis_name` does not name.
-      TypeError: an argument of the wrong type.
+      TypeError: an argument of another type.
 
     Example:
       >>> import jax.numpy as jnp, optax
