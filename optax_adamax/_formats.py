@@ -96,7 +96,7 @@ def find_format(table: Mapping[str | None, F], argument: str, dtype: DTypeLike |
         name = jnp.dtype(dtype).name
     except TypeError:
         given = describe_value(dtype)
-        raise TypeError(f"{allowed} {given} was given, which is not a dtype.") from None
+        raise TypeError(f"{allowed} {given} was given, which JAX cannot read as a dtype.") from None
     if name not in table:
         is_complex = jnp.issubdtype(name, jnp.complexfloating)
         hint = " For complex parameters, write the dtype of the real part." if is_complex else ""

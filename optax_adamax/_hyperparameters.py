@@ -142,7 +142,7 @@ class Hyperparameters:
 
 
 def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
-    """Multiplies v, and m if it is stored as a ratio to v, by the shared scale."""
+    """Converts the scalars to units of the shared scale for v, and for m if it is a ratio to v."""
     scale, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.b2))
     if m_format.is_ratio:
         step = step._replace(one_minus_b1=scale * step.one_minus_b1)

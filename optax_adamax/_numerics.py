@@ -91,9 +91,9 @@ def hash_uint32(x: jax.Array) -> jax.Array:
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
     """Returns 1 - (1 - a)**t without cancellation, for a in [0, 1] and integers t >= 1.
 
-    At a = 1 (b1 = 0), derivatives of the general expression are 0 * inf. So at a = 1, another
-    expression is used, whose first and second derivatives are correct. A custom JVP rule would not work,
-    because JAX (0.10.2) ignores it if a `lax.scan` is differentiated twice.
+    At a = 1 (b1 = 0), the derivatives of the general expression are 0 * inf. The expression for
+    a = 1 has correct first and second derivatives. A custom JVP rule would not work, because JAX
+    (0.10.2) ignores it if a `lax.scan` is differentiated twice.
     """
     x, at_one = 1 - a, a == 1
     power = jnp.where(t == 1, x, jnp.where(t == 2, x * x, 0))

@@ -48,6 +48,7 @@ def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
     log2_decay = jnp.asarray(log2_decay, jnp.float32)
     whole = jnp.minimum(jnp.floor(log2_decay), 127)
     fraction = jnp.where(log2_decay < 127, log2_decay - whole, 0)
+    # 2**32 - 256 is the largest float32 below 2**32.
     ticks = jnp.minimum(jnp.round(fraction * 2.0**32), 2.0**32 - 256)
     new_phase = phase + ticks.astype(jnp.uint32)
     carry = (new_phase < phase).astype(jnp.int32)

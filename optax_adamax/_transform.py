@@ -84,9 +84,9 @@ def scale_by_adamax(
       9 % (int8) or 0.5 % (bfloat16) for ``b1=0.9``, and 27 % or 1.7 % for ``b1=0.99``. For b1 >=
       0.99, use bfloat16 instead of int8.
     - **Clip.** If b1 < b2 are numbers, :math:`|u_t|` is clipped to its largest value in exact
-      arithmetic. With constant gradients, exact updates have this value, and the clip removes
-      errors in one direction only: updates with int8 m and uint8 v are then about 1.8 % too short
-      (``b1=0.9``, measured).
+      arithmetic. With constant gradients, exact updates are close to this value, and the clip
+      removes errors in one direction only. Updates with int8 m and uint8 v are then about 1.8 % too
+      short on average (``b1=0.9``, measured).
     - **Traced b1 or b2, and b1 >= b2.** Updates are not clipped. :math:`|u_t|` may exceed the exact
       value by the error of the format. int8 m limits it to :math:`7.5 / (1 - \beta_1^t)`.
     - **Time.** On CPU, a step takes 1.1 to 1.5 times as long as :func:`optax.adamax`: 1.2 times

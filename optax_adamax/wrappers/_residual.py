@@ -46,8 +46,8 @@ def add(
         step = jnp.clip(step, -LARGEST_BFLOAT16, LARGEST_BFLOAT16)
         step = jax.lax.reduce_precision(step, exponent_bits=8, mantissa_bits=7)
     # `update_dtype` cannot represent every difference of two bfloat16 numbers. If stored + step
-    # misses `rounded` by half a bfloat16 ULP or more, the cast to bfloat16 does not correct it. The
-    # residual would then belong to another parameter, so it is set to zero.
+    # misses `rounded` by half a bfloat16 ULP or more, p becomes another number, and the residual is
+    # set to zero, because it belongs to `rounded`.
     reached = _bits(stored + step) - _bits(rounded) + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(theta)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
@@ -65,7 +65,7 @@ def merge_residual(p: jax.Array, residual: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
     unused_bits = 16 - jnp.iinfo(residual.dtype).bits
     lower = (residual.astype(jnp.int32) << unused_bits).astype(jnp.uint32)
-    has_residual = (bits & 0x7FFF) - 1 < 0x7F7F  # wraps at 0
+    has_residual = (bits & 0x7FFF) - 1 < 0x7F7F  # finite and not 0, for which this wraps
     merged = (bits << 16) + jnp.where(has_residual, lower, 0)
     return jax.lax.bitcast_convert_type(merged, jnp.float32)
 
