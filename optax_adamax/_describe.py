@@ -146,7 +146,7 @@ def _check_arrays(arrays: list[Any], all_processes: bool) -> None:
     if not (all_processes or all(getattr(x, "is_fully_addressable", True) for x in arrays)):
         raise ValueError(
             f"The state is sharded over {jax.process_count()} processes, all of which must call "
-            f"describe_state, but all_processes=False was given. Call d = describe_state(state, "
+            f"describe_state, but all_processes=True was not given. Call d = describe_state(state, "
             f"all_processes=True) in every process, and print d in one process."
         )
 

@@ -23,14 +23,11 @@ def all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(jnp.sum(x - x))
 
 
-# A branch costs more time than it saves in smaller arrays.
-MIN_BRANCH_SIZE = 1 << 16
-
-Moments = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+MIN_BRANCH_SIZE = 1 << 16  # in smaller arrays, a branch costs more time than it saves
 
 
 def evaluate_moments(
-    moments: Moments,
+    moments: Callable[..., tuple[jax.Array, jax.Array]],
     g: jax.Array,
     m: jax.Array,
     v: jax.Array,

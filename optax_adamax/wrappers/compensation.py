@@ -78,7 +78,7 @@ def compensate_rounding(
     and their updates are the updates of `inner`.
 
     **It must be the outermost transformation**, because u' must reach the parameters unchanged.
-    The rounding loses a learning rate or weight decay outside of it:
+    A learning rate or weight decay outside of it is lost in rounding:
 
     - correct: ``compensate_rounding(optax.chain(scale_by_adamax(), optax.scale(-1e-4)))``
     - incorrect: ``optax.chain(compensate_rounding(scale_by_adamax()), optax.scale(-1e-4))``
