@@ -155,7 +155,7 @@ def test_gradients_of_another_dtype():
     updates, state = jax.jit(tx.update)(g, start, params)
     same(updates, jax.jit(plain.update)(g, plain.init(params), params)[0])
     assert jax.tree.structure(state) == jax.tree.structure(start)
-    with pytest.raises(TypeError, match="bfloat16 and float32 were given. Cast the gradients"):
+    with pytest.raises(TypeError, match=r"bfloat16 and float32 were given\. Cast the gradients"):
         tx.update(g | {"b": params["b"]}, state, params)
 
 
@@ -254,7 +254,7 @@ def test_refuses_a_state_of_other_parameters_or_of_another_format():
         with pytest.raises(ValueError):
             repack_state(unpacked, like)
     half = optax.tree.set(unpacked, count=jnp.zeros((), jnp.int16))
-    with pytest.raises(ValueError, match=r"count must have shape \(\) and dtype int32, as in `like`"):
+    with pytest.raises(ValueError, match=r"count must have shape \(\) and dtype int32"):
         repack_state(half, state)
 
 
