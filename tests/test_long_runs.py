@@ -1,4 +1,4 @@
-"""Updates agree with float64 over a million steps, and where count, b1, b2 or eps is extreme."""
+"""Updates agree with float64 over a million steps, and for extreme counts and hyperparameters."""
 
 import jax
 import jax.numpy as jnp

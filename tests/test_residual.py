@@ -162,7 +162,7 @@ def test_mutants_of_splitting_are_detected(mutant, name, other):
 
 @residuals
 def test_residual_of_zero_and_nonfinite_parameters_is_ignored(residual_dtype):
-    """A pruned parameter stays zero; infinity and NaN stay what they are."""
+    """Pruned parameters stay zero; infinite and NaN parameters do not change."""
     ends = jnp.iinfo(residual_dtype)
     residual = jnp.asarray([ends.min, -1, 1, ends.max] * 5, residual_dtype)
     params = np.repeat(np.array([0.0, -0.0, np.inf, -np.inf, np.nan], jnp.bfloat16), 4)

@@ -1,4 +1,4 @@
-"""`update` works inside `jax.shard_map`, where types state the axes over which values vary."""
+"""`update` works inside `jax.shard_map`, whose types state the axes over which values vary."""
 
 import functools
 
