@@ -1,4 +1,4 @@
-"""Each notebook has the cells of its script and was executed, and `sync.py --check` verifies it."""
+"""Each notebook has the cells of its script and was executed; `sync.py --check` verifies it."""
 
 import importlib.util
 import shutil

@@ -68,9 +68,7 @@ def test_without_fma_is_needed():
     x, y = (jnp.asarray(rng.normal(size=1 << 12), jnp.float32) for _ in range(2))
     exact = np.float32(0.1) * np.asarray(x) + np.float32(0.9) * np.asarray(y)
     contracted = jax.jit(lambda x, y: jnp.float32(0.1) * x + jnp.float32(0.9) * y)(x, y)
-    assert np.any(np.asarray(contracted) != exact), (
-        "XLA on CPU does not use FMA"
-    )
+    assert np.any(np.asarray(contracted) != exact), "XLA on CPU does not use FMA"
 
 
 def test_all_finite_checks_every_element_without_temporaries():
