@@ -1,1 +1,1 @@
-"""Commands that measure what the README claims: each prints its table and writes JSON."""
+"""Commands that produce the numbers of the README: each prints a table and writes JSON."""

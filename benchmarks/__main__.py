@@ -1,10 +1,10 @@
-"""Runs the benchmarks: all but the long ones, or those that are named.
+"""Runs the named benchmarks, or all except the long ones.
 
     python -m benchmarks [NAME ...] [--quick]
 
 Each prints its table, writes benchmarks/results/NAME.json and draws its figure into
-benchmarks/figures. `--quick` runs the code on small sizes in a minute or two, and writes nothing;
-the two that know no small size, dtypes and state_bytes, are left out.
+benchmarks/figures. `--quick` runs the code on small sizes in a minute or two and writes nothing;
+it skips dtypes and state_bytes, which have no small size.
 With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
 long ones run only when named: quality, learning_rate, compensation and reliability, and those that
 need the extra `tpu`: model_size, accelerators, accelerators_leaves and accelerators_chips. Then
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:
-    """Runs each benchmark in a process of its own; the exit status says whether all went well."""
+    """Runs each benchmark in a new process; returns 1 if any of them failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,

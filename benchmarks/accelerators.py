@@ -1,13 +1,13 @@
-"""Every step beside the bound of its bytes on TPU and GPU, estimated by the compiler.
+"""Compares steps with a memory-bound loop on TPU and GPU, as estimated by the compiler.
 
     python -m benchmarks.accelerators [--targets v5e ...] [--what plain ...] [--resume] [--quick]
 
-Needs libtpu (extra `tpu`); the GPUs need JAX's plugin for CUDA (extra `cuda`), and are left out
-without it. No accelerator is needed: see `benchmarks/compilers.py`. One leaf of `SIZE` elements
-unless the case says otherwise, parameters and state donated, gradients given. The bound is the
-time in which a loop of additions moves the bytes of the case once: parameters and state in and
-out, gradients in. Takes five minutes a target on two idle cores; the rows that are not compiled
-anew stay, and `--resume` goes on with a run that was interrupted.
+Needs libtpu (extra `tpu`). GPUs also need JAX's plugin for CUDA (extra `cuda`) and are skipped
+without it. No accelerator is needed: see `benchmarks/compilers.py`. Each case has one leaf, by
+default of `SIZE` elements; parameters and state are donated, gradients are arguments. The bound is
+the time that a loop of additions needs to read and write parameters and state once and to read the
+gradients. A target needs five minutes on two idle cores. Rows of other targets are preserved, and
+`--resume` continues an interrupted run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, pac
 from tests.oracle.formats import FORMATS as DTYPES
 from tests.oracle.formats import SOME_FORMATS
 
-SIZE = 1 << 28  # beyond what a chip keeps beside its arithmetic units
+SIZE = 1 << 28  # elements; too many for on-chip memory
 RATE = 1e-3
 SCHEDULE = optax.cosine_decay_schedule(RATE, 1000)
 B2_SCHEDULE = optax.linear_schedule(0.9, 0.999, 1000)
@@ -76,7 +76,7 @@ SHAPES += ((32, 4096, 4096),)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A step to compile: a row of the results."""
+    """A step to compile, which becomes a row of the results."""
 
     what: str
     state: str  # "m_dtype, v_dtype", or OPTAX
@@ -90,7 +90,7 @@ class Case:
         return f"{self.what} · {self.state} · {self.dtype}, {self.grad_dtype} · {self.shape}"
 
     def row(self, target: Target) -> dict[str, Any]:
-        """What its row of the results begins with."""
+        """Returns the first entries of the row: target, options, dtypes and shape."""
         return {
             "target": target.name,
             "what": self.what,
@@ -101,7 +101,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """All of them; the first of each dtypes and shape is optax's, to which the others compare."""
+    """Returns all cases; optax.adamax, their reference, is the first for each dtypes and shape."""
     rows = []
     for dtypes in (("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")):
         rows.append(Case("plain", OPTAX, lambda: optax.adamax(RATE), *dtypes))
@@ -124,7 +124,7 @@ def cases() -> list[Case]:
 
 
 def compile_case(target: Target, case: Case) -> dict[str, Any]:
-    """The report on a case, with the bytes of one pass and the time that these take."""
+    """Compiles a case; returns its row with the bytes of one pass and the ratio to the bound."""
     tx = case.make()
     params = jax.ShapeDtypeStruct(case.shape, case.dtype)
     gradient = jax.ShapeDtypeStruct(case.shape, case.grad_dtype)
@@ -151,30 +151,30 @@ def compile_case(target: Target, case: Case) -> dict[str, Any]:
 def compare(rows: list[dict[str, Any]]) -> None:
     """Adds to each row its ratio to optax.adamax on the same chip, dtypes and shape."""
 
-    def peers(row: dict[str, Any]) -> tuple[Any, ...]:
+    def group(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["target"], *row["dtypes"], *row["shape"]
 
-    reference = {peers(row): row["cycles"] for row in rows if row["state"] == OPTAX}
+    reference = {group(row): row["cycles"] for row in rows if row["state"] == OPTAX}
     for row in rows:
-        optax_cycles = reference.get(peers(row))
+        optax_cycles = reference.get(group(row))
         row["to_optax"] = row["cycles"] / optax_cycles if row["cycles"] and optax_cycles else None
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a row from the others."""
+    """Returns the values that identify a row."""
     return row["target"], row["what"], row["state"], *row["dtypes"], *row["shape"]
 
 
 def main() -> None:
-    """Compiles the cases for each target, prints the rows, and writes the JSON after each."""
+    """Compiles the cases of each target; prints each row and then writes the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(dict.fromkeys(case.what for case in cases()))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--what", nargs="+", choices=names, default=names, metavar="WHAT")
-    parser.add_argument("--quick", action="store_true", help="v5e alone, the formats alone")
-    parser.add_argument("--resume", action="store_true", help="leave out the cases that have a row")
+    parser.add_argument("--quick", action="store_true", help="only the storage formats on v5e")
+    parser.add_argument("--resume", action="store_true", help="skip cases that have a row")
     arguments = parser.parse_args()
     chosen = compilers.available(["v5e"] if arguments.quick else arguments.targets)
     every = [case for case in cases() if case.what in arguments.what]
@@ -187,7 +187,7 @@ def main() -> None:
     rows = {key(row): row for row in before["rows"]}
     made = reporting.provenance("benchmarks.accelerators", packages=compilers.installed())
     if arguments.resume:
-        made["commit"] = before["provenance"]["commit"]  # the JSON itself differs from it by now
+        made["commit"] = before["provenance"]["commit"]  # the written JSON has made the tree dirty
     for target in chosen:
         for case in tqdm(every, desc=f"{target.name}, estimated by the compiler"):
             if arguments.resume and key(case.row(target)) in rows:

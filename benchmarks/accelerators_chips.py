@@ -1,14 +1,15 @@
-"""The sharded step on thousands of chips of TPU, estimated by the compiler.
+"""Compiles the sharded step for hundreds and thousands of TPU chips and counts communication.
 
     python -m benchmarks.accelerators_chips
 
-The leaves are those of one layer of a transformer, in float32, with 2-byte state. FSDP:
-parameters, gradients and state are sharded over 256 devices; in larger topologies each group of 256
-holds all of them. ZeRO-1: parameters and gradients are replicated, the state is sharded; once by
-`update` of `sharding.shard`, once by its `apply_gradients`, and once by `out_shardings` alone.
-Counted are the collectives by kind and bytes per device, temporaries, estimated cycles, and the
-bytes of the state per device, next to the bytes that follow from its shardings; the same for the
-program of `init`. Needs libtpu (extra `tpu`).
+The parameters are one float32 layer of a transformer, with 2-byte state. FSDP: parameters,
+gradients and state are sharded over 256 devices, and replicated over the groups of 256 in larger
+topologies. ZeRO-1: parameters and gradients are replicated, and the state is sharded, by `update`
+of `sharding.shard`, by its `apply_gradients`, or by `out_shardings` alone.
+
+Each row has the collectives by kind with their bytes per device, temporaries, cycles estimated by
+the compiler, and the bytes of the state per device next to the bytes predicted from its shardings.
+The programs of `init` have rows, too. Needs libtpu (extra `tpu`).
 """
 
 import argparse
@@ -34,14 +35,14 @@ TOPOLOGIES = {
     "8,960 of v5p": Target("v5p", "tpu", "v5p:16x20x28"),
     "9,216 of 7x": Target("7x", "tpu", "tpu7x:16x24x24"),
 }
-GROUP = 256  # devices, over which is split; a chip of 7x is two
+GROUP = 256  # devices per group; a TPU7x chip is two devices
 SHAPES = {"embedding": (32_768, 4096), "up": (4096, 11008), "down": (11008, 4096), "norm": (4096,)}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 Step = Callable[..., Any]
 
 
 def arrays(chips: Target, spec: P) -> dict[str, Any]:
-    """The parameters, split by `spec` over the mesh of all chips."""
+    """Returns the parameters as shapes, sharded by `spec` over the mesh of all chips."""
     devices = np.array(chips.devices).reshape(-1, GROUP)
     place = NamedSharding(Mesh(devices, ("group", "data")), spec)
     return {
@@ -51,7 +52,7 @@ def arrays(chips: Target, spec: P) -> dict[str, Any]:
 
 
 def plain(tx: optax.GradientTransformation) -> Step:
-    """The step as optax's users write it."""
+    """Returns the usual step of an optax transformation."""
 
     def step(gradients: Any, state: Any, params: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
@@ -79,14 +80,14 @@ def measure(step: Step | None, params: Any, zero1_axis: str | None, tx: Any) -> 
     return {
         "collectives": {kind: found for kind in KINDS if (found := collectives(text, kind))},
         "temporaries": program.memory_analysis().temp_size_in_bytes,
-        "cycles": cycles if cycles < 2**62 else None,  # of the gather on 7x there is no estimate
+        "cycles": cycles if cycles < 2**62 else None,  # no estimate for the all-gather on TPU7x
         "state_bytes": held,
         "state_bytes_predicted": bytes_on_a_chip(sharded.init(params), sharded.shardings),
     }
 
 
 def bytes_on_a_chip(tree: Any, places: Any) -> int:
-    """By shapes and shardings alone."""
+    """Predicts the bytes on each chip from shapes and shardings."""
     return sum(
         math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
         for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(places), strict=True)
@@ -94,7 +95,7 @@ def bytes_on_a_chip(tree: Any, places: Any) -> int:
 
 
 def collectives(text: str, kind: str) -> dict[str, int] | None:
-    """How many there are of a kind, and the bytes of their results on a device."""
+    """Counts the collectives of a kind and the bytes of their results on a device."""
     types = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
     sizes = [
         WIDTHS[dtype] * math.prod(int(n) for n in shape.split(",") if n)
@@ -105,7 +106,7 @@ def collectives(text: str, kind: str) -> dict[str, int] | None:
 
 
 def steps(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
-    """The step to compile, its parameters, and the ZeRO-1 axis."""
+    """Returns the step, its parameters and the ZeRO-1 axis of each case; no step means `init`."""
     fsdp, replicated = arrays(chips, P("data")), arrays(chips, P())
     zero1 = sharding.shard(tx, replicated, zero1_axis="data")
     return {
@@ -119,7 +120,7 @@ def steps(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | Non
 
 
 def main() -> None:
-    """Compiles the programs, prints what came of them and writes the JSON."""
+    """Compiles the programs, prints the rows and writes the JSON."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

@@ -1,12 +1,12 @@
-"""Many leaves on TPU and GPU: compile times, kernels, and what padding of small leaves costs.
+"""Measures compile times, and counts kernels and padding, for many leaves on TPU and GPU.
 
     python -m benchmarks.accelerators_leaves [--targets v6e ...] [--quick]
 
-The leaves of a GPT-2 (`LAYERS` layers of twelve leaves, and five more), and a thousand of 64
-elements. The time of compilation, in seconds of processors, is also given as a ratio to that of
-`optax.adamax` in the same run. The bytes of the state are those of the compiler, which pads a small
-leaf to a tile on TPU, to those of its elements. Needs libtpu (extra `tpu`), and for GPUs JAX's
-plugin for CUDA (extra `cuda`); the rows of targets that are not compiled anew stay.
+The models are a GPT-2 (`LAYERS` layers of twelve leaves, and five more) and a thousand leaves of 64
+elements. Compile times are processor seconds, also relative to `optax.adamax` in the same run. On
+TPU the compiler pads a small leaf to a tile, so the state is larger than its elements; the rows
+have both sizes. Needs libtpu (extra `tpu`), and for GPUs JAX's plugin for CUDA (extra `cuda`). Rows
+of other targets are preserved.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 
 
 def measure(target: Target, shapes: list[tuple[int, ...]], tx: Any) -> dict[str, Any]:
-    """Processor seconds of compilation, kernels, bytes of the state and of its elements."""
+    """Returns processor seconds of compilation, kernels, and bytes of state and elements."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
 
@@ -66,7 +66,7 @@ def measure(target: Target, shapes: list[tuple[int, ...]], tx: Any) -> dict[str,
 
 
 def main() -> None:
-    """Compiles every model with every transformation, prints the rows and writes the JSON."""
+    """Compiles all models with all transformations, prints the rows and writes the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -24,34 +24,34 @@ def _targets(rows: Rows) -> list[str]:
 
 
 def _text(row: dict[str, Any] | None, against: str) -> str:
-    """A ratio; for GPUs, of which the compiler estimates no cycles, the kernels and bytes."""
+    """Formats the ratio of a row, or kernels and bytes if the compiler estimates no cycles."""
     if row is None:
         return ""
     if row[against] is None:
         return f"{row['loops']} x, {row['bytes_a_parameter']:.0f} B"
-    # What is small enough is copied to the chip before: none of the loops is over memory.
+    # Small arrays are copied to on-chip memory first, so no loop accesses main memory.
     loops = "" if row["loops"] <= 1 else f", {row['loops']} loops"
     return f"{row[against]:.2f}{loops}"
 
 
 def _by_bytes(rows: Rows, name: Callable[[dict[str, Any]], str], first: str) -> str:
-    """Each thing in 8, 4 and 2 bytes of state, a column a chip."""
+    """Writes a table with a row per name and bytes of state, and a column per chip."""
     found = {(name(row), row["state"], row["target"]): row for row in rows}
     chips = _targets(rows)
     lines = [
         [
-            thing,
+            label,
             BYTES[state],
-            *(_text(found.get((thing, state, chip)), "to_bound") for chip in chips),
+            *(_text(found.get((label, state, chip)), "to_bound") for chip in chips),
         ]
-        for thing in dict.fromkeys(map(name, rows))
+        for label in dict.fromkeys(map(name, rows))
         for state in BYTES
     ]
     return table([first, "bytes of state", *chips], lines)
 
 
 def accelerators(results: dict[str, Any]) -> str:
-    """Every format beside optax.adamax, a column a chip."""
+    """Writes the cycles of every format relative to optax.adamax, with a column per chip."""
     rows = [x for x in results["rows"] if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
     found = {(row["state"], row["target"]): row for row in rows}
     lines = []
@@ -63,13 +63,13 @@ def accelerators(results: dict[str, Any]) -> str:
 
 
 def accelerators_options(results: dict[str, Any]) -> str:
-    """What else is asked of a step, beside the bound of its bytes."""
+    """Writes the cycles of steps with options, relative to a memory-bound loop."""
     rows = [row for row in results["rows"] if row["what"] not in ("plain", "shape")]
     return _by_bytes(rows, lambda row: row["what"], "")
 
 
 def accelerators_bfloat16(results: dict[str, Any]) -> str:
-    """Parameters in bfloat16, beside optax.adamax with the same."""
+    """Writes the cycles for bfloat16 parameters, relative to a memory-bound loop."""
     rows = [x for x in results["rows"] if x["what"] == "plain" and x["dtypes"][0] == "bfloat16"]
     found = {(*row["dtypes"], row["state"], row["target"]): row for row in rows}
     lines = [
@@ -85,13 +85,13 @@ def accelerators_bfloat16(results: dict[str, Any]) -> str:
 
 
 def accelerators_shapes(results: dict[str, Any]) -> str:
-    """Shapes of leaves, beside the bound of their bytes."""
+    """Writes the cycles for several shapes of a leaf, relative to a memory-bound loop."""
     rows = [row for row in results["rows"] if row["what"] == "shape" and row["state"] in BYTES]
     return _by_bytes(rows, lambda row: str(tuple(row["shape"])), "shape")
 
 
 def accelerators_leaves(results: dict[str, Any]) -> str:
-    """Many leaves: the time of compilation, kernels and padding."""
+    """Writes compile times, kernels and padding for many leaves."""
     lines = [
         [
             row["target"],
@@ -103,12 +103,12 @@ def accelerators_leaves(results: dict[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
-    header = ["chip", "leaves", "", "loops", "processor seconds of compilation (to optax)"]
-    return table([*header, "bytes of the state, to those of its elements"], lines)
+    header = ["chip", "leaves", "", "loops", "processor seconds of compilation (relative to optax)"]
+    return table([*header, "bytes of the state, relative to its elements"], lines)
 
 
 def model_size(results: dict[str, Any]) -> str:
-    """The largest model of each way, and what a parameter takes."""
+    """Writes the largest model and the bytes per parameter for each way to store the state."""
     lines = [
         [
             row["way"],
@@ -119,11 +119,11 @@ def model_size(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["parameters and state", "largest model, billions", "layers"]
-    return table([*header, "bytes a parameter, all included"], lines)
+    return table([*header, "bytes per parameter, all included"], lines)
 
 
 def model_layers(results: dict[str, Any]) -> str:
-    """The largest model and a further parameter, with layers stacked and as a list."""
+    """Writes the largest model and the bytes per added parameter, for stacked and listed layers."""
 
     def text(row: dict[str, Any]) -> list[str]:
         return [f"{row['parameters'] / 1e9:.2f}", f"{row['more']:.1f}"]
@@ -138,14 +138,14 @@ def model_layers(results: dict[str, Any]) -> str:
 
 
 def accelerators_chips(results: dict[str, Any]) -> str:
-    """The sharded steps."""
+    """Writes collectives, cycles and bytes of the sharded steps."""
     lines = []
     for row in results["rows"]:
         kinds = [
             f"{x['count']} {kind}, {x['bytes'] / 1e6:.3g} MB"
             for kind, x in row["collectives"].items()
         ]
-        held = f"{row['state_bytes'] / 1e6:.2f} ({row['state_bytes_predicted'] / 1e6:.2f})"
+        state = f"{row['state_bytes'] / 1e6:.2f} ({row['state_bytes_predicted'] / 1e6:.2f})"
         temporaries = f"{row['temporaries'] / 1e6:.0f}"
         lines.append(
             [
@@ -154,14 +154,14 @@ def accelerators_chips(results: dict[str, Any]) -> str:
                 "; ".join(kinds) or "none",
                 "no estimate" if row["cycles"] is None else f"{row['cycles'] / 1e6:.2f}",
                 temporaries,
-                held,
+                state,
             ]
         )
     header = ["chips", "", "collectives", "million cycles", "MB of temporaries"]
     return table([*header, "MB of state (by shapes)"], lines)
 
 
-# The file of results and the function for each table of the page.
+# The results file and the function for each table of the page.
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "accelerators": ("accelerators", accelerators),
     "accelerators_options": ("accelerators", accelerators_options),
@@ -175,7 +175,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def filled(text: str) -> str:
-    """The page with each table whose results are there, and below it where they come from."""
+    """Fills in the tables for which results exist, each with a note on its origin."""
 
     def fill(match: re.Match[str]) -> str:
         file, write = TABLES[match[1]]
@@ -195,7 +195,7 @@ def filled(text: str) -> str:
 
 
 def draw(rows: Rows) -> None:
-    """A panel a chip: the cycles of each format, and the mark of its bytes."""
+    """Draws a panel per chip with the cycles of each format and its memory-bound cycles."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(reporting.STYLE)
@@ -212,17 +212,17 @@ def draw(rows: Rows) -> None:
         panel.barh(names, [row["to_optax"] for row in shown], color=colors)
         bounds = [row["bytes_of_one_pass"] / 28 for row in shown]
         panel.plot(bounds, names, "|", color="#D55E00", markersize=14, markeredgewidth=2)
-        panel.set_title(f"TPU {target}", loc="left")
+        panel.set_title(f"TPU {target}".replace(" 7x", "7x"), loc="left")
     panels[0, 0].invert_yaxis()
     figure.suptitle(
-        "Cycles of a step beside optax.adamax, estimated by the compiler; | is what the bytes take",
+        "Cycles of a step relative to optax.adamax, estimated by the compiler; |: memory bound",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(reporting.FIGURES / "accelerators.png")
 
 
 def main() -> int:
-    """Fills the tables in and draws, or only says whether they are as the JSON files have them."""
+    """Writes the tables and the figure; with --check, only compares the page with the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     text = PAGE.read_text("utf-8")

@@ -1,6 +1,6 @@
-"""The limit of a step on CPU: one pass over its bytes in C, on all cores, and a copy.
+"""Measures the memory-bandwidth bound of a step on CPU: one pass in C on all cores, and a copy.
 
-Compiled by the system's C compiler when the benchmark runs; there is no limit without one.
+The system's C compiler compiles both loops when the benchmark runs.
 """
 
 import ctypes
@@ -36,12 +36,12 @@ STREAMS = 7  # read p, m, v, g; write p, m, v
 
 
 class Limit:
-    """Both loops on arrays of their own. Raises RuntimeError where they cannot be compiled."""
+    """Runs both loops on its own arrays; raises RuntimeError if they cannot be compiled."""
 
     def __init__(self, size: int):
         compiler = shutil.which("cc")
         if compiler is None:
-            raise RuntimeError("there is no C compiler")
+            raise RuntimeError("no C compiler was found")
         with tempfile.TemporaryDirectory() as folder:
             library, source = Path(folder) / "limit.so", Path(folder) / "limit.c"
             source.write_text(SOURCE)
@@ -57,16 +57,16 @@ class Limit:
         self._arrays = [np.full(size, value, np.float32) for value in (1.0, 0.0, 0.0, 0.01)]
 
     def adamax(self) -> None:
-        """One step."""
+        """Runs one step."""
         scalars = [ctypes.c_float(x) for x in (0.9, 0.999, 1e-8, 1e-3)]
         self._on_all_cores(self._code.adamax, self._arrays, scalars)
 
     def copy(self) -> None:
-        """One array onto another."""
+        """Copies one array to another."""
         self._on_all_cores(self._code.copy, [self._arrays[1], self._arrays[3]], [])
 
     def _on_all_cores(self, code: Any, arrays: list[np.ndarray], scalars: list[Any]) -> None:
-        def run(part: tuple[int, int]) -> None:  # ctypes lets go of the interpreter meanwhile
+        def run(part: tuple[int, int]) -> None:  # ctypes releases the GIL during a call
             start, end = part
             starts = (ctypes.c_void_p(array[start:].ctypes.data) for array in arrays)
             code(*starts, ctypes.c_size_t(end - start), *scalars)

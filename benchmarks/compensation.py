@@ -1,15 +1,15 @@
-"""Parameters of bfloat16: plain, with a residual, and with float32 masters.
+"""Compares bfloat16 parameters alone, with residuals, and with float32 master parameters.
 
     python -m benchmarks.compensation [--quick]
 
-1. 100,000 steps of a constant gradient, whose exact end is known.
-2. The four tasks of `benchmarks.quality`, at the peak learning rates that it has chosen (so run it
-   first): final losses of the true parameters, paired by seed with training in float32. Gradients
-   of bfloat16 parameters are of bfloat16; losses are computed in float32 from what is stored.
-3. Bytes a parameter and time of a step that is only the optimizer: donated parameters and state,
-   gradients given.
+1. 100,000 steps of a constant gradient. The exact result is known.
+2. The four tasks of `benchmarks.quality`, at the peak learning rates that it chose (run it first):
+   final losses of the master parameters, paired by seed with float32 training. Models with bfloat16
+   parameters have bfloat16 gradients; losses are computed in float32 from the stored parameters.
+3. Bytes per parameter and time of an optimizer step; parameters and state are donated, gradients
+   are arguments.
 
-Takes about twenty minutes on two CPU cores.
+Runs for about twenty minutes on two CPU cores.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.quality import compare
 from benchmarks.tasks import TASKS, Params, Task
 from optax_adamax import adamax, compensate_rounding, master_params
 
-SEEDS = tuple(range(10))  # the transformer takes the first five
+SEEDS = tuple(range(10))  # the transformer uses the first five
 CONSTANT_STEPS, CONSTANT_RATE = 100_000, 1e-3
 SIZE, LEAVES, ROUNDS = 1 << 24, 16, 20
 REFERENCE, CLAIMED = "float32", "bfloat16, int8 residual"
@@ -40,25 +40,25 @@ CLAIM = (
 
 
 def store(x: jax.Array) -> jax.Array:
-    """x rounded to bfloat16; not the cast alone, which XLA may leave out with its inverse."""
+    """Rounds x to bfloat16; a cast alone does not, because XLA can remove casts to and fro."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7).astype(jnp.bfloat16)
 
 
-def widen(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def with_float32_masters(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """What is done without a residual: the state has a float32 copy of every parameter."""
+    """Adds a float32 copy of every parameter to the state, the usual alternative to residuals."""
 
     def init(params: optax.Params) -> optax.OptState:
-        return widen(params), inner.init(widen(params))
+        return to_float32(params), inner.init(to_float32(params))
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         masters, inner_state = state
-        updates, inner_state = inner.update(widen(updates), inner_state, masters)
+        updates, inner_state = inner.update(to_float32(updates), inner_state, masters)
         masters = optax.apply_updates(masters, updates)
         moves = jax.tree.map(
             lambda m, p: store(m).astype(jnp.float32) - p.astype(jnp.float32), masters, params
@@ -69,11 +69,11 @@ def with_float32_masters(inner: optax.GradientTransformation) -> optax.GradientT
 
 
 class Arm(NamedTuple):
-    """One way to keep parameters."""
+    """Dtype of the parameters, an optimizer, and a function to its master parameters."""
 
     dtype: Any
     build: Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
-    true: Callable[[Any, Any], Any] = lambda state, params: widen(params)
+    masters: Callable[[Any, Any], Any] = lambda state, params: to_float32(params)
 
 
 def two_bytes(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -102,7 +102,7 @@ ARMS = {
 
 
 def constant_gradient(arm: Arm, steps: int) -> dict[str, float]:
-    """The parameter, and the true one, after `steps` of a gradient of 1 from 0."""
+    """Returns stored and master parameter after `steps` steps from 0 with a gradient of 1."""
     tx = arm.build(CONSTANT_RATE)
     params = jnp.zeros((), arm.dtype)
 
@@ -116,42 +116,42 @@ def constant_gradient(arm: Arm, steps: int) -> dict[str, float]:
         return jax.lax.scan(step, (params, state), length=steps)[0]
 
     params, state = run(params, tx.init(params))
-    return {"stored": float(params), "true": float(arm.true(state, params))}
+    return {"stored": float(params), "true": float(arm.masters(state, params))}
 
 
 def trainer(task: Task, arm: Arm) -> Callable[..., Params]:
-    """What trains the parameters of a seed: (parameters, seed, peak rate) to true parameters."""
+    """Returns a training function of parameters, seed and peak rate to master parameters."""
 
     @jax.jit
     def train(params: Params, seed: jax.Array, peak_rate: jax.Array) -> Params:
         schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, task.steps // 10, task.steps)
         tx = arm.build(lambda count: peak_rate * schedule(count))
         key = jax.random.fold_in(jax.random.key(seed), 1)
-        narrow = store if arm.dtype == jnp.bfloat16 else lambda x: x
+        cast = store if arm.dtype == jnp.bfloat16 else lambda x: x
 
         def step(carry: tuple[Params, Any], t: jax.Array) -> tuple[tuple[Params, Any], None]:
             params, state = carry
-            gradients = jax.grad(task.loss)(widen(params), jax.random.fold_in(key, t))
-            updates, state = tx.update(jax.tree.map(narrow, gradients), state, params)
+            gradients = jax.grad(task.loss)(to_float32(params), jax.random.fold_in(key, t))
+            updates, state = tx.update(jax.tree.map(cast, gradients), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        params = jax.tree.map(narrow, params)
+        params = jax.tree.map(cast, params)
         carry, _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(task.steps))
-        return arm.true(carry[1], carry[0])
+        return arm.masters(carry[1], carry[0])
 
     return train
 
 
 def final_losses(task: Task, seeds: tuple[int, ...], rate: float, bar: tqdm) -> dict[str, Any]:
-    """The losses of every arm, and their paired gaps to float32."""
-    judge = jax.jit(lambda params: [getattr(task, loss)(params) for loss in LOSSES])
+    """Returns the losses of every arm, and their paired gaps to float32."""
+    evaluate = jax.jit(lambda params: [getattr(task, loss)(params) for loss in LOSSES])
     init = jax.jit(lambda seed: task.init(jax.random.fold_in(jax.random.key(seed), 0)))
     losses: dict[str, dict[str, list[float]]] = {loss: {} for loss in LOSSES}
     for name, arm in ARMS.items():
         train = trainer(task, arm)
         found = []
         for seed in seeds:
-            found.append([float(x) for x in judge(train(init(seed), seed, rate))])
+            found.append([float(x) for x in evaluate(train(init(seed), seed, rate))])
             bar.update()
         for loss, values in zip(LOSSES, zip(*found, strict=True), strict=True):
             losses[loss][name] = list(values)
@@ -160,7 +160,7 @@ def final_losses(task: Task, seeds: tuple[int, ...], rate: float, bar: tqdm) -> 
 
 
 def best_rate(task: str) -> float:
-    """The peak rate that `benchmarks.quality` chose for float32 state."""
+    """Returns the peak rate that `benchmarks.quality` chose for float32 state."""
     path = reporting.RESULTS / "quality.json"
     if not path.exists():
         raise SystemExit("Run python -m benchmarks.quality first: it chooses the learning rates.")
@@ -170,7 +170,7 @@ def best_rate(task: str) -> float:
 
 
 def step_bytes(arm: Arm, size: int) -> dict[str, float]:
-    """Bytes a parameter of a compiled step over `LEAVES` leaves."""
+    """Returns the bytes per parameter of a compiled step with `LEAVES` leaves."""
     tx = arm.build(1e-3)
 
     def step(params: Any, state: Any, gradients: Any) -> Any:
@@ -189,7 +189,7 @@ def step_bytes(arm: Arm, size: int) -> dict[str, float]:
 
 
 def step_times(size: int, rounds: int) -> dict[str, dict[str, Any]]:
-    """Times of a step on one leaf, as ratios to float32, in alternation."""
+    """Returns step times on one leaf relative to float32, measured in alternation."""
     normal = jax.random.normal(jax.random.key(0), (size,)) * 0.01
     steps = {}
     for name, arm in ARMS.items():  # the first is REFERENCE
@@ -199,7 +199,7 @@ def step_times(size: int, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures everything, prints the tables and writes the JSON."""
+    """Runs all measurements, prints the tables and writes the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

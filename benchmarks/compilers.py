@@ -1,8 +1,8 @@
-"""What XLA's compilers for TPU and CUDA make of a step, with no accelerator at hand.
+"""Compiles a step for TPU and CUDA without an accelerator, and reads loops, bytes and cycles.
 
-`jax[tpu]` and `jax[cuda12]` compile ahead of time on any Linux machine. The bytes, loops and
-temporaries are those of the program that would run. The cycles are the compiler's own estimate,
-from its model of the chip: evidence, and no measurement.
+`jax[tpu]` and `jax[cuda12]` compile ahead of time on any Linux machine. Bytes, loops and
+temporaries are read from the compiled program. Cycles are estimated by the compiler from its model
+of the chip; they are not measured.
 """
 
 import dataclasses
@@ -21,25 +21,25 @@ from jax.experimental import topologies
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 WIDTHS |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
-# What reads and writes no memory, or is counted elsewhere.
+# Operations that do not access memory, or whose access is counted elsewhere.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
 FREE |= {"copy-done", "all-gather-done", "all-reduce-done", "async-done", "partition-id"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A chip for which there is a compiler."""
+    """A chip for which XLA can compile."""
 
     name: str
     platform: str
     topology: str
-    gpu: tuple[float, ...] = ()  # what the compiler has to know of a GPU: see `_gpu`
+    gpu: tuple[float, ...] = ()  # properties of a GPU that the compiler needs: see `_gpu`
 
     @functools.cached_property
     def devices(self) -> list[Any]:
-        """Its devices, which can be compiled for and nothing else."""
+        """Devices of this chip, for compilation only."""
         jax.config.update("jax_platforms", "cpu")
-        # libtpu asks the cloud on which machine it is, and allows one process a machine.
+        # Otherwise, libtpu queries the cloud for its machine, and allows one process per machine.
         found = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         for variable, value in {**found, "TPU_LOG_DIR": "disabled"}.items():
             os.environ.setdefault(variable, value)
@@ -53,7 +53,7 @@ class Target:
 
 
 def _gpu(name: str, major: float, cores: float, ghz: float, memory: float, speed: float) -> str:
-    """A GPU as XLA wants it described: the figures are those of NVIDIA's data sheets."""
+    """Returns XLA's description of a GPU, with figures from NVIDIA's data sheets."""
     l2, shared = (41943040, 167936) if major == 8 else (52428800, 233472)
     return f"""
     platform_name: "CUDA"
@@ -91,30 +91,30 @@ TARGETS = TPUS | GPUS
 
 
 def installed() -> list[str]:
-    """The packages of the compilers that are at hand."""
+    """Returns the packages of the installed compilers."""
     return [plugin for plugin in PLUGINS.values() if importlib.util.find_spec(plugin)]
 
 
 def available(names: Sequence[str]) -> list[Target]:
-    """The targets with these names for which there is a compiler; says which are left out."""
-    jax.config.update("jax_platforms", "cpu")  # JAX drops the platform of a GPU that it looked for
+    """Returns the targets whose compiler is installed, and prints the names of the others."""
+    jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for a GPU and disables CUDA
     found = []
     for target in (TARGETS[name] for name in names):
         if (plugin := PLUGINS[target.platform]) in installed():
             found.append(target)
         else:
-            print(f"{target.name}: left out, {plugin} is not installed")
+            print(f"{target.name}: skipped, {plugin} is not installed")
     return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What one run of a compiled step takes, branches that it enters only in need left out."""
+    """Costs of a compiled step, without branches that run only in exceptional cases."""
 
     loops: int  # over arrays of the parameters' size
     bytes: int  # that these loops read and write
     temporaries: int  # bytes of memory beyond arguments and results
-    cycles: int | None  # estimated by the compiler; None: it estimates none
+    cycles: int | None  # estimated by the compiler; None without an estimate
 
 
 def compile_step(
@@ -123,13 +123,13 @@ def compile_step(
     avals: tuple[Any, ...],
     donate: tuple[int, ...] = (0, 1),
 ) -> Report:
-    """Compiles `step(*avals)` for one device of `target`, and reads what came of it.
+    """Compiles `step(*avals)` for one device of `target` and reports its costs.
 
     Args:
       target: the chip.
       step: a function of arrays.
-      avals: `jax.ShapeDtypeStruct`s, of which the largest decides what a large array is.
-      donate: which of them are overwritten.
+      avals: `jax.ShapeDtypeStruct`s. Arrays of at least half the size of the largest are counted.
+      donate: indices of the donated arguments.
     """
     compiled = lower(target, step, avals, donate).compile()
     largest = max(math.prod(x.shape) for x in jax.tree.leaves(avals))
@@ -142,7 +142,7 @@ def lower(
     avals: tuple[Any, ...],
     donate: tuple[int, ...] = (0, 1),
 ) -> Any:
-    """`step(*avals)`, ready to be compiled for one device of `target`."""
+    """Lowers `step(*avals)` for one device of `target`."""
     sharding = jax.sharding.SingleDeviceSharding(target.devices[0])
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
@@ -152,12 +152,12 @@ def lower(
 
 
 def read(compiled: Any, large: int) -> Report:
-    """The report on a compiled step, in which arrays of `large` elements and more count."""
+    """Reports the costs of a compiled step, counting arrays of at least `large` elements."""
     entry = compiled.as_text().split("\nENTRY")[1]
     types: dict[str, str] = {}
     loops = traffic = cycles = 0
     for line in entry.splitlines():
-        # S(1) is memory on the chip. Other layouts, metadata and configurations stand in braces.
+        # S(1) marks on-chip memory. Other layouts, metadata and configurations are in braces.
         line = re.sub(r"\w+\[[\d,]*\]\{[^{}]*S\(1\)\}", "on-chip", line)
         found = re.match(r"\s*(?:ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)", _without_braces(line))
         if not found:
@@ -169,7 +169,7 @@ def read(compiled: Any, large: int) -> Report:
             continue
         read = [types[x] for x in dict.fromkeys(re.findall(r"%([\w.-]+)", operands)) if x in types]
         touched = sum(_bytes(x, large) for x in [types[name], *read])
-        loops += touched > 0 and not opcode.endswith("-start")  # those copy beside the loops
+        loops += touched > 0 and not opcode.endswith("-start")  # these copies run during the loops
         traffic += touched
     return Report(loops, traffic, compiled.memory_analysis().temp_size_in_bytes, cycles or None)
 
@@ -181,7 +181,7 @@ def _without_braces(line: str) -> str:
 
 
 def _bytes(type_text: str, large: int) -> int:
-    """Bytes of the large arrays of an HLO type, such as `(f32[4096], s8[])`."""
+    """Returns the bytes of the large arrays in an HLO type such as `(f32[4096], s8[])`."""
     total = 0
     for dtype, dimensions in re.findall(r"(\w+)\[([\d,]*)\]", type_text):
         size = math.prod(int(x) for x in dimensions.split(",") if x)
@@ -191,7 +191,7 @@ def _bytes(type_text: str, large: int) -> int:
 
 @functools.cache
 def cycles_per_byte(target: Target, size: int) -> float | None:
-    """What a byte of traffic costs at least: a loop of additions over seven float32 arrays."""
+    """Estimates the cycles per byte of a memory-bound loop that adds float32 arrays."""
 
     def add(p: jax.Array, m: jax.Array, v: jax.Array, g: jax.Array) -> Any:
         return p + g, m + g, v + g

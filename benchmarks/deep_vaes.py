@@ -1,4 +1,4 @@
-"""The recipes of docs/guide/deep_vaes.md in longer runs.
+"""Trains the recipes of docs/guide/deep_vaes.md in longer runs.
 
 python -m benchmarks.deep_vaes [--quick]
 """
@@ -21,13 +21,13 @@ from optax_adamax import compensate_rounding, limit_spikes
 
 PAGE = ROOT / "docs" / "guide" / "deep_vaes.md"
 SEEDS = (3, 4, 5)
-STEPS, WINDOW = 3000, 50  # a point of a curve is the mean of so many steps
+STEPS, WINDOW = 3000, 50  # a point of a curve is the mean of WINDOW steps
 OURS = "as on this page"
 STYLES = {OURS: ("#0072B2", "-"), "nothing skipped": ("#D55E00", "-")}
 
 
 def page() -> dict[str, Any]:
-    """What the code of the page defines."""
+    """Runs the code of the page and returns the names that it defines."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S)
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -36,7 +36,7 @@ def page() -> dict[str, Any]:
 
 
 def measure(recipe: dict[str, Any], steps: int, window: int) -> dict[str, Any]:
-    """The loss of each recipe and of others that differ from it in one thing, for each seed."""
+    """Returns the losses of each recipe and its variants, which have one difference, per seed."""
 
     def start(seed: int) -> Any:
         return recipe["init"](jax.random.key(seed))
@@ -74,13 +74,13 @@ def measure(recipe: dict[str, Any], steps: int, window: int) -> dict[str, Any]:
 
 
 def means(run: tuple[Any, jax.Array], window: int) -> list[float]:
-    """The losses of a run, the mean of each window."""
+    """Returns the mean loss of each window."""
     _, losses = run
     return [float(f"{x:.5g}") for x in np.asarray(losses).reshape(-1, window).mean(axis=1)]
 
 
 def draw(results: dict[str, Any]) -> None:
-    """A panel a recipe: the mean over the seeds, and between which values the seeds are."""
+    """Draws a panel per recipe: the mean over the seeds, and their range."""
     plt.rcParams.update(reporting.STYLE)
     window = results["window"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", dpi=110)
@@ -95,7 +95,7 @@ def draw(results: dict[str, Any]) -> None:
         panel.legend(frameon=False, loc="upper right")
     axes[0].axvline(results["bad_batch"], color="#B0B7BC", lw=1, zorder=0)
     axes[0].annotate("a bad batch", (results["bad_batch"], 1.1), (4, 0), textcoords="offset points")
-    axes[0].set_ylabel("negative ELBO, nats a dimension")
+    axes[0].set_ylabel("negative ELBO, nats per dimension")
     reporting.FIGURES.mkdir(parents=True, exist_ok=True)
     fig.savefig(reporting.FIGURES / "deep_vaes.png")
     plt.close(fig)

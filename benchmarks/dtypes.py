@@ -1,10 +1,10 @@
-"""Where v and the step stand in every parameter dtype: ours, optax's and PyTorch's.
+"""Compares v and the update in every parameter dtype: optax_adamax, optax and PyTorch.
 
     python -m benchmarks.dtypes
 
-One gradient of 1, then 2,000 of 1e-6 with b2 = 0.999: v must have decayed to 0.999**2000 = 0.1352.
-Then a fresh optimizer and one gradient of exactly 0: the parameter must stay where it is.
-PyTorch's column is filled in where PyTorch is installed. Takes half a minute.
+After one gradient of 1 and 2,000 gradients of 1e-6 with b2 = 0.999, v must be 0.999**2000 = 0.1352.
+In a new optimizer, a gradient of exactly 0 must not change the parameter.
+The column of PyTorch needs PyTorch. Runs for half a minute.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ EXACT = 0.999**STEPS
 
 
 def run_jax(make: Callable[[float], Any], name: str, dtype: str) -> tuple[float, float]:
-    """v after the decay, and the parameter after a zero gradient, starting from 1."""
+    """Returns v after the decay, and the parameter after a zero gradient, starting from 1."""
     tx = make(LEARNING_RATE)
     params = jnp.ones(1, dtype)
 
@@ -48,20 +48,20 @@ def run_jax(make: Callable[[float], Any], name: str, dtype: str) -> tuple[float,
 
 
 def run_torch(dtype: str) -> tuple[float, float]:
-    """The same with torch.optim.Adamax; of a complex v, the real part of the pair."""
+    """Returns the same for torch.optim.Adamax; of a complex v, the part of real gradients."""
 
     def optimizer() -> tuple[Any, Any]:
         p = torch.nn.Parameter(torch.ones(1, dtype=getattr(torch, dtype)))
         return p, torch.optim.Adamax([p], lr=LEARNING_RATE)
 
-    p, moving = optimizer()
+    p, decayed = optimizer()
     for g in [1.0] + [SMALL] * STEPS:
         p.grad = torch.full_like(p, g)
-        moving.step()
-    q, standing = optimizer()
+        decayed.step()
+    q, new = optimizer()
     q.grad = torch.zeros_like(q)
-    standing.step()
-    v = moving.state[p]["exp_inf"].flatten()[0]
+    new.step()
+    v = decayed.state[p]["exp_inf"].flatten()[0]
     return float(v.real.double()), float(q.detach().real.double()[0])
 
 
@@ -70,7 +70,7 @@ def _real(x: Any) -> float:
 
 
 def main() -> None:
-    """Runs every dtype, prints the table and writes the JSON."""
+    """Runs all dtypes, prints the table and writes the JSON."""
     rows = []
     for dtype in tqdm(DTYPES, desc="dtypes"):
         with jax.enable_x64(dtype == "float64"):

@@ -1,9 +1,9 @@
-"""Runs the machine of tests/oracle/state_machine.py for long, and writes how much of it was run.
+"""Runs the state machine of tests/oracle/state_machine.py and records the number of examples.
 
     python -m benchmarks.fuzz [--examples 100000] [--minutes 25] [--seed 0] [--resume]
 
-It stops at whichever comes first, and at the first counter-example, which it shows. With --resume
-it goes on with the seed after the last one in results/fuzz.json, and adds up.
+Stops after the given examples or minutes, whichever comes first, or prints the first
+counterexample. --resume continues after the last seed in results/fuzz.json and adds to its totals.
 """
 
 import argparse
@@ -23,7 +23,7 @@ BATCH, STEPS = 500, 12
 
 
 def main() -> None:
-    """Runs batches of examples, each with the next seed, and writes the JSON."""
+    """Runs batches of examples, one seed per batch, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--minutes", type=float, default=25.0)

@@ -1,11 +1,12 @@
-"""Every storage format on a GPU: time of a step, and the fraction of the bandwidth of a copy.
+"""Measures step times and bandwidth of every storage format on a GPU.
 
     python -m benchmarks.gpu [--quick]
 
-One large leaf, donated, gradients given; `STEPS` steps a round, so that what the host does is
-hidden. The bytes of a step are those of one pass: parameters, m and v in and out, the gradient in.
-The copy is `x + 1` of an array of the same size, donated. Takes under five minutes; without a GPU,
-it says so and stops, unless `--quick` asks for a run of its code on what there is.
+The step updates one large leaf; parameters and state are donated, gradients are arguments. A round
+has `STEPS` steps, which hides the time of the host. One pass reads and writes parameters, m and v,
+and reads the gradient. The bandwidth is relative to a copy: a donated `x + 1` of the same size.
+Runs for less than five minutes. Without a GPU it stops, except with `--quick`, which runs on any
+device.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Copy:
 
 
 class Steps(timing.Step):
-    """Several steps with one wait at the end."""
+    """Runs several steps and waits once, at the end."""
 
     def __call__(self) -> None:
         for _ in range(STEPS):
@@ -48,9 +49,9 @@ class Steps(timing.Step):
 
 
 def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str, Any]:
-    """Seconds, ratio to optax.adamax and fraction of the bandwidth of the copy, of each format.
+    """Returns seconds, ratio to optax.adamax and fraction of the copy's bandwidth per format.
 
-    The formats are measured a pair at a time, each beside the reference, for the memory's sake.
+    Each format is measured together with the reference only, to limit the memory.
     """
     rows: dict[str, Any] = {}
     gradient = jnp.full(size, 0.01)
@@ -76,12 +77,12 @@ def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str,
 
 
 def main() -> None:
-    """Measures, prints and writes the JSON."""
+    """Measures all formats, prints the rows and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small, on any device; no JSON")
     quick = parser.parse_args().quick
     if jax.default_backend() != "gpu" and not quick:
-        print("not measured: there is no GPU")
+        print("not measured: JAX found no GPU")
         return
     size, rounds = (1 << 16, 2) if quick else (SIZE, ROUNDS)
     rows = measure(size, rounds, FORMATS[:1] + FORMATS[-1:] if quick else FORMATS)

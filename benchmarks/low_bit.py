@@ -1,12 +1,12 @@
-"""Time, memory and passes of one step in every storage format, beside float32 optax.adamax.
+"""Measures time, memory and passes of a step in every storage format, relative to optax.adamax.
 
     python -m benchmarks.low_bit [--one-thread] [--quick]
 
-A train step that is only the optimizer: donated parameters and state, one leaf, gradients given.
-Every figure is a ratio to optax.adamax in float32, measured in alternation; the times of formats
-differ between runs more than within one, so there are several, each a process of its own. What is
-predicted: the bytes of the state, from the dtypes, and the time, from the bytes of a single pass
-over parameters, state and gradients. Takes two minutes.
+The step is an optimizer step on one leaf; parameters and state are donated, gradients are
+arguments. Times are relative to float32 optax.adamax and measured in alternation. They vary more
+between processes than within one, so several processes are run. The bytes of the state are
+predicted from the dtypes, and the time from the bytes of a single pass over parameters, state and
+gradients. Runs for two minutes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SIZE, ROUNDS, RUNS, SEED = 1 << 24, 20, 5, 0
 
 
 def describe(step: timing.Step, ratio: dict[str, Any], size: int) -> dict[str, Any]:
-    """A ratio of times, and what the compiler says."""
+    """Returns a row: the ratio of times, and bytes and passes from the compiled program."""
     entry = step.compiled.as_text().split("\nENTRY")[1]
     passes = re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry)
     calls = re.findall(r" conditional\(", entry)
@@ -46,13 +46,13 @@ def describe(step: timing.Step, ratio: dict[str, Any], size: int) -> dict[str, A
 
 
 def compare(steps: dict[str, timing.Step], size: int, rounds: int) -> dict[str, Any]:
-    """Runs the steps in turn, `rounds` times; the first one is the reference."""
+    """Runs the steps in alternation, `rounds` times; the first one is the reference."""
     ratios = timing.ratios(timing.alternate(steps, rounds), next(iter(steps)))
     return {name: describe(step, ratios[name], size) for name, step in steps.items()}
 
 
 def measure(candidates: dict[str, Callable[[], Any]], size: int, rounds: int) -> dict[str, Any]:
-    """The same of transformations, on one leaf of parameters."""
+    """Compares the steps of transformations on one leaf; the first one is the reference."""
     gradient = jax.random.normal(jax.random.key(SEED), (size,)) * 0.01
     ones = jnp.ones_like(gradient)
     steps = {
@@ -62,7 +62,7 @@ def measure(candidates: dict[str, Callable[[], Any]], size: int, rounds: int) ->
 
 
 def one_run(size: int, rounds: int) -> dict[str, Any]:
-    """The rows of all formats."""
+    """Returns the rows of all formats from one process."""
     candidates: dict[str, Callable[[], Any]] = {"optax.adamax": lambda: optax.adamax(1e-3)}
     for m, v in FORMATS:
         candidates[f"{m}, {v}"] = functools.partial(adamax, 1e-3, m_dtype=m, v_dtype=v)
@@ -70,7 +70,7 @@ def one_run(size: int, rounds: int) -> dict[str, Any]:
 
 
 def of_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows, with the median and the range of the runs' medians for each ratio."""
+    """Returns the rows with the median and the range of the medians of all processes."""
     medians = {name: [run[name]["ratio"]["median"] for run in runs] for name in runs[0]}
     return {
         name: row | {"ratio": timing.span(np.array(medians[name]))} for name, row in runs[0].items()
@@ -82,12 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the size, few rounds")
     parser.add_argument(
-        "--one-thread", action="store_true", help="on one processor, beside the other results"
+        "--one-thread", action="store_true", help="run on one processor, and add to the results"
     )
     arguments = parser.parse_args()
     quick = arguments.quick
     if arguments.one_thread:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA makes its threads
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before XLA starts its threads
     size, rounds, count = (SIZE // 16, 8, 2) if quick else (SIZE, ROUNDS, RUNS)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
@@ -95,7 +95,7 @@ def main() -> None:
         rows = of_runs(list(tqdm(runs, total=count, desc="runs", disable=None)))
     widths = {"optax.adamax": 8} | {f"{m}, {v}": state_bytes(m, v) for m, v in FORMATS}
     for name, width in widths.items():
-        # One pass: the gradient in; the parameter and the state in and out.
+        # One pass reads the gradient, and reads and writes the parameter and the state.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
         row = rows[name] = rows[name] | {"predicted": predicted}
         ratio = timing.text(row["ratio"])

@@ -1,15 +1,15 @@
-"""How large a model one chip trains: what the compiler for TPU v5e (16 GB) accepts.
+"""Finds the largest model whose training step compiles for one TPU v5e with 16 GB.
 
     python -m benchmarks.model_size [--ways WAY ...] [--unrolled] [--quick]
 
-A decoder-only transformer of width `WIDTH`, one training step with gradients on one sequence of
-`LENGTH` tokens, parameters and state donated, every layer rematerialised. The compiler refuses at
-compile time what exceeds the memory of the chip. Models whose layers are stacked under `lax.scan`
-are compiled until one is accepted and the next refused, and what a further parameter takes is found
-from small ones. `--unrolled` does so where the layers are a list, and adds it to the rows; this
-says whether a layer's gradient lives until the end of the step, or is released when it is used.
-Needs libtpu (extra `tpu`); nothing is run. A compilation takes one minute on an idle core, and
-some where there are many layers in a list.
+The model is a decoder-only transformer of width `WIDTH`. A training step computes gradients on one
+sequence of `LENGTH` tokens; parameters and state are donated, and every layer is rematerialized.
+The compiler rejects programs that exceed device memory. Layers are stacked under `lax.scan`, and
+their number changes until one model compiles and the next larger one does not. The bytes of a
+further parameter are computed from two small models. `--unrolled` repeats this with a list of
+layers and adds the results to the rows: it shows whether XLA frees each gradient after its use.
+Needs libtpu (extra `tpu`); nothing is run. A compilation needs one minute on an idle core, and
+several minutes for a long list of layers.
 """
 
 import argparse
@@ -31,18 +31,18 @@ from optax_adamax import adamax, compensate_rounding
 
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024
-FEW = (2, 4)  # numbers of layers from which the bytes of a further parameter are found
-BYTES = 16.9e9  # of the chip, about, for a first guess
+FEW = (2, 4)  # numbers of layers of the two small models
+BYTES = 16.9e9  # approximate memory of the chip, gives the first guess
 RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to keep parameters and state."""
+    """Dtypes of the parameters and an optimizer."""
 
     make: Callable[[], Any]
     params: Any = jnp.float32
-    compute: Any = jnp.float32  # and the gradients; parameters of another dtype are masters
+    compute: Any = jnp.float32  # dtype of activations and gradients
 
 
 SEVEN = "7 bytes for all: bfloat16, int8 residual, 2 bytes of state"
@@ -64,7 +64,7 @@ WAYS = {
 
 
 def shapes(layers: int, scanned: bool, dtype: Any) -> dict[str, Any]:
-    """The parameters, with the layers stacked or as a list."""
+    """Returns the parameters as shapes, with layers stacked or in a list."""
     one = {
         "attention_norm": (WIDTH,),
         "query_key_value": (WIDTH, 3 * WIDTH),
@@ -94,7 +94,7 @@ def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
 
 @jax.checkpoint
 def layer(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
-    """Causal attention and a perceptron, each with its residual."""
+    """Applies causal attention and a perceptron, each with a residual connection."""
     mixed = norm(x, w["attention_norm"]) @ w["query_key_value"]
     q, k, v = jnp.split(mixed.reshape(LENGTH, -1, 3 * HEAD), 3, axis=-1)
     attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
@@ -103,7 +103,7 @@ def layer(x: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
 
 
 def loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-    """Mean cross entropy of the next token."""
+    """Returns the mean cross-entropy of the next token."""
     x = params["embedding"][tokens] + params["position"]
     if isinstance(params["layers"], list):
         for w in params["layers"]:
@@ -116,7 +116,7 @@ def loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
 
 
 def compiled(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
-    """The number of parameters, and a train step for the chip; None if it does not fit."""
+    """Returns the number of parameters, and the compiled train step or None if it does not fit."""
     tx, params = way.make(), shapes(layers, scanned, way.params)
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
@@ -129,20 +129,20 @@ def compiled(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
     try:
         return count, lower(CHIP, step, (params, jax.eval_shape(tx.init, params), tokens)).compile()
-    except jax.errors.JaxRuntimeError as refusal:
-        if "RESOURCE_EXHAUSTED" not in str(refusal):
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return count, None
 
 
 def memory(program: Any) -> int:
-    """Bytes of arguments and temporaries together."""
+    """Returns the bytes of arguments and temporaries."""
     found = program.memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
 
 
-def of_few_layers(way: Way, scanned: bool) -> tuple[float, int]:
-    """What one more parameter takes, and how many layers will fit if that goes on."""
+def extrapolate(way: Way, scanned: bool) -> tuple[float, int]:
+    """Returns the bytes per added parameter, and the number of layers expected to fit."""
     (few, small), (many, big) = (compiled(way, n, scanned) for n in FEW)
     grown, layers = memory(big) - memory(small), FEW[1] - FEW[0]
     room = BYTES - memory(small)
@@ -150,21 +150,22 @@ def of_few_layers(way: Way, scanned: bool) -> tuple[float, int]:
 
 
 def largest(way: Way, scanned: bool, start: int) -> dict[str, Any]:
-    """The largest model that the compiler accepts; that of one more layer it refuses."""
-    held: dict[int, int | None] = {}  # by layers; None: refused
+    """Returns the largest model that fits; with one more layer, it does not."""
+    used: dict[int, int | None] = {}  # bytes by layers; None if the model does not fit
     counts: dict[int, int] = {}
     layers = start
-    while layers not in held:
+    while layers not in used:
         counts[layers], program = compiled(way, layers, scanned)
-        held[layers] = None if program is None else memory(program)
-        tqdm.write(f"{layers} layers, {counts[layers]} parameters: {held[layers] or 'refused'}")
-        layers += -1 if held[layers] is None else 1
-    fits = max(n for n, found in held.items() if found is not None)
-    return {"layers": fits, "parameters": counts[fits], "bytes": held[fits]}
+        used[layers] = None if program is None else memory(program)
+        result = used[layers] or "does not fit"
+        tqdm.write(f"{layers} layers, {counts[layers]} parameters: {result}")
+        layers += -1 if used[layers] is None else 1
+    fits = max(n for n, found in used.items() if found is not None)
+    return {"layers": fits, "parameters": counts[fits], "bytes": used[fits]}
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """One bar a way."""
+    """Draws a bar per row."""
     plt.rcParams.update(reporting.STYLE)
     figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained", dpi=110)
     sizes = [row["parameters"] / 1e9 for row in rows]
@@ -173,18 +174,18 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("billions of parameters")
-    title = "The largest transformer that one TPU v5e (16 GB) trains, by the compiler's verdict"
+    title = "Largest transformer whose step fits in one TPU v5e (16 GB), according to the compiler"
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(reporting.FIGURES / "model_size.png")
 
 
 def main() -> None:
-    """Compiles everything, prints the rows, writes the JSON after each, and draws the figure."""
+    """Compiles the models; after each, prints its row, writes the JSON and draws the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY")
-    parser.add_argument("--unrolled", action="store_true", help="the same with a list of layers")
+    parser.add_argument("--unrolled", action="store_true", help="use a list of layers")
     parser.add_argument("--quick", action="store_true", help="one model of one layer")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -195,11 +196,11 @@ def main() -> None:
     if path.exists():
         rows = {row["way"]: row for row in json.loads(path.read_text("utf-8"))["rows"]}
     if arguments.unrolled and (missing := set(arguments.ways) - set(rows)):
-        parser.error(f"to what --unrolled adds there are no rows yet: {sorted(missing)}")
+        parser.error(f"--unrolled needs the rows {sorted(missing)}; run without it first")
     made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
         way, scanned = WAYS[name], not arguments.unrolled
-        more, layers = of_few_layers(way, scanned)
+        more, layers = extrapolate(way, scanned)
         found = {"commit": made["commit"], "more": more, **largest(way, scanned, layers)}
         row = rows.setdefault(name, {"way": name})
         row.update(found if scanned else {"unrolled": found})

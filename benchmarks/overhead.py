@@ -1,12 +1,15 @@
-"""What an update of a small leaf costs: in Python, and in a jitted step; how often that is traced.
+"""Measures the overhead of updating small leaves, in Python and in a jitted step.
 
     python -m benchmarks.overhead [--quick]
 
-Time of a call of `update` on leaves of four elements, in alternation with optax.adamax, outside
-of `jit` and while it is traced. Then a jitted step on one small leaf, donated: JAX runs a program
-of less than some thousand operations in the thread that calls it, and hands others to another
-thread, which takes longer than the step; so once more where all run inline. Then a jitted step over
-changes of the learning rate, b2 and the count: it must be traced once. Takes a minute.
+1. A call of `update` on leaves of four elements, eager and while it is traced, relative to
+   optax.adamax in alternation.
+2. A jitted step on one small leaf with donation. JAX runs short programs in the calling thread and
+   others in another thread, which costs more than the step, so the step is also measured with all
+   programs inline.
+3. The number of traces while the learning rate, b2 and the count change, which must be 1.
+
+Runs for a minute.
 """
 
 import argparse
@@ -34,7 +37,7 @@ CANDIDATES = {
 
 
 def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
-    """Time of one update call as a ratio to that of optax.adamax."""
+    """Returns the time of an update call relative to optax.adamax."""
     params = [jnp.ones(4) for _ in range(leaves)]
 
     def runner(tx: optax.GradientTransformation) -> Any:
@@ -47,7 +50,7 @@ def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
 
 
 def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, Any]:
-    """Times of runners, each of so many calls, and their ratios to the reference."""
+    """Returns times per call and ratios to the reference, for runners that make `calls` calls."""
     seconds = timing.alternate(runners, rounds)
     ratios = timing.ratios(seconds, REFERENCE)
     return {
@@ -57,7 +60,7 @@ def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, A
 
 
 def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
-    """Time of a jitted step on one leaf; `inline`, before JAX starts: in the thread that calls."""
+    """Returns the time of a jitted step on one leaf; set `inline` only before JAX starts."""
     jax.config.update("jax_cpu_enable_async_dispatch", not inline)
     ones = jnp.ones(size)
 
@@ -76,7 +79,7 @@ def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, A
 
 
 def traces(steps: int) -> int:
-    """How often a step is traced while learning rate, b2 and count change."""
+    """Counts the traces of a step while learning rate, b2 and count change."""
     inject = optax.inject_hyperparams(adamax, hyperparam_dtype=jnp.float32)
     tx = inject(learning_rate=1e-3, b2=0.999)
     params, traced = jnp.ones(4), 0
@@ -97,7 +100,7 @@ def traces(steps: int) -> int:
 
 
 def main() -> None:
-    """Measures, prints and writes the JSON."""
+    """Runs all measurements, prints them and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few rounds")
     quick = parser.parse_args().quick

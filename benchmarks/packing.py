@@ -1,10 +1,10 @@
-"""Many small leaves: steps and compilation with and without `pack_small_leaves`.
+"""Measures steps and compilation for many small leaves, with and without `pack_small_leaves`.
 
     python -m benchmarks.packing [--quick]
 
-A train step with donated parameters and state whose gradients (of a sum of squares) are computed
-inside. Times of steps are measured in alternation, compilations (trace, lowering, XLA) in turn.
-Takes three minutes.
+The train step computes the gradients of a sum of squares; parameters and state are donated. Step
+times are measured in alternation, compile times (tracing, lowering and XLA) one after another.
+Runs for three minutes.
 """
 
 import argparse
@@ -34,19 +34,19 @@ CANDIDATES: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def gradient(params: dict[str, jax.Array], target: jax.Array) -> Any:
-    """Of the summed squared distance of every leaf to the target."""
+    """Returns the gradient of the summed squared distance of every leaf to the target."""
     return jax.grad(lambda p: sum(jnp.sum((x - target) ** 2) for x in p.values()))(params)
 
 
 def build(name: str, count: int, size: int) -> timing.Step:
-    """A step on `count` leaves of `size` elements."""
+    """Returns a compiled step on `count` leaves of `size` elements."""
     params = {f"leaf {i}": np.full(size, i, np.float32) for i in range(count)}
     return timing.Step(CANDIDATES[name](), params, gradient, jnp.ones(size))
 
 
 def compare(count: int, rounds: int, compilations: int) -> dict[str, Any]:
-    """Step and compilation of every candidate, as ratios to optax.adamax."""
-    build(REFERENCE, 2, SIZE)  # what JAX sets up once
+    """Returns step and compile times of every candidate, relative to optax.adamax."""
+    build(REFERENCE, 2, SIZE)  # initializes JAX
     steps: dict[str, timing.Step] = {}
     compiling: dict[str, list[float]] = {name: [] for name in CANDIDATES}
     for _ in tqdm(range(compilations), desc=f"{count} leaves", leave=False):
@@ -59,7 +59,7 @@ def compare(count: int, rounds: int, compilations: int) -> dict[str, Any]:
 
 
 def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """The packed step as a ratio to the unpacked one, for leaves of growing size."""
+    """Returns the time of the packed step relative to the unpacked step, per size of the leaves."""
     found = {}
     for size in tqdm(sizes, desc="sizes", leave=False):
         steps = {name: build(name, count, size) for name in ("adamax", PACKED)}
@@ -68,7 +68,7 @@ def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """The ratio against the size of a leaf."""
+    """Draws the ratio over the size of a leaf."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -86,7 +86,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON and figure."""
+    """Runs all measurements, prints them, and writes the JSON and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few leaves, few rounds")
     quick = parser.parse_args().quick

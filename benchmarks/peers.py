@@ -1,11 +1,11 @@
-"""One step of every peer on one large float32 leaf, beside the limit of the machine.
+"""Compares steps of several frameworks on one large float32 leaf with the memory bound on CPU.
 
     python -m benchmarks.peers [--quick]
 
-A step that is only the optimizer, with gradients given: donated or in place, all cores, as fast as
-each framework's documentation tells to run it. The limit is a single pass in C over the same bytes
-(benchmarks/bandwidth_bound.py). Everything is measured in alternation in one process; then once
-more what JAX runs, in a process with XLA's multi-output fusion and huge pages. Takes two minutes.
+Each optimizer step runs in the fastest way that its framework documents: in place or with donation,
+on all cores. Gradients are arguments. The bound is a single pass in C over the same bytes
+(benchmarks/bandwidth_bound.py). All are measured in alternation in one process; then the JAX
+programs again in a process with XLA's multi-output fusion and huge pages. Runs for two minutes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ Runner = Callable[[], object]
 
 
 def in_jax(tx: optax.GradientTransformation, gradient: np.ndarray) -> Runner:
-    """A jitted, donated step."""
+    """Returns a jitted step with donation."""
     return timing.Step(tx, jnp.ones(gradient.size), timing.given, jnp.asarray(gradient))
 
 
@@ -51,7 +51,7 @@ def in_torch(gradient: np.ndarray, *, compiled: bool = False, **options: Any) ->
 
 
 def in_keras(gradient: np.ndarray) -> Runner:
-    """`keras.optimizers.Adamax` on JAX: its stateless form, jitted, with donated variables."""
+    """Returns the jitted stateless step of `keras.optimizers.Adamax` on JAX, with donation."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
@@ -74,7 +74,7 @@ def in_keras(gradient: np.ndarray) -> Runner:
 
 
 def in_mlx(gradient: np.ndarray) -> Runner:
-    """`mlx.optimizers.Adamax` on CPU, compiled."""
+    """Returns the compiled step of `mlx.optimizers.Adamax` on CPU."""
     import mlx.core as mx
     import mlx.optimizers
 
@@ -96,7 +96,7 @@ def in_mlx(gradient: np.ndarray) -> Runner:
 
 
 def in_flashoptim(gradient: np.ndarray) -> Runner:
-    """flashoptim-jax's AdamW: 8-bit state, and bfloat16 parameters, for it refuses float32."""
+    """Returns the step of flashoptim-jax's AdamW: 8-bit state and bfloat16 parameters only."""
     from flashoptim_jax import flash_adamw
 
     tx = flash_adamw(learning_rate=RATE)
@@ -127,7 +127,7 @@ OTHERS: dict[str, Callable[[np.ndarray], Runner]] = {
 
 
 def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of everything that runs here to optax.adamax and to the limit; and what does not."""
+    """Returns times relative to optax.adamax and to the bound, and the reasons of missing ones."""
     gradient = np.random.default_rng(SEED).standard_normal(size, np.float32) * np.float32(0.01)
     runners: dict[str, Runner] = {}
     missing: dict[str, str] = {}
@@ -135,7 +135,7 @@ def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any
         try:
             runner = make(gradient)
             runner()  # compiles
-        except Exception as error:  # a peer that does not run here is a row, not a failure
+        except Exception as error:  # reported as a row
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
             runners[name] = runner
@@ -154,21 +154,23 @@ def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any
 
 
 def with_switch(quick: bool) -> dict[str, Any]:
-    """What JAX runs, measured in a process with the multi-output fusion and huge pages."""
+    """Measures the JAX programs in a process with multi-output fusion and huge pages."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {SWITCH}".strip()
     command = [sys.executable, "-m", "benchmarks.peers", "--jax-only", *["--quick"] * quick]
     environment = os.environ | HUGE_PAGES | {"XLA_FLAGS": flags}
     made = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if made.returncode:
-        return {"missing": {"all": "this XLA does not know the switch"}, "to_optax": {}}
+        return {"missing": {"all": "this version of XLA lacks the flag"}, "to_optax": {}}
     return json.loads(made.stdout)
 
 
 def main() -> None:
-    """Measures, prints the ratios and writes the JSON."""
+    """Runs all measurements, prints the ratios and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the size, few rounds")
-    parser.add_argument("--jax-only", action="store_true", help="print JSON of what JAX runs")
+    parser.add_argument(
+        "--jax-only", action="store_true", help="print the JSON of the JAX programs"
+    )
     arguments = parser.parse_args()
     size, rounds = (SIZE // 16, 5) if arguments.quick else (SIZE, ROUNDS)
     if arguments.jax_only:
@@ -185,8 +187,8 @@ def main() -> None:
         found = results[title] or {"to_optax": {}, "missing": {}}
         for name, ratio in found["to_optax"].items():
             limit = found.get("to_limit", {}).get(name)
-            beside = f", to the limit {timing.text(limit)}" if limit else ""
-            print(f"{title}: {name:24} to optax.adamax {timing.text(ratio)}{beside}")
+            suffix = f", to the bound {timing.text(limit)}" if limit else ""
+            print(f"{title}: {name:24} to optax.adamax {timing.text(ratio)}{suffix}")
         for name, reason in found["missing"].items():
             print(f"{title}: {name:24} not measured: {reason}")
     if not arguments.quick:
@@ -198,7 +200,7 @@ def main() -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether a package is there."""
+    """Returns whether a package is installed."""
     try:
         return bool(version(package))
     except PackageNotFoundError:

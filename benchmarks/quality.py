@@ -1,12 +1,12 @@
-"""Does training with state in few bits end where training with float32 state ends?
+"""Compares the final losses of training with quantized and with float32 state.
 
   python -m benchmarks.quality           prints the tables, writes results/quality.json and draws
                                          figures/quality.png; 15 to 30 minutes on two CPU cores
-  python -m benchmarks.quality --quick   a few steps of some: shows that it works, no more
+  python -m benchmarks.quality --quick   runs a few steps of some tasks, as a smoke test
 
-Every run of a seed starts from the same parameters and sees the same batches, so the losses
-are compared in pairs. The peak learning rate of Adamax, and that of Adam, is the best of five
-for float32 state; every format of Adamax's state then uses the same one.
+All runs of a seed start from the same parameters and use the same batches, so losses are compared
+in pairs. The peak learning rates of Adamax and Adam are the best of five for float32 state. All
+storage formats use the rate of Adamax.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import optax_adamax
 from benchmarks import quality_figure, reporting
 from benchmarks.tasks import TASKS, Params, Task, text_fingerprint
 
-SEEDS, TUNING_SEED = tuple(range(20)), 100  # each task takes as many of them as it can afford
+SEEDS, TUNING_SEED = tuple(range(20)), 100  # each task uses the first `Task.seeds`
 PEAK_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 LOSSES = ("held_out_loss", "train_loss")
 CLAIM = (
@@ -36,14 +36,14 @@ Builder = Callable[[optax.Schedule, float], optax.GradientTransformation]
 
 
 def naive_bfloat16(schedule: optax.Schedule, b1: float) -> optax.GradientTransformation:
-    """optax.adamax in float32, its m and v rounded to bfloat16 after each step."""
+    """Returns optax.adamax with m and v rounded to bfloat16 after each step."""
     inner = optax.adamax(schedule, b1)
 
     def is_moment(x: jax.Array) -> bool:
         return jnp.issubdtype(x.dtype, jnp.floating)
 
     def store(x: jax.Array) -> jax.Array:
-        # Not the cast alone: XLA may leave out a cast to bfloat16 and back.
+        # A cast alone does not round, because XLA can remove a cast to bfloat16 and back.
         rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return rounded.astype(jnp.bfloat16)
 
@@ -64,7 +64,7 @@ REFERENCE, CLAIMED = "float32", "2 bytes: int8, uint8"
 NAIVE, ADAM = "naive bfloat16", "optax.adam, float32"
 OPTIMIZERS: dict[str, Builder] = {
     REFERENCE: optax_adamax.adamax,
-    # The same equations in another program: how far apart two runs come by rounding alone.
+    # The same equations in another program: the gap is due to float32 rounding alone.
     "optax.adamax, float32": optax.adamax,
     "4 bytes: bfloat16, bfloat16": partial(
         optax_adamax.adamax, m_dtype="bfloat16", v_dtype="bfloat16"
@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, Builder] = {
 
 
 def trainer(task: Task, build: Builder) -> Callable[..., Params]:
-    """What trains the parameters of a seed: (parameters, seed, peak rate) to parameters."""
+    """Returns a training function of parameters, seed and peak rate to trained parameters."""
 
     @jax.jit
     def train(params: Params, seed: jax.Array, peak_rate: jax.Array) -> Params:
@@ -100,7 +100,7 @@ def measure(
     task: Task, optimizers: Sequence[str], rates: Sequence[float], progress: tqdm
 ) -> dict[str, Any]:
     """Chooses the peak rates, then trains every seed with every optimizer."""
-    judge = jax.jit(lambda params: [getattr(task, loss)(params) for loss in LOSSES])
+    evaluate = jax.jit(lambda params: [getattr(task, loss)(params) for loss in LOSSES])
     init = jax.jit(lambda seed: task.init(jax.random.fold_in(jax.random.key(seed), 0)))
     tuning: dict[str, dict[float, float]] = {}
     losses: dict[str, dict[str, list[float]]] = {loss: {} for loss in LOSSES}
@@ -108,7 +108,7 @@ def measure(
         train = trainer(task, OPTIMIZERS[name])
 
         def run(seed: int, rate: float, train: Callable[..., Params] = train) -> list[float]:
-            found = [float(x) for x in judge(train(init(seed), seed, rate))]
+            found = [float(x) for x in evaluate(train(init(seed), seed, rate))]
             progress.update()
             return found
 
@@ -130,7 +130,7 @@ def measure(
 
 
 def compare(of_seeds: dict[str, list[float]]) -> dict[str, Any]:
-    """The paired gaps to float32 state: their means and the standard errors of the means."""
+    """Returns the means of the paired gaps to float32 state, and their standard errors."""
     reference = np.array(of_seeds[REFERENCE])
     gaps = {name: np.array(x) - reference for name, x in of_seeds.items() if name != REFERENCE}
     return {
@@ -142,7 +142,7 @@ def compare(of_seeds: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def verdict(tasks: dict[str, Any]) -> dict[str, Any]:
-    """The gap of 2-byte state in seed-to-seed deviations, and whether it is within one."""
+    """Returns the gap of 2-byte state in seed-to-seed deviations, and whether it is within one."""
     ratios = {
         loss: {
             name: task[loss]["gap"][CLAIMED] / task[loss]["float32_deviation"]
@@ -155,7 +155,7 @@ def verdict(tasks: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(tasks: dict[str, Any], loss: str) -> None:
-    """One block a task, one line an optimizer."""
+    """Prints a block per task with a line per optimizer."""
     print(f"\nGap of the {loss.replace('_', ' ')} to {REFERENCE} state: mean +- standard error,")
     print(f"and the mean in seed-to-seed standard deviations of {REFERENCE}")
     for name, task in tasks.items():

@@ -1,8 +1,8 @@
-"""What the scenarios of `oracle` show, and what the policies cost.
+"""Measures errors against float64 in extreme scenarios, and the costs of non-finite policies.
 
     python -m benchmarks.reliability [--quick]
 
-Takes some minutes.
+Runs for some minutes.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import optax
 from benchmarks import low_bit, reporting
 from optax_adamax import adamax, limit_spikes
 from tests.oracle.formats import FORMATS, SOME_FORMATS
-from tests.oracle.scenarios import LONG, SEED, SILENCE, long_run, saturation
+from tests.oracle.scenarios import LONG, SEED, ZERO_STEPS, long_run, saturation
 
 
 def costs(size: int, rounds: int) -> list[dict[str, Any]]:
-    """Step times of the policies, as ratios to a step without one, and what they allocate."""
+    """Returns step times relative to a step without a policy, and allocated bytes, per policy."""
     rows = []
     for m_dtype, v_dtype in SOME_FORMATS:
         make = functools.partial(adamax, 1e-3, m_dtype=m_dtype, v_dtype=v_dtype)
@@ -34,17 +34,17 @@ def costs(size: int, rounds: int) -> list[dict[str, Any]]:
             optax.apply_if_finite, make(), max_consecutive_errors=10
         )
         for policy, row in low_bit.measure(candidates, size, rounds).items():
-            del row["passes"]  # which does not look into branches
+            del row["passes"]  # does not count loops inside branches
             rows.append({"policy": policy, "m_dtype": m_dtype, "v_dtype": v_dtype, **row})
     return rows
 
 
 def main() -> None:
-    """Runs everything, prints it and writes the JSON."""
+    """Runs all measurements, prints them and writes the JSON files."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="short silences and runs, no JSON")
+    parser.add_argument("--quick", action="store_true", help="shorter runs, no JSON")
     quick = parser.parse_args().quick
-    rows = saturation(FORMATS, SILENCE // 100 if quick else SILENCE)
+    rows = saturation(FORMATS, ZERO_STEPS // 100 if quick else ZERO_STEPS)
     long_rows = long_run(FORMATS, LONG // 100 if quick else LONG)
     cost_rows = costs(1 << 18 if quick else 1 << 23, 8 if quick else 40)
     for row in rows + long_rows + cost_rows:

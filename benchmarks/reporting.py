@@ -1,4 +1,4 @@
-"""What stands beside every measured number: the machine, the versions and how to repeat it."""
+"""Records the machine, the versions and the command with each result, and writes JSON."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def provenance(
     seeds: Sequence[int] = (),
     packages: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """How the numbers of `python -m module` came about; `packages` adds to `PACKAGES`."""
+    """Returns machine, versions and command of `python -m module`; `packages` adds versions."""
     return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
@@ -43,13 +43,13 @@ def provenance(
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results`, and makes the folder if need be."""
+    """Writes `results` as JSON and creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 def _commit() -> str:
-    """The commit of this tree, marked where files under version control differ from it."""
+    """Returns the commit of this tree, with a mark if tracked files differ from it."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)

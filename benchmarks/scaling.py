@@ -1,10 +1,11 @@
-"""How a step grows: with the parameters of one leaf, and with the number of small leaves.
+"""Measures how step times grow with the size of one leaf and with the number of small leaves.
 
     python -m benchmarks.scaling [--quick]
 
-Float32, donated, with gradients given (one leaf) or computed inside (many leaves, as in
-`benchmarks.packing`). Slopes are of log time against log size by least squares, over the upper
-half of the sizes: 1 is proportional. Takes three minutes and 4 GB of memory.
+Parameters and state are float32 and donated. Gradients are arguments for one leaf, and computed in
+the step for many leaves, as in `benchmarks.packing`. Slopes of log time over log size are fitted by
+least squares to the upper half of the sizes; 1 means proportional. Runs for three minutes and needs
+4 GB of memory.
 """
 
 import argparse
@@ -27,7 +28,7 @@ ONE_LEAF = {REFERENCE: lambda: optax.adamax(1e-3), "adamax": lambda: adamax(1e-3
 
 
 def one_leaf(size: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratio of a step on one leaf, and what it holds at its peak."""
+    """Returns seconds, ratio and peak memory of a step on one leaf."""
     gradient = jnp.full(size, 0.01)
     steps = {
         name: timing.Step(make(), jnp.ones(size), timing.given, gradient)
@@ -43,7 +44,7 @@ def one_leaf(size: int, rounds: int) -> dict[str, Any]:
 
 
 def many_leaves(count: int, rounds: int) -> dict[str, Any]:
-    """Seconds and ratio of a step on small leaves, and of its compilation."""
+    """Returns seconds and ratio of a step on small leaves, and of its compilation."""
     names = (REFERENCE, "adamax", PACKED)
     steps = {name: packing.build(name, count, packing.SIZE) for name in names}
     found = {name: {"compile_seconds": step.compile_seconds} for name, step in steps.items()}
@@ -59,7 +60,7 @@ def _with_times(found: dict[str, Any], seconds: dict[str, np.ndarray]) -> dict[s
 
 
 def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
-    """The slope of each candidate over the upper half of the sizes."""
+    """Returns the slope of each candidate over the upper half of the sizes."""
     sizes = list(curve)[len(curve) // 2 :]
     x = np.log([int(size) for size in sizes])
 
@@ -73,14 +74,14 @@ def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Time and memory against parameters, time and compilation against leaves."""
+    """Draws time and memory over parameters, and time and compile time over leaves."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     panels = [
-        ("parameters", "seconds", "parameters in one leaf", "seconds a step"),
+        ("parameters", "seconds", "parameters in one leaf", "seconds per step"),
         ("parameters", "peak_bytes", "parameters in one leaf", "peak memory, bytes"),
-        ("leaves", "seconds", "leaves of 64 elements", "seconds a step"),
+        ("leaves", "seconds", "leaves of 64 elements", "seconds per step"),
         ("leaves", "compile_seconds", "leaves of 64 elements", "seconds of compilation"),
     ]
     figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
@@ -97,14 +98,14 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measures, prints and writes JSON and figure."""
+    """Runs all measurements, prints them, and writes the JSON and the figure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     quick = parser.parse_args().quick
     parameters, leaves = (PARAMETERS[:3], LEAVES[:4]) if quick else (PARAMETERS, LEAVES)
     rounds = 5 if quick else ROUNDS
     results: dict[str, Any] = {"rounds": rounds}
-    packing.build(REFERENCE, 2, packing.SIZE)  # what JAX sets up once
+    packing.build(REFERENCE, 2, packing.SIZE)  # initializes JAX
     for name, sizes, run in (
         ("parameters", parameters, one_leaf),
         ("leaves", leaves, many_leaves),

@@ -1,9 +1,9 @@
-"""Bytes of optimizer state on each device, for transformers of 1, 8 and 70 billion parameters.
+"""Computes the bytes of optimizer state per device for transformers with 1, 8 and 70e9 parameters.
 
     python -m benchmarks.state_bytes
 
-The shapes are Llama's, the shardings are those of `sharding.shard` on a
-`jax.sharding.AbstractMesh`, and nothing is allocated. Takes half a minute.
+The shapes are Llama's. The shardings come from `sharding.shard` on a `jax.sharding.AbstractMesh`,
+so nothing is allocated. Runs for half a minute.
 """
 
 import math
@@ -24,12 +24,12 @@ FORMATS = {
     "4 bytes": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
     "2 bytes": {"m_dtype": "int8", "v_dtype": "uint8"},
 }
-# Devices, and how they are meshed: data-parallel x tensor-parallel.
+# Number of devices, and the shape of their mesh: data-parallel x tensor-parallel.
 MESHES = {8: (8, 1), 64: (8, 8), 512: (64, 8)}
 
 
 class Transformer(NamedTuple):
-    """The shapes of a decoder of Llama's kind."""
+    """Sizes of a decoder with the architecture of Llama."""
 
     vocabulary: int
     width: int
@@ -38,10 +38,10 @@ class Transformer(NamedTuple):
     key_value_heads: int
     head_width: int
     hidden: int
-    tied: bool  # whether the last layer is the embedding
+    tied: bool  # whether the last layer shares the weights of the embedding
 
     def shapes(self) -> dict[str, Any]:
-        """Shape and PartitionSpec of each parameter, split over "model" as Megatron splits them."""
+        """Returns shape and PartitionSpec per parameter, sharded over "model" as in Megatron."""
         queries, keys = self.heads * self.head_width, self.key_value_heads * self.head_width
         layer = {
             "attention_norm": ((self.width,), P()),
@@ -63,7 +63,7 @@ class Transformer(NamedTuple):
         return {"layers": [layer] * self.layers, **ends}
 
     def parameters(self, mesh: Mesh | AbstractMesh) -> Any:
-        """The parameters in bfloat16, as shapes with shardings."""
+        """Returns the bfloat16 parameters as shapes with shardings."""
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 leaf[0], jnp.bfloat16, sharding=NamedSharding(mesh, leaf[1])
@@ -82,12 +82,12 @@ MODELS = {
 
 
 def transformation(name: str) -> optax.GradientTransformation:
-    """The usual optimizer, with the state in the format `name`."""
+    """Returns the usual optimizer with the storage formats `name`."""
     return optax_adamax.adamaxw(optax.cosine_decay_schedule(1e-3, 1000), **FORMATS[name])
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any, zero1_axis: str | None) -> int:
-    """Bytes of the state of `tx` on each device."""
+    """Returns the bytes of the state of `tx` on each device."""
     state = sharding.shard(tx, params, zero1_axis=zero1_axis).init(params)
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -96,7 +96,7 @@ def state_bytes(tx: optax.GradientTransformation, params: Any, zero1_axis: str |
 
 
 def row(model: str, devices: int, name: str) -> dict[str, Any]:
-    """One row of the table."""
+    """Returns one row of the table."""
     mesh = AbstractMesh(MESHES[devices], ("data", "model"))
     params, tx = MODELS[model].parameters(mesh), transformation(name)
     return {

@@ -1,7 +1,7 @@
-"""Four small training tasks on data that is found on any machine.
+"""Defines four small training tasks on data that scikit-learn and Python contain.
 
-Each is a loss that draws its own batch, and whatever noise it needs, from a random key: with
-the same keys, two runs see the same batches.
+The loss of a task draws its batch and its noise from a random key. Two runs with the same keys use
+the same batches.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ lecun_normal = jax.nn.initializers.lecun_normal()
 
 
 class Task(NamedTuple):
-    """One training problem; `train_loss` and `held_out_loss` judge it by fixed examples."""
+    """A training problem; `train_loss` and `held_out_loss` evaluate fixed examples."""
 
     description: str
     steps: int
@@ -39,12 +39,12 @@ class Task(NamedTuple):
     b1: float = 0.9
 
 
-# --- Digits: the 1,797 images of 8 x 8 pixels that ship with scikit-learn.
+# --- Digits: 1,797 images of 8 x 8 pixels from scikit-learn.
 
 
 @cache
 def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels in [0, 1] and labels, to train on and held out."""
+    """Returns pixels in [0, 1] and labels of the training set and of the held-out set."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     pixels, labels = np.float32(data.data / 16)[order], np.int32(data.target)[order]
@@ -52,7 +52,7 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def classifier() -> Task:
-    """A perceptron with two hidden layers."""
+    """Returns the task of a perceptron with two hidden layers."""
     x, y, held_out_x, held_out_y = digits()
     sizes = (64, 128, 64, 10)
 
@@ -84,7 +84,7 @@ def classifier() -> Task:
 
 
 def autoencoder() -> Task:
-    """A variational autoencoder with eight latent variables, its pixels seen as probabilities."""
+    """Returns the task of a variational autoencoder whose pixels are Bernoulli probabilities."""
     x, _, held_out_x, _ = digits()
     latent = 8
     layers = {"in": (64, 128), "latent": (128, 2 * latent), "hidden": (latent, 128)}
@@ -132,9 +132,9 @@ def autoencoder() -> Task:
 
 @cache
 def sources() -> tuple[str, str]:
-    """The text of the modules at the top of the standard library; every tenth is held out."""
+    """Returns the text of top-level modules of the standard library; every tenth is held out."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    # The settings with which this Python was built differ from machine to machine.
+    # This module has the build settings of Python, which depend on the machine.
     files = [file for file in files if not file.name.startswith("_sysconfigdata")]
     texts = [file.read_text("utf-8") for file in files]
     held_out = "".join(texts[::10])
@@ -142,15 +142,15 @@ def sources() -> tuple[str, str]:
 
 
 def text_fingerprint() -> dict[str, int | str]:
-    """Which text it was: another release of Python has another one."""
+    """Identifies the text, which depends on the release of Python."""
     train, held_out = sources()
     digest = hashlib.sha256((train + held_out).encode()).hexdigest()
     return {"characters": len(train), "held_out_characters": len(held_out), "sha256": digest}
 
 
 def transformer() -> Task:
-    """A language model of characters: two layers of width 64, four heads, a context of 64."""
-    # What is not ASCII becomes one symbol, 127, which no source has.
+    """Returns the task of a character model: two layers of width 64, four heads, context 64."""
+    # Characters outside ASCII become symbol 127, which no source contains.
     text, held_out = (
         np.minimum(np.frombuffer(t.encode("utf-32-le"), np.uint32), 127).astype(np.int32)
         for t in sources()
@@ -175,7 +175,7 @@ def transformer() -> Task:
         return scale * x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
 
     def cross_entropy(params: Params, tokens: jax.Array) -> jax.Array:
-        """Of the last `context` characters of each row, each from those before it."""
+        """Returns the cross-entropy of the last `context` characters of each row."""
         x = params["tokens"][tokens[:, :-1]] + params["positions"]
         for i in range(depth):
             qkv = normalize(x, params[f"scale_mix{i}"]) @ params[f"qkv{i}"]
@@ -192,7 +192,7 @@ def transformer() -> Task:
         return cross_entropy(params, jnp.asarray(text)[starts[:, None] + np.arange(context + 1)])
 
     def mean_loss(text: np.ndarray, params: Params) -> jax.Array:
-        """Over 1,024 windows, equally spaced."""
+        """Returns the mean over 1,024 equally spaced windows."""
         starts = np.linspace(0, len(text) - context - 1, 1024).astype(np.int32).reshape(16, 64)
         windows = jnp.asarray(text[starts[:, :, None] + np.arange(context + 1)])
         return jax.lax.map(partial(cross_entropy, params), windows).mean()
@@ -210,7 +210,7 @@ def transformer() -> Task:
 
 
 def embedding() -> Task:
-    """Word vectors by skip-gram with negative samples: most rows have a gradient of zero."""
+    """Returns the task of skip-gram word vectors; the gradients of most rows are zero."""
     size, width, batch, negatives, reach = 4096, 32, 64, 5, 2
     words, held_out_words = (re.findall(r"\w+|[^\w\s]", text) for text in sources())
     counts = Counter(words).most_common(size)
@@ -238,7 +238,7 @@ def embedding() -> Task:
         return (jax.nn.softplus(-of_near) + jax.nn.softplus(of_far).sum(-1)).mean()
 
     def mean_loss(corpus: np.ndarray, params: Params) -> jax.Array:
-        """Over 2**17 pairs, always the same."""
+        """Returns the mean over 2**17 fixed pairs."""
         keys = jax.random.split(jax.random.key(0), 32)
         return jax.lax.map(partial(sampled_loss, corpus, 4096, params), keys).mean()
 

@@ -1,4 +1,4 @@
-"""Times in alternation: on a shared machine only ratios within one run mean anything."""
+"""Measures times in alternation, because on a shared machine only ratios are reproducible."""
 
 import functools
 import time
@@ -14,7 +14,7 @@ WARM_UP = 3
 
 
 def alternate(runners: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each runner in each round; a runner returns when its work is done."""
+    """Returns the seconds of each runner in each round; a runner must wait for its results."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in tqdm(range(WARM_UP + rounds), desc="rounds", leave=False, disable=None):
         for name, runner in runners.items():
@@ -25,13 +25,13 @@ def alternate(runners: dict[str, Callable[[], object]], rounds: int) -> dict[str
 
 
 def spread(values: np.ndarray) -> dict[str, Any]:
-    """Median and quartiles."""
+    """Returns median and quartiles."""
     low, median, high = (float(x) for x in np.quantile(values, (0.25, 0.5, 0.75)))
     return {"median": median, "quartiles": [low, high]}
 
 
 def span(medians: np.ndarray) -> dict[str, Any]:
-    """Median and range of the medians of runs."""
+    """Returns median and range of the medians of several runs."""
     return {
         "median": float(np.median(medians)),
         "runs": [float(medians.min()), float(medians.max())],
@@ -39,12 +39,12 @@ def span(medians: np.ndarray) -> dict[str, Any]:
 
 
 def ratios(seconds: dict[str, np.ndarray], reference: str) -> dict[str, dict[str, Any]]:
-    """The time of each runner over that of the reference in the same round."""
+    """Returns the times relative to the reference in the same round."""
     return {name: spread(found / seconds[reference]) for name, found in seconds.items()}
 
 
 def text(ratio: dict[str, Any]) -> str:
-    """A median with its quartiles, or with the range of runs."""
+    """Formats a median with its quartiles, or with the range of runs."""
     low, high = ratio["runs"] if "runs" in ratio else ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
 
@@ -52,7 +52,7 @@ def text(ratio: dict[str, Any]) -> str:
 class Step:
     """A compiled train step with its own parameters and state, which it donates.
 
-    `gradient(params, batch)` is computed inside. `compile_seconds` is the time from the first trace
+    The step computes `gradient(params, batch)`. `compile_seconds` is the time from the first trace
     to the executable.
     """
 
@@ -74,13 +74,13 @@ class Step:
         self.compiled = step.lower(*self.carry, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.step = step
-        self.carry = step(*self.carry, batch)  # through the dispatch that users have
+        self.carry = step(*self.carry, batch)  # calls jit, which has the dispatch that users have
 
     def __call__(self) -> None:
         self.carry = jax.block_until_ready(self.step(*self.carry, self.batch))
 
 
 def given(params: Any, batch: Any) -> Any:
-    """The gradient of a step that is only the optimizer: what is given."""
+    """Returns `batch` as the gradient, for steps that only run the optimizer."""
     del params
     return batch

@@ -1,10 +1,10 @@
-"""Keeps each notebook in step with the script beside it.
+"""Generates each notebook from the script with the same name, and checks that they agree.
 
-The script, in percent format, is what people edit; the notebook is what they read.
+Edit the script, which is in percent format; the notebook has its text and the outputs of a run.
 
-  python notebooks/sync.py --check              fails where a notebook is not its script's
-  python notebooks/sync.py --execute            makes all notebooks anew and runs them
-  python notebooks/sync.py --execute quickstart makes and runs that one
+  python notebooks/sync.py --check              fails if a notebook differs from its script
+  python notebooks/sync.py --execute            generates and runs all notebooks
+  python notebooks/sync.py --execute quickstart generates and runs one notebook
 """
 
 import argparse
@@ -21,28 +21,28 @@ KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def scripts(folder: Path) -> list[Path]:
-    """The scripts in percent format."""
+    """Returns the scripts in percent format."""
     return [p for p in sorted(folder.glob("*.py")) if p.read_text("utf-8").startswith("# %%")]
 
 
 def read_script(script: Path) -> nbformat.NotebookNode:
-    """The notebook that a script stands for, without outputs."""
+    """Returns the notebook of a script, without outputs."""
     notebook = jupytext.reads(script.read_text("utf-8"), fmt="py:percent")
     notebook.metadata = nbformat.NotebookNode(kernelspec=KERNEL)
     for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"  # jupytext draws it at random
+        cell.id = f"cell-{number}"  # jupytext sets a random id
         cell.metadata.pop("lines_to_next_cell", None)
     return notebook
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with the notebooks of a folder, one line each."""
+    """Returns a message for each difference between the notebooks and scripts of a folder."""
     names = {path.stem for path in [*scripts(folder), *folder.glob("*.ipynb")]}
     return [fault for name in sorted(names) for fault in notebook_faults(folder / name)]
 
 
 def notebook_faults(stem: Path) -> list[str]:
-    """What is wrong with the notebook `stem`.ipynb."""
+    """Returns the messages for the notebook `stem`.ipynb."""
     script, path = stem.with_suffix(".py"), stem.with_suffix(".ipynb")
     missing = [f"{p.name} does not exist" for p in (script, path) if not p.exists()]
     if missing:
@@ -52,7 +52,7 @@ def notebook_faults(stem: Path) -> list[str]:
         [(cell.cell_type, cell.source) for cell in n.cells] for n in (read_script(script), notebook)
     )
     found = [
-        f"{path.name}: cell {number} is not that of {script.name}"
+        f"{path.name}: cell {number} differs from {script.name}"
         for number, (one, other) in enumerate(itertools.zip_longest(wanted, present))
         if one != other
     ]
@@ -70,7 +70,7 @@ def execute(script: Path) -> None:
     """
     from nbclient import NotebookClient
 
-    environment = os.environ | {"TQDM_DISABLE": "1"}  # a progress bar is for those who wait
+    environment = os.environ | {"TQDM_DISABLE": "1"}  # a notebook stores no progress bars
     notebook = read_script(script)
     resources = {"metadata": {"path": str(script.parent)}}
     NotebookClient(notebook, record_timing=False, resources=resources).execute(env=environment)
@@ -93,7 +93,7 @@ def main() -> int:
     if not arguments.check:
         known = {script.stem: script for script in scripts(FOLDER)}
         if unknown := set(arguments.execute) - set(known):
-            parser.error(f"no such notebook: {', '.join(unknown)}; there are {', '.join(known)}")
+            parser.error(f"unknown notebook {', '.join(unknown)}; choose from {', '.join(known)}")
         for name in arguments.execute or known:
             execute(known[name])
     found = faults(FOLDER)

@@ -15,11 +15,11 @@ UNIT = {"int8": 2.0**-15, "int16": 2.0**-24}  # the largest relative error of on
 VALUES = np.arange(65536, dtype=np.uint16).view(jnp.bfloat16)
 
 
-def wide(x):
+def to_float64(x):
     return np.asarray(x).astype(np.float64)
 
 
-ORDER = np.unique(wide(VALUES[~np.isnan(VALUES.astype(np.float32))]))
+ORDER = np.unique(to_float64(VALUES[~np.isnan(VALUES.astype(np.float32))]))
 
 
 def neighbours(x):
@@ -100,7 +100,7 @@ def run(tx, params, sequence, state=None):
 
 @functools.cache
 def expected(residual_dtype="int8"):
-    """Returns the run with which the other runs are compared."""
+    """Returns the reference run of other tests: the last parameters and state."""
     return run(optimizer(residual_dtype), parameters(), gradients())
 
 

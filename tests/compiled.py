@@ -1,4 +1,4 @@
-"""A compiled, donated train step, and what its program does with whole arrays."""
+"""Compiles a train step with donated buffers, and counts the copies and loops in its program."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import optax
 import pytest
 
 since_010 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10), reason="earlier compilers copy: slower, with the same results"
+    jax.__version_info__ < (0, 10), reason="XLA CPU before jaxlib 0.10 copies donated buffers"
 )
 
 
@@ -25,11 +25,11 @@ def train_step(tx, size, dtype=jnp.float32, gradient_dtype=None):
 
 
 def copies(executable, size):
-    """Copies of whole arrays."""
+    """Counts copies of arrays with `size` elements."""
     return len(re.findall(rf"= \w+\[{size}\]\S* copy\(", executable.as_text()))
 
 
 def passes(executable, size):
-    """Loops over whole arrays, in the program itself and outside its branches."""
+    """Counts loops that write arrays with `size` elements, outside conditional branches."""
     entry = executable.as_text().split("\nENTRY")[1]
     return len(re.findall(rf"= \w+\[{size}\]\S* fusion\(", entry))

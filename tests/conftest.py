@@ -23,31 +23,44 @@ settings.load_profile(os.environ.get("OPTAX_ADAMAX_TEST_PROFILE", "normal"))
 
 
 def pytest_collection_finish():
-    """What is there before the first test stays: searched for garbage again and again, it costs."""
+    """Excludes all imported modules from garbage collection, which would scan them repeatedly."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture
 def mutant(monkeypatch, request):
-    """Replaces something in the package for one test, compiled programs included."""
+    """Returns a function that replaces an attribute of the package for one test.
+
+    Programs that were compiled with the other value are dropped, before and after the test.
+    """
 
     def replace(module, name, value):
         monkeypatch.setattr(module, name, value)
-        forget_programs(request.module)
+        clear_caches(request.module)
 
     yield replace
     monkeypatch.undo()
-    forget_programs(request.module)
+    clear_caches(request.module)
 
 
-def forget_programs(test_module):
-    """Clears what the package and a module of tests keep compiled, by jax.jit or functools.cache.
+def is_helper(module):
+    return str(getattr(module, "__file__", "")).startswith(os.path.dirname(__file__))
 
-    jax.clear_caches would forget all that other tests compile again.
+
+def clear_caches(test_module):
+    """Clears the caches of jax.jit and functools.cache in the package and behind a test module.
+
+    These are the module itself and the helper modules whose functions it imports.
+    jax.clear_caches would also drop the programs of all other test modules.
     """
-    package = [m for name, m in sys.modules.items() if name.split(".")[0] == "optax_adamax"]
-    found = [value for module in [*package, test_module] for value in vars(module).values()]
+    imported = {getattr(value, "__module__", None) for value in vars(test_module).values()}
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.split(".")[0] == "optax_adamax" or (name in imported and is_helper(module))
+    ]
+    found = [value for module in [*modules, test_module] for value in vars(module).values()]
     found += [value for cls in found if isinstance(cls, type) for value in vars(cls).values()]
     for value in found:
         for clear in ("clear_cache", "cache_clear"):

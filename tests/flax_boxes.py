@@ -1,4 +1,4 @@
-"""Flax's boxes around parameters, for tests."""
+"""Imports Flax and removes its metadata wrappers from parameters."""
 
 import warnings
 
@@ -16,7 +16,7 @@ def is_box(node):
 
 
 def unboxed(tree):
-    """The same tree with arrays for boxes, as nnx.Optimizer hands it to `update`."""
+    """Replaces each wrapper by its array, as nnx.Optimizer does before it calls `update`."""
     return jax.tree.map(
         lambda node: jax.tree.leaves(node)[0] if is_box(node) else node, tree, is_leaf=is_box
     )

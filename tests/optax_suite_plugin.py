@@ -1,8 +1,7 @@
-"""Pytest plugin: the adamax cases of optax's own suite, with our functions in place of its own.
+"""Pytest plugin that runs the Adamax cases of optax's own suite with this package.
 
-Run ``pytest -p optax_suite_plugin FILES`` on those of the installed optax, which ships its suite.
-Its cases are counted, so that none goes missing, and a case fails that skips itself or does not
-call our `init`.
+Run ``pytest -p optax_suite_plugin FILES`` on test files of the installed optax. The plugin checks
+the number of cases. A case fails if it is skipped or does not call `init` of this package.
 """
 
 import functools
@@ -25,10 +24,10 @@ SWAPPED = {
 
 
 class NumericVersion(str):
-    """A version that is ordered by its numbers.
+    """Version string that is compared by its numbers.
 
-    `ShardingTest` of optax 0.2.8 skips itself where ``jax.__version__ < '0.7.2'``, which as strings
-    is true of 0.10. Try without from optax 0.2.9.
+    `ShardingTest` of optax 0.2.8 is skipped if ``jax.__version__ < '0.7.2'``, and as strings,
+    '0.10' < '0.7.2'. Try to remove this class with optax 0.2.9.
     """
 
     def __lt__(self, other):
@@ -39,11 +38,11 @@ class NumericVersion(str):
         return [int(number) for number in re.findall(r"\d+", version)]
 
 
-calls = 0  # of our `init`
+calls = 0  # number of calls of `init`
 
 
 def counted(constructor):
-    """The constructor, of a transformation whose `init` is counted."""
+    """Wraps a constructor: its transformation counts the calls of `init`."""
 
     @functools.wraps(constructor)
     def construct(*args, **kwargs):
@@ -67,7 +66,7 @@ def pytest_configure():
             setattr(module, name, counted(getattr(optax_adamax, name)))
 
 
-# Before the mark plugin, so that -k and -m do not change the count.
+# Runs before the mark plugin, because -k and -m would change the count.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items, config):
     cases = [item for item in items if "adamax" in name_of(item)]
@@ -77,19 +76,19 @@ def pytest_collection_modifyitems(items, config):
 
 
 def name_of(item):
-    """The name with its parameters; those of absl's `parameterized.product` are in an attribute."""
+    """Returns the name with its parameters; `parameterized.product` of absl hides them."""
     return item.name + getattr(item.obj, "__x_params_repr__", "")
 
 
 def check_count(count):
-    """Stops the run if optax's suite has not the cases that it should have."""
+    """Stops the run if the number of cases is not the expected number."""
     known = CASES.get(optax.__version__)
     if known is None and count >= FEWEST_CASES_OF_ANOTHER_VERSION:
         return
     if count != known:
         expected = known or f"at least {FEWEST_CASES_OF_ANOTHER_VERSION}"
         raise pytest.UsageError(
-            f"{count} cases are named adamax in optax {optax.__version__}: expected {expected}."
+            f"Found {count} cases named adamax in optax {optax.__version__}, expected {expected}."
         )
 
 
@@ -97,7 +96,7 @@ def check_count(count):
 def pytest_runtest_call():
     before = calls
     result = yield
-    assert calls > before, "our init was not called"
+    assert calls > before, "init of optax_adamax was not called"
     return result
 
 
@@ -105,5 +104,5 @@ def pytest_runtest_call():
 def pytest_runtest_makereport(item):
     report = yield
     if report.skipped:
-        report.outcome, report.longrepr = "failed", f"{item.name} skipped itself: {report.longrepr}"
+        report.outcome, report.longrepr = "failed", f"{item.name} was skipped: {report.longrepr}"
     return report

@@ -1,4 +1,4 @@
-"""The benchmarks run, on small sizes; times are looked at by nobody."""
+"""Smoke tests: the benchmarks run on small sizes; measured times are not checked."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def _on_path(monkeypatch):
         yield
 
 
-def test_ratios_are_taken_round_by_round():
+def test_ratios_are_computed_round_by_round():
     from benchmarks import timing
 
     calls = []
@@ -30,7 +30,7 @@ def test_ratios_are_taken_round_by_round():
     assert timing.ratios(seconds, "b")["a"] == {"median": 1.0, "quartiles": [0.75, 1.5]}
 
 
-def test_the_range_of_runs_is_that_of_their_medians():
+def test_range_of_runs_is_the_range_of_their_medians():
     from benchmarks import low_bit, timing
 
     medians = (1.0, 4.0, 2.0)
@@ -40,7 +40,7 @@ def test_the_range_of_runs_is_that_of_their_medians():
     assert timing.text(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
 
 
-def test_the_limit_takes_a_step_of_adamax():
+def test_c_loop_computes_a_step_of_adamax():
     from benchmarks.bandwidth_bound import Limit
 
     try:
@@ -49,14 +49,14 @@ def test_the_limit_takes_a_step_of_adamax():
         pytest.skip(str(reason))
     limit.adamax()
     parameter, m, v, g = (float(x[-1]) for x in limit._arrays)
-    # The first step of Adamax, but for the bias correction.
+    # The first step of Adamax without bias correction.
     np.testing.assert_allclose([m, v], [0.1 * g, g], rtol=1e-5)
     np.testing.assert_allclose(parameter, 1 - 1e-3 * 0.1, rtol=1e-6)
     limit.copy()
     assert np.all(limit._arrays[1] == np.float32(g))
 
 
-def test_peers(monkeypatch):
+def test_peers_reports_missing_frameworks(monkeypatch):
     from benchmarks import peers, update_docs
 
     def broken(gradient):
@@ -70,13 +70,13 @@ def test_peers(monkeypatch):
     assert "| broken | not measured: RuntimeError: no such device |" in text
 
 
-def test_scaling_and_packing(tmp_path, monkeypatch):
+def test_scaling_and_packing_write_results_and_figures(tmp_path, monkeypatch):
     from benchmarks import packing, reporting, scaling, update_docs
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
     parameters = {"16": scaling.one_leaf(16, 1)}
     leaves = {"1": scaling.many_leaves(1, 1)}
-    # Parameter, m, v and gradient in float32; the counts beside them.
+    # 16 bytes per parameter: parameter, m, v and gradient. The remaining bytes are counts.
     assert 16 * 16 <= parameters["16"]["adamax"]["peak_bytes"] <= 16 * 16 + 64
     scaling.draw({"parameters": parameters, "leaves": leaves})
     found = packing.compare(2, 1, 1)
@@ -95,7 +95,7 @@ def test_slopes_are_fitted_to_the_upper_half():
     assert text.endswith("| step, leaves | 2.00 |")
 
 
-def test_overhead_and_gpu():
+def test_overhead_and_gpu_return_rows():
     from benchmarks import gpu, overhead, update_docs
 
     assert overhead.traces(3) == 1
@@ -106,7 +106,7 @@ def test_overhead_and_gpu():
     assert found[gpu.REFERENCE]["bytes_a_parameter"] == 28
 
 
-def test_a_step_is_that_of_the_transformation():
+def test_timed_step_applies_the_transformation():
     from benchmarks import timing
 
     step = timing.Step(optax.sgd(1.0), np.ones(3, np.float32), timing.given, np.ones(3, np.float32))

@@ -28,7 +28,7 @@ PARAMS = {"a": np.float32([[0, 1, 2], [3, 4, 5]]), "b": {"c": np.ones((2, 3), np
 
 
 def is_harmless(saved, wanted):
-    """Whether two formats differ only in float32 or bfloat16 m, which a cast converts."""
+    """Returns whether two formats differ only in a float dtype of m, which a cast converts."""
     return saved[1] == wanted[1] and "int8" not in (saved[0], wanted[0])
 
 
@@ -104,7 +104,7 @@ def test_flax_rejects_every_pair_with_different_quantized_moments(states):
 
 
 @pytest.mark.parametrize("source, destination", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_state_that_flax_restored_with_another_m_dtype_must_be_converted(
+def test_state_that_flax_restored_with_another_m_dtype_must_be_converted(
     source, destination, states
 ):
     tx = scale_by_adamax(m_dtype=destination, v_dtype="uint8")
@@ -157,7 +157,7 @@ def test_residuals_of_another_size_are_rejected(source, destination, tmp_path):
         serialization.from_bytes(other, serialization.to_bytes(state))
 
 
-def test_a_single_array_as_parameter(tmp_path):
+def test_state_of_a_single_array_is_checked_after_restoring(tmp_path):
     """Flax returns a dict for the container if the target is a leaf; `update` rejects the dict."""
     params = np.ones(4, np.float32)
     coded, exact = scale_by_adamax(m_dtype="int8", v_dtype="uint8"), scale_by_adamax()

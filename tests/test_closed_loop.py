@@ -1,7 +1,7 @@
-"""m is rounded and feeds back into itself: the mean of a whole run must be right.
+"""The mean of quantized m over a whole run agrees with float64.
 
-Rounding that is unbiased while m is held fixed need not be: it may depend on its own past. Each
-check runs beside float64, and has mutants that it must see.
+Each m depends on earlier rounded values. Rounding that is unbiased for a fixed m can correlate with
+these values, so it is tested in closed loop. Each check has mutants that it must detect.
 """
 
 import functools
@@ -15,28 +15,29 @@ from parameters import formats
 from optax_adamax import _hyperparameters, _xla, decode_state, scale_by_adamax
 from tests.oracle.formats import LOW_BIT, SOME_FORMATS, V_DTYPES
 
-ROUNDED_M = [form for form in LOW_BIT if form[0] != "float32"]
+ROUNDED_M = [dtypes for dtypes in LOW_BIT if dtypes[0] != "float32"]
 B1 = np.float32([0.9, 0.95, 0.99, 0.999])
-# Runs for each, that start at other counts: the longer m remembers, the more its mean takes.
+# Runs per b1, each from another count: the mean of m converges more slowly for b1 nearer to 1.
 RUNS = {"bfloat16": [2, 2, 4, 16], "int8": [16, 16, 128, 384]}
 
-# Periodic gradients, 34 in a row: first two values that a walk by the golden ratio gets wrong, then
-# any, of periods 2 to 8, then one gradient in so many steps. 1 is the largest of each, which every
-# format of v keeps exactly where b2 = 1.
-VISITS = [144, 233, 377, 610, 987]
-PERIODS = np.array([2] * 3 + [2, 3, 4, 5, 6, 7, 8] * 3 + VISITS * 2)
+# 34 periodic gradients. Three alternate between two values for which rounding by multiples of the
+# golden ratio is biased; others are random with periods 2 to 8; the last are zero except once per
+# SPARSE_PERIODS steps. The largest value of each is 1, which every format of v stores exactly if
+# b2 = 1.
+SPARSE_PERIODS = [144, 233, 377, 610, 987]
+PERIODS = np.array([2] * 3 + [2, 3, 4, 5, 6, 7, 8] * 3 + SPARSE_PERIODS * 2)
 PATTERNS = np.random.default_rng(0).uniform(-1, 1, (8, len(PERIODS))).astype(np.float32)
 PATTERNS[0] = np.resize([1, -1], len(PERIODS))
 PATTERNS[1, :3] = [-0.25, 0.5, -0.75]
-PATTERNS[1:, -2 * len(VISITS) :] = 0
+PATTERNS[1:, -2 * len(SPARSE_PERIODS) :] = 0
 
 BURN, STEPS = 8_000, 20_160
-# The rows of `B1`: m that remembers a thousand steps takes two thirds of the runs of int8.
+# Rows of `B1`. The last one, b1 = 0.999, needs two thirds of all int8 runs.
 ALL, SHORT, LONG = np.s_[:], np.s_[:3], np.s_[3:]
 
 
 def gradient(t, xp=jnp):
-    """Of step t = 0, 1, ..., one for each row."""
+    """Returns the gradients of step t = 0, 1, ..., one per pattern."""
     at = t % xp.asarray(PERIODS, dtype=xp.int32)
     value = xp.take_along_axis(xp.asarray(PATTERNS), xp.minimum(at, 7)[None], 0)[0]
     return xp.where(at < 8, value, 0)
@@ -44,7 +45,7 @@ def gradient(t, xp=jnp):
 
 @functools.cache
 def exact_means():
-    """The mean of m over the steps after `BURN`, in float64, for each of `B1`."""
+    """Returns the float64 mean of m over the steps after `BURN`, a row per b1."""
     b1 = np.float64(B1)[:, None]
     m, total = 0.0, 0.0
     for t in range(BURN + STEPS):
@@ -54,13 +55,13 @@ def exact_means():
 
 
 def means(m_dtype, v_dtype, b2, rows):
-    """The same of m as it is kept, and of the updates, in the mean over `RUNS`.
+    """Returns the means of the stored m and of the updates, over the same steps and over `RUNS`.
 
     Args:
-      m_dtype: format of m.
-      v_dtype: format of v.
-      b2: one number for each of `B1`.
-      rows: which of `B1`, a slice.
+      m_dtype: storage format of m.
+      v_dtype: storage format of v.
+      b2: one number per entry of `B1`.
+      rows: slice that selects entries of `B1`.
     """
     runs = RUNS[m_dtype][rows]
     nothing = np.zeros(len(PERIODS), np.float32)
@@ -93,39 +94,40 @@ def rms(x):
 
 
 def check_mean(m_dtype, v_dtype, b2, rows=ALL):
-    """Within 0.5 % rms of float64, of short periods and of rare visits, for each b1 of `rows`."""
+    """Checks for each b1 that dense and sparse gradients have means within 0.5 % rms of float64."""
     m, u = means(m_dtype, v_dtype, b2, rows)
-    for columns in (np.s_[:, : -2 * len(VISITS)], np.s_[:, -2 * len(VISITS) :]):
+    sparse = -2 * len(SPARSE_PERIODS)
+    for columns in (np.s_[:, :sparse], np.s_[:, sparse:]):
         exact = exact_means()[rows][columns]
         assert np.all(rms(m[columns] - exact) <= 0.005 * rms(exact))
         if np.all(b2 == 1):  # then v is 1, and u is m
             assert np.all(rms(u[columns] - exact) <= 0.005 * rms(exact))
 
 
-MOVING = np.array([0.999, 0.999, 0.999, 0.9999])
+DECAYING_B2 = np.array([0.999, 0.999, 0.999, 0.9999])
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
-def test_the_mean_of_m(m_dtype, v_dtype):
-    check_mean(m_dtype, v_dtype, MOVING, SHORT if m_dtype == "int8" else ALL)
+def test_mean_of_m_agrees_with_float64(m_dtype, v_dtype):
+    check_mean(m_dtype, v_dtype, DECAYING_B2, SHORT if m_dtype == "int8" else ALL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("v_dtype", V_DTYPES)
-def test_the_mean_of_int8_with_a_long_memory(v_dtype):
-    check_mean("int8", v_dtype, MOVING, LONG)
+def test_mean_of_int8_m_agrees_with_float64_at_b1_0_999(v_dtype):
+    check_mean("int8", v_dtype, DECAYING_B2, LONG)
 
 
 @pytest.mark.parametrize(
     "m_dtype, v_dtype", formats([("bfloat16", "uint8"), ("int8", "uint8")], [("bfloat16", "uint8")])
 )
-def test_the_mean_direction(m_dtype, v_dtype):
+def test_mean_update_agrees_with_float64_at_b2_1(m_dtype, v_dtype):
     check_mean(m_dtype, v_dtype, np.ones(len(B1)))
 
 
 def check_constant_gradients(m_dtype, v_dtype):
-    """A constant gradient moves by 1.0000 a step, and by no more than the bound."""
-    b2 = 0.999999 if v_dtype == "float32" else 1.0  # with which v is exactly 1
+    """Checks that updates of a constant gradient have mean 1 if v is exact."""
+    b2 = 0.999999 if v_dtype == "float32" else 1.0  # quantized v is exactly 1
     txs = [scale_by_adamax(float(b1), b2, 0.0, m_dtype=m_dtype, v_dtype=v_dtype) for b1 in B1]
 
     def body(states, _):
@@ -138,12 +140,12 @@ def check_constant_gradients(m_dtype, v_dtype):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
-def test_constant_gradients(m_dtype, v_dtype):
+def test_constant_gradient_gives_mean_update_1(m_dtype, v_dtype):
     check_constant_gradients(m_dtype, v_dtype)
 
 
 def mean_direction(m_dtype, v_dtype, b1, b2):
-    """Of constant gradients of many sizes, over the steps in which v's frame goes round twice."""
+    """Returns the mean update of constant gradients over two periods of the shared scale of v."""
     g = jnp.asarray(np.exp(np.random.default_rng(3).uniform(-3, 3, 256)), jnp.float32)
     tx = scale_by_adamax(b1, b2, m_dtype=m_dtype, v_dtype=v_dtype)
 
@@ -163,10 +165,10 @@ def mean_direction(m_dtype, v_dtype, b1, b2):
         ("int8", "uint8", 0.0182, 1.0056),
     ],
 )
-def test_constant_gradients_under_the_bound(m_dtype, v_dtype, short, mean):
-    """Exact updates are at C_t, so the clip removes the errors on one side, and only these.
+def test_clip_shortens_updates_of_constant_gradients_as_documented(m_dtype, v_dtype, short, mean):
+    """Exact updates are at the bound C_t, so the clip removes positive errors only.
 
-    Without the clip (traced b1 and b2) the mean is that of v over the nearest code of v.
+    Without the clip (traced b1 and b2), the mean update is the mean ratio of v to its nearest code.
     """
     clipped = jax.jit(lambda: mean_direction(m_dtype, v_dtype, 0.9, 0.999))()
     free = jax.jit(functools.partial(mean_direction, m_dtype, v_dtype))(
@@ -176,8 +178,8 @@ def test_constant_gradients_under_the_bound(m_dtype, v_dtype, short, mean):
     np.testing.assert_allclose(free, mean, atol=0.002)
 
 
-def check_silence(m_dtype, v_dtype):
-    """20,000 steps after the last gradient nothing moves, even at b1 = 0.998."""
+def check_updates_vanish(m_dtype, v_dtype):
+    """Checks that updates vanish 20,000 steps after the last gradient, even at b1 = 0.998."""
     tx = scale_by_adamax(0.998, 0.999, 0.0, m_dtype=m_dtype, v_dtype=v_dtype)
     noise = jnp.asarray(np.random.default_rng(1).normal(size=(100, 64)), jnp.float32)
 
@@ -187,22 +189,22 @@ def check_silence(m_dtype, v_dtype):
 
     u = jax.jit(lambda: jax.lax.scan(body, tx.init(noise[0]), jnp.arange(20_100))[1])()
     assert u[99] > 0.1
-    # m in bfloat16 dies away as in float64, but never to 0; the last code of int8 falls to 0.
+    # bfloat16 m decays towards 0 without reaching it; int8 m reaches 0 from its smallest code.
     assert u[-1] == 0 if m_dtype == "int8" else u[-1] < 1e-10
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
-def test_silence_after_the_last_gradient(m_dtype, v_dtype):
-    check_silence(m_dtype, v_dtype)
+def test_updates_vanish_after_the_last_gradient(m_dtype, v_dtype):
+    check_updates_vanish(m_dtype, v_dtype)
 
 
 def check_jitter(m_dtype, grad_dtype, limit):
-    """How much longer or shorter a step of a whole layer is than that of float32."""
+    """Checks that the length of a layer's update, relative to float32, deviates by <= `limit`."""
     rng = np.random.default_rng(2)
     size = 10.0 ** rng.uniform(-3, 0, 4096)
     g = size * (rng.normal(size=4096) + rng.normal(size=(400, 4096)))
     gradients = jnp.asarray(g, grad_dtype)
-    low, high = (scale_by_adamax(m_dtype=kept) for kept in (m_dtype, None))
+    low, high = (scale_by_adamax(m_dtype=dtype) for dtype in (m_dtype, None))
 
     def body(states, g):
         u, low_state = low.update(g, states[0], jnp.zeros(4096))
@@ -214,42 +216,42 @@ def check_jitter(m_dtype, grad_dtype, limit):
     assert np.std(lengths) <= limit, np.std(lengths)
 
 
-# With thresholds of any number of bits it would be 0.2 % in int8, with one for all of them 4.8 %.
+# For int8 m, independent rounding bits per element would give 0.2 %, shared bits give 4.8 %.
 @pytest.mark.parametrize("m_dtype, limit", [("int8", 0.01), ("bfloat16", 6e-4)])
 @pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
-def test_steps_of_a_layer_do_not_jitter(m_dtype, grad_dtype, limit):
+def test_update_length_of_a_layer_varies_little(m_dtype, grad_dtype, limit):
     check_jitter(m_dtype, grad_dtype, limit)
 
 
-# The mutants.
+# Mutants.
 
 
-def check_is_seen(check, *arguments):
+def assert_detected(check, *arguments):
     with pytest.raises(AssertionError):
         check(*arguments)
 
 
 @pytest.mark.parametrize("m_dtype", ["bfloat16", "int8"])
-def test_mutant_rounding_to_nearest_is_seen(mutant, m_dtype):
+def test_mutant_with_rounding_to_nearest_is_detected(mutant, m_dtype):
     mutant(_xla, "add_above_packed", lambda packed, x: jnp.uint32(1 << 31))
-    check_is_seen(check_silence, m_dtype, "float32")
-    if m_dtype == "bfloat16":  # int8 has a code at 1
-        check_is_seen(check_constant_gradients, m_dtype, "float32")
-        check_is_seen(check_mean, m_dtype, "float32", MOVING, SHORT)
+    assert_detected(check_updates_vanish, m_dtype, "float32")
+    if m_dtype == "bfloat16":  # int8 m has a code for exactly 1
+        assert_detected(check_constant_gradients, m_dtype, "float32")
+        assert_detected(check_mean, m_dtype, "float32", DECAYING_B2, SHORT)
 
 
 @pytest.mark.parametrize("m_dtype", ["bfloat16", pytest.param("int8", marks=pytest.mark.slow)])
-def test_mutant_walk_by_the_golden_ratio_is_seen(mutant, m_dtype):
+def test_mutant_with_multiples_of_the_golden_ratio_is_detected(mutant, m_dtype):
     mutant(_hyperparameters, "hash_uint32", lambda t: t * np.uint32(2654435769))
-    check_is_seen(check_mean, m_dtype, "float32", MOVING, LONG)
+    assert_detected(check_mean, m_dtype, "float32", DECAYING_B2, LONG)
 
 
-def test_mutant_without_the_hash_is_seen(mutant):
+def test_mutant_without_hash_is_detected(mutant):
     mutant(_hyperparameters, "hash_uint32", jnp.zeros_like)
-    check_is_seen(check_mean, "bfloat16", "float32", MOVING, SHORT)
+    assert_detected(check_mean, "bfloat16", "float32", DECAYING_B2, SHORT)
 
 
-def test_mutant_of_one_threshold_for_all_elements_is_seen(mutant):
+def test_mutant_with_the_same_rounding_bits_for_all_elements_is_detected(mutant):
     mutant(_xla, "add_above_packed", lambda packed, x: packed)
-    check_is_seen(check_jitter, "int8", "float32", 0.01)
-    check_is_seen(check_jitter, "bfloat16", "float32", 6e-4)
+    assert_detected(check_jitter, "int8", "float32", 0.01)
+    assert_detected(check_jitter, "bfloat16", "float32", 6e-4)

@@ -1,4 +1,4 @@
-"""The codes of the formats, each by itself: what is stored is a fixed point, and NaN stays NaN."""
+"""Each code of a storage format survives decoding and encoding, and NaN stays NaN."""
 
 import functools
 
@@ -13,27 +13,27 @@ from optax_adamax._v_formats import V_FORMATS
 
 @functools.cache
 def coder(m_dtype):
-    """Its encode and decode, compiled."""
-    kept = M_FORMATS[m_dtype]
-    return jax.jit(lambda *xs: kept.encode(*xs)), jax.jit(lambda *xs: kept.decode(*xs))
+    """Returns the compiled encode and decode of a format of m."""
+    m_format = M_FORMATS[m_dtype]
+    return jax.jit(lambda *xs: m_format.encode(*xs)), jax.jit(lambda *xs: m_format.decode(*xs))
 
 
 @pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
 def test_all_codes_of_v_are_fixed_points(v_dtype):
-    kept = V_FORMATS[v_dtype]
+    v_format = V_FORMATS[v_dtype]
     codes = np.arange(256, dtype=np.uint8)
     if v_dtype == "bfloat16":
         codes = np.arange(0x3F80, 0x4080, dtype=np.uint16).view(jnp.bfloat16)
-    v = jax.jit(lambda x: kept.decode(x))(codes)
+    v = jax.jit(lambda x: v_format.decode(x))(codes)
     assert np.all(np.diff(v) > 0)
-    np.testing.assert_array_equal(jax.jit(lambda x: kept.encode(x))(v), codes)
+    np.testing.assert_array_equal(jax.jit(lambda x: v_format.encode(x))(v), codes)
 
 
-def test_the_range_of_uint8_is_that_of_its_codes():
-    """Whatever the phase: w is v at one end of an octave of decay, and v / 2 at the other."""
-    kept = V_FORMATS["uint8"]
-    lowest, highest = (float(kept.decode(jnp.uint8(code))) for code in (0, 255))
-    assert kept.range == (2 * lowest, highest)
+def test_range_of_uint8_v_holds_for_every_phase():
+    """The stored value lies between v / 2 and v, depending on the phase."""
+    v_format = V_FORMATS["uint8"]
+    lowest, highest = (float(v_format.decode(jnp.uint8(code))) for code in (0, 255))
+    assert v_format.range == (2 * lowest, highest)
 
 
 def test_all_codes_of_m_are_fixed_points():
@@ -42,25 +42,25 @@ def test_all_codes_of_m_are_fixed_points():
     m = np.asarray(decode(codes, v))
     assert np.all(np.diff(m) > 0) and m[127] == 0
     assert float(m[-1]) == 3 * M_FORMATS["int8"].largest_ratio
-    for threshold in (0, 1 << 31):
-        again = encode(m * np.float32(1.0001), v, np.uint32(threshold))
+    for rounding_bits in (0, 1 << 31):
+        again = encode(m * np.float32(1.0001), v, np.uint32(rounding_bits))
         np.testing.assert_array_equal(again, codes)
     assert np.isnan(M_FORMATS["int8"].decode(jnp.int8(-128), jnp.float32(3.0)))
 
 
-def test_every_bfloat16_is_kept_by_every_threshold():
+def test_bfloat16_m_is_a_fixed_point_for_any_rounding_bits():
     encode, _ = coder("bfloat16")
     m = np.arange(65536, dtype=np.uint16).view(jnp.bfloat16).astype(np.float32)
     m = m[np.isfinite(m) & (np.abs(m) >= 2.0**-126)]
-    for threshold in (0, 1 << 31, 2**32 - 1):
-        again = np.asarray(encode(m, m, np.uint32(threshold)))
+    for rounding_bits in (0, 1 << 31, 2**32 - 1):
+        again = np.asarray(encode(m, m, np.uint32(rounding_bits)))
         np.testing.assert_array_equal(again.astype(np.float32), m)
 
 
 @pytest.mark.parametrize("bad", [0x7FFFFFFF, 0x7F800001, -1, 0x7F800000, -(1 << 23)])
-def test_no_bits_of_nan_or_infinity_become_a_number(bad):
-    """NVIDIA's NaN is 0x7FFFFFFF, to which no threshold may be added."""
+def test_nan_and_infinity_never_become_a_number(bad):
+    """Adding rounding bits to 0x7FFFFFFF, the NaN of NVIDIA GPUs, would overflow."""
     m, one = np.int32([bad]).view(np.float32), np.float32(1.0)
     for encode, decode in (coder("bfloat16"), coder("int8")):
-        for threshold in (0, 2**32 - 1):
-            assert np.isnan(decode(encode(m, one, np.uint32(threshold)), one))
+        for rounding_bits in (0, 2**32 - 1):
+            assert np.isnan(decode(encode(m, one, np.uint32(rounding_bits)), one))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compensated import stepper, take, wide
+from compensated import stepper, take, to_float64
 
 from optax_adamax import Int8Residual, adamax, adamaxw, compensate_rounding, master_params
 
@@ -74,7 +74,7 @@ def run_with_decay(make, params, gradients):
         return stored if make is float32_optimizer else master_params(state, stored)
 
     with jax.numpy_dtype_promotion("standard"):
-        without, decayed = (np.mean(wide(run(np.float32(decay)))) for decay in (0.0, 1e-4))
+        without, decayed = (np.mean(to_float64(run(np.float32(decay)))) for decay in (0.0, 1e-4))
     return without - decayed
 
 

@@ -122,7 +122,7 @@ def test_multi_steps_inside_and_outside_accumulates():
     twice = [g for g in sequence for _ in range(2)]
     inside = compensate_rounding(optax.MultiSteps(SGD, 2))
     found = run(inside, params, twice)
-    # Its rounding bits are those of every second count.
+    # MultiSteps doubles the outer count, so the residuals round with other bits.
     assert_equal(found[1].inner_state.inner_opt_state, expected()[1].inner_state)
     close = functools.partial(np.testing.assert_allclose, rtol=2.0**-12, atol=2.0**-16)
     jax.tree.map(close, *(master_params(s, p) for p, s in (found, expected())))

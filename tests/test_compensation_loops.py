@@ -15,7 +15,7 @@ from compensated import (
     residuals,
     stepper,
     take,
-    wide,
+    to_float64,
 )
 
 from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, master_params
@@ -37,12 +37,12 @@ def test_bfloat16_updates_train_like_float32_updates(residual_dtype):
             return (add(params, updates), state), None
 
         params, state = jax.lax.scan(step, (start, tx.init(start)), stacked)[0]
-        return wide(master_params(state, params))
+        return to_float64(master_params(state, params))
 
     bfloat16 = train("bfloat16", lambda p, u: p + u)
     with jax.numpy_dtype_promotion("standard"):
         float32 = train("float32", optax.apply_updates)
-    distance, error = np.abs(float32 - wide(start)), np.abs(bfloat16 - float32)
+    distance, error = np.abs(float32 - to_float64(start)), np.abs(bfloat16 - float32)
     assert distance.max() > 0.01
     assert error.max() < 0.02 * distance.max()
     if residual_dtype == "int16":  # equal, except for elements that changed their sign

@@ -47,7 +47,7 @@ def test_average_of_master_parameters_is_in_float32():
     of_masters = train(master_params)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(of_masters))
     stored = train(lambda state, params: params)
-    # The average of what is stored is off by up to half an ulp, that of the masters is not.
+    # Stored parameters are off by up to half an ULP, and so is their average.
     assert (np.asarray(of_masters["a"]) != np.asarray(stored["a"]).astype(np.float32)).any()
     assert jax.tree.structure(of_masters) == jax.tree.structure(parameters())
 
@@ -164,7 +164,7 @@ class Model(nnx.Module):
 
 
 def test_boxed_state_has_boxed_masters():
-    """As in nnx.Optimizer; the values are those of the bare state."""
+    """`nnx.Optimizer` wraps the state in variables, which do not change its values."""
     model = Model(nnx.Rngs(0))
     tx = compensate_rounding(adamax(1e-3), "int16")
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -1,4 +1,4 @@
-"""Conversion at the limits of the formats, of half-precision and boxed states, and averages."""
+"""`encode_state` and `decode_state` convert extreme, half-precision, boxed and averaged states."""
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ def test_m_near_the_largest_float_stays_finite():
     "source, target", [("uint8", None), (None, "uint8"), ("uint8", "bfloat16")]
 )
 def test_int8_m_survives_a_change_of_the_format_of_v(source, target):
-    """The codes of m are ratios to v, and must follow when v is rounded to another format."""
+    """The codes of m are ratios to v, so they change if v is rounded to another format."""
     v = np.geomspace(1, 8, 1000, dtype=np.float32)
     ratios = np.asarray(decode_state(encode_state(state_of(0.9 * v, v), "int8")).m) / v
     state = encode_state(state_of(ratios[0] * v, v), "int8", source)
@@ -70,7 +70,7 @@ def test_int8_m_survives_a_change_of_the_format_of_v(source, target):
     "m_dtype, v_dtype, half",
     [*((*formats, jnp.float16) for formats in FORMATS), (None, None, jnp.bfloat16)],
 )
-def test_a_checkpoint_cast_to_half_precision_is_converted(m_dtype, v_dtype, half):
+def test_checkpoint_cast_to_half_precision_is_converted(m_dtype, v_dtype, half):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     g = {"a": np.float32([0.5, -2.0, 0.0]), "b": [np.float32(3.0)]}
     _, state = jax.jit(tx.update)(g, tx.init(g))
@@ -125,7 +125,7 @@ def average(state, axis, m_dtype, v_dtype):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
-def test_averages_of_states_over_workers(m_dtype, v_dtype):
+def test_averaged_states_of_workers_can_be_encoded(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     g = jnp.asarray(np.random.default_rng(0).normal(size=(2, 50)), jnp.float32)
 
@@ -155,7 +155,7 @@ def test_pmean_of_a_quantized_state_raises_in_the_next_step():
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS[:2])
-def test_ravel_pytree_of_a_decoded_state(m_dtype, v_dtype):
+def test_decoded_state_survives_ravel_pytree(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     g = {"a": np.float32([0.5, -2.0, 0.0]), "b": np.ones((2, 2), np.float32)}
     _, state = jax.jit(tx.update)(g, tx.init(g))
@@ -170,8 +170,8 @@ def test_ravel_pytree_of_a_decoded_state(m_dtype, v_dtype):
 
 @pytest.mark.parametrize("before, after", [(0.1, lambda _: 0.1), (lambda _: 0.1, 0.1)])
 @pytest.mark.parametrize("formats", [{"m_dtype": "int8", "v_dtype": "uint8"}])
-def test_a_number_becomes_a_schedule_during_a_run_and_back(before, after, formats):
-    """The way that the message names; the run continues bit for bit."""
+def test_number_can_be_replaced_by_a_schedule_during_a_run(before, after, formats):
+    """The conversion that the error message names continues the run bit for bit, in both ways."""
     old, new = adamax(before, **formats), adamax(after, **formats)
     g = {"w": np.float32([1.0, -3.0])}
     _, state = jax.jit(old.update)(g, old.init(g))

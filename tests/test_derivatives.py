@@ -1,4 +1,4 @@
-"""Derivatives of a run: right in float32, of the second order too, and refused in few bits."""
+"""First and second derivatives of float32 runs agree with float64; quantized state rejects them."""
 
 import functools
 
@@ -19,7 +19,7 @@ WEIGHTS = np.float64([[1.0, 2.0, 3.0], [-1.0, 0.5, 2.0], [0.3, -2.0, 1.0]])
 
 
 def loss(x, **rule):
-    """What the updates of three steps add up to; x is b1, b2, eps and a factor of the gradients."""
+    """Returns a weighted sum of three updates; x is b1, b2, eps and a factor of the gradients."""
     tx = scale_by_adamax(x[0], x[1], x[2], **rule)
     state, total = tx.init(np.zeros(3, np.float32)), jnp.float32(0)
     for g, weight in zip(np.float32(GRADIENTS), np.float32(WEIGHTS), strict=True):
@@ -29,7 +29,7 @@ def loss(x, **rule):
 
 
 def scanned_loss(x):
-    """The same by `jax.lax.scan`."""
+    """Returns the same sum, computed by `jax.lax.scan`."""
     tx = scale_by_adamax(x[0], x[1], x[2])
 
     def step(state, inputs):
@@ -47,7 +47,7 @@ def exact_loss(x, **rule):
 
 
 def differences(function, x, h):
-    """Central differences, for x of any shape of output."""
+    """Returns central differences of a function with outputs of any shape, a row per input."""
     steps = h * np.eye(len(x))
     return np.array([(function(x + d) - function(x - d)) / (2 * h) for d in steps])
 
@@ -56,7 +56,7 @@ RULES = [{}, {"eps_placement": "denominator"}, {"nesterov": True}, {"bias_correc
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_derivatives_are_those_of_float64(rule):
+def test_derivatives_agree_with_float64(rule):
     x = np.array([0.9, 0.8, 0.01, 1.1])
     gradient = jax.jit(jax.grad(lambda x: loss(x, **rule)))(np.float32(x))
     expected = differences(lambda x: exact_loss(x, **rule), x, 1e-6)
@@ -68,8 +68,8 @@ HESSIANS = [jax.jit(jax.hessian(loss)), jax.jit(jax.hessian(scanned_loss))]
 
 @pytest.mark.parametrize("hessian", HESSIANS, ids=["unrolled", "scan"])
 @pytest.mark.parametrize("b1", [0.5, 0.0])
-def test_second_derivatives_are_those_of_float64(b1, hessian):
-    """At b1 = 0 too, where b1^(t-1) is 0^0 at t = 1."""
+def test_second_derivatives_agree_with_float64(b1, hessian):
+    """At b1 = 0 and t = 1, b1^(t-1) is 0^0."""
     x = np.array([b1, 0.8, 0.01, 1.1])
     hessian = hessian(np.float32(x))
     expected = differences(lambda x: differences(exact_loss, x, 1e-4), x, 1e-4)
@@ -77,7 +77,7 @@ def test_second_derivatives_are_those_of_float64(b1, hessian):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
-def test_derivatives_in_few_bits_are_refused(m_dtype, v_dtype):
+def test_derivatives_through_quantized_state_raise(m_dtype, v_dtype):
     x = np.float32([0.9, 0.999, 1e-8, 1.0])
     low = functools.partial(loss, m_dtype=m_dtype, v_dtype=v_dtype)
     for derivative in (jax.grad, jax.jacfwd):
@@ -85,7 +85,7 @@ def test_derivatives_in_few_bits_are_refused(m_dtype, v_dtype):
             jax.eval_shape(derivative(low), x)
 
 
-def test_derivatives_in_few_bits_are_refused_without_a_compiler():
+def test_derivatives_of_an_eager_quantized_step_raise():
     tx, one = scale_by_adamax(m_dtype="int8", v_dtype="uint8"), np.float32(1)
     state = tx.init(one)
     with pytest.raises(TypeError, match="rounding has no useful derivative"):
@@ -93,8 +93,8 @@ def test_derivatives_in_few_bits_are_refused_without_a_compiler():
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
-def test_parameters_may_be_differentiated_behind_stop_gradient(m_dtype, v_dtype):
-    """As in meta-learning of the first order, which the error proposes."""
+def test_stop_gradient_allows_derivatives_in_the_parameters(m_dtype, v_dtype):
+    """The error message proposes this, as in first-order meta-learning."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
 
     def adapted(p):
@@ -106,13 +106,13 @@ def test_parameters_may_be_differentiated_behind_stop_gradient(m_dtype, v_dtype)
     np.testing.assert_allclose(gradient, 2 * (p - np.float32(0.1) * np.sign(p)), rtol=0.02)
 
 
-# Of ten steps of training, in the hyperparameters and in the first parameters.
+# Derivatives of ten training steps, in the hyperparameters and in the initial parameters.
 
 RATE = 0.05
 
 
 def ten_steps(learning_rate, b1, b2, eps, gradient):
-    """The parameters after ten steps from 1 along `gradient(t)`."""
+    """Returns the parameters after ten steps with the gradients `gradient(t)`, starting from 1."""
     tx = adamax(learning_rate, b1, b2, eps)
 
     def step(carry, t):
@@ -124,13 +124,13 @@ def ten_steps(learning_rate, b1, b2, eps, gradient):
     return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(10))[0][0]
 
 
-# Ten steps in which v decays from a spike as well as follows the gradient.
+# v decays after the first spike and is set by the gradient at the second.
 SPIKE = np.array([3.0, -2.0, 0.5, 0.1, -0.2, 0.3, 1.5, -2.9, 0.4, 0.0])
 HYPERPARAMETERS = (RATE, 0.9, 0.95, 1e-2)
 
 
 @pytest.mark.parametrize("index", range(4), ids=["learning_rate", "b1", "b2", "eps"])
-def test_vmap_over_a_hyperparameter_is_a_run_for_each(index):
+def test_vmap_over_a_hyperparameter_equals_single_runs(index):
     values = np.array([0.3, 0.5, 0.9], np.float32)
     gradients = jnp.asarray(SPIKE, jnp.float32)
 
@@ -146,7 +146,7 @@ def test_vmap_over_a_hyperparameter_is_a_run_for_each(index):
 
 @functools.cache
 def final_and_derivative():
-    """In float64."""
+    """Returns the end of ten steps as a function of the hyperparameters, and its derivative."""
     gradients = jnp.asarray(SPIKE)
 
     def final(hyperparameters):
@@ -160,8 +160,8 @@ def final_and_derivative():
     [HYPERPARAMETERS, (RATE, 0.9, 0.999, 1e-8), (RATE, 0.0, 0.95, 1e-2), (RATE, 0.9, 0.95, 0.0)],
     ids=["usual", "default", "b1=0", "eps=0"],
 )
-def test_gradient_of_ten_steps_in_the_hyperparameters(at):
-    """Against one-sided differences of the second order, into the allowed range."""
+def test_derivative_in_the_hyperparameters_agrees_with_differences(at):
+    """Differences are one-sided and of second order, because some values end their range."""
     with jax.enable_x64(True):
         final, derive = final_and_derivative()
         derivative = np.asarray(derive(np.array(at)))
@@ -172,8 +172,8 @@ def test_gradient_of_ten_steps_in_the_hyperparameters(at):
             np.testing.assert_allclose(derivative[index], difference, rtol=1e-6)
 
 
-def test_gradient_in_the_hyperparameters_is_finite():
-    """In every kind of dtype; where gradients are 0 the parameters stay, whatever else is given."""
+def test_derivative_in_the_hyperparameters_is_finite():
+    """It is 0 for zero gradients, because such parameters never change."""
 
     def loss(hyperparameters, gradient):
         dtypes = ("float32", "bfloat16", "complex64")
@@ -189,8 +189,8 @@ def test_gradient_in_the_hyperparameters_is_finite():
     assert np.all(np.isfinite(moved)) and np.all(moved[:, 0] != 0)
 
 
-def test_gradient_through_the_trained_parameters():
-    """Ten steps on the gradients of a loss, differentiated in the first parameters."""
+def test_derivative_in_the_initial_parameters_agrees_with_differences():
+    """The gradients of the ten steps depend on the parameters."""
 
     def final_loss(params):
         tx = adamax(RATE)

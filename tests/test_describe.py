@@ -24,7 +24,7 @@ from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
 from tests.oracle.formats import SOME_FORMATS, state_bytes
 
-# The others mix what these two have.
+# The other two combine properties of the first and the last.
 FORMATS = formats([*SOME_FORMATS, ("int8", "float32")], SOME_FORMATS[::2])
 LOW, HIGH = V_FORMATS["uint8"].range
 MAGNITUDES = [0.0, 1e-38, LOW / 10, 10 * LOW, 1e-3, 1.0, 0.9 * HIGH, 1.2 * HIGH, 1e3 * HIGH, 1e38]
@@ -163,8 +163,8 @@ def test_nonfinite_moments_are_advised_on(m_dtype, v_dtype):
     assert 'nonfinite="zero"' in leaf.advice
 
 
-def test_an_infinite_gradient_with_float32_m_and_uint8_v():
-    """m is infinite and v saturates, so that m / v is infinite, too."""
+def test_infinite_gradient_with_float32_m_and_uint8_v_counts_as_nonfinite():
+    """m is infinite and v saturates, so m / v is infinite but m is not saturated."""
     tx = scale_by_adamax(v_dtype="uint8")
     gradients = {"w": np.float32([np.inf, 1.0])}
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))

@@ -96,7 +96,7 @@ def test_a_sharded_state(spec):
     assert describe_state(placed) == describe_state(state)
 
 
-def test_a_state_in_host_memory():
+def test_state_in_host_memory_is_described():
     if "pinned_host" not in {memory.kind for memory in jax.devices()[0].addressable_memories()}:
         pytest.skip("this version of JAX has no pinned_host on CPU")
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
@@ -115,7 +115,7 @@ def test_a_state_over_several_processes_raises_instead_of_hanging():
     m = {"w": jnp.ones(2)}
     with pytest.raises(ValueError, match="all_processes=True was not given"):
         describe_state(ScaleByAdamaxState(Spread(), m, m))
-    with pytest.raises(TypeError):  # goes on, and rejects the count
+    with pytest.raises(TypeError):  # the check of processes passes, the check of count fails
         describe_state(ScaleByAdamaxState(Spread(), m, m), all_processes=True)
 
 

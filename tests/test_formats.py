@@ -1,4 +1,4 @@
-"""A new storage format is a class with `decode` and `encode`, and a row in a table."""
+"""A new storage format needs only a class with `decode` and `encode`, and a row in a table."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class ScaledUint16(NamedTuple):
 
 
 class Uint16V(VFormat):
-    """The upper bits of a float32 without its sign, rounded to nearest."""
+    """Stores the upper bits of a float32 without its sign, rounded to nearest."""
 
     dtype = np.dtype(np.uint16)
     container = ScaledUint16
@@ -59,8 +59,8 @@ def test_new_format_needs_decode_and_encode_only(uint16):
 
 
 @pytest.mark.parametrize("table", [M_FORMATS, V_FORMATS])
-def test_no_two_formats_can_be_taken_for_each_other(table):
-    """A checkpoint is told by the names of fields: those of coded moments differ."""
+def test_containers_have_different_field_names(table):
+    """Checkpoint libraries identify a storage format by the field name of its container."""
     fields = [
         format.container._fields[0] for format in table.values() if format.container is not None
     ]

@@ -1,4 +1,4 @@
-"""Real training in each framework: the same run as with optax's own Adamax."""
+"""Training in Flax, Equinox and Haiku gives the same losses and parameters as optax's Adamax."""
 
 import functools
 import warnings
@@ -36,7 +36,7 @@ def linen_model():
 
 
 def train_linen(tx):
-    """flax.linen with a TrainState."""
+    """Trains with flax.linen and a TrainState; returns losses and parameters."""
     model, params = linen_model()
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
@@ -63,7 +63,7 @@ def nnx_model():
 
 
 def train_nnx(tx):
-    """flax.nnx, whose Optimizer keeps the state in variables of its own."""
+    """Trains with flax.nnx, whose Optimizer wraps each state array in a variable."""
     model = nnx_model()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -85,7 +85,7 @@ def equinox_model():
 
 
 def train_equinox(tx):
-    """Equinox: a model whose leaves are not all arrays, so that gradients and state have None."""
+    """Trains an Equinox model with non-array leaves; their gradients and state are None."""
     model = equinox_model()
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
     assert any(callable(leaf) for leaf in jax.tree.leaves(rest))
@@ -115,7 +115,7 @@ def haiku_network():
 
 
 def train_haiku(tx):
-    """dm-haiku."""
+    """Trains with dm-haiku."""
     network, params = haiku_network()
     state = tx.init(params)
 
@@ -144,10 +144,10 @@ FRAMEWORKS = [train_linen, train_nnx, train_equinox, train_haiku]
         *(pytest.param(train, "adamaxw", marks=pytest.mark.slow) for train in FRAMEWORKS),
     ],
 )
-def test_training_is_that_of_optax(train, constructor):
+def test_training_agrees_with_optax(train, constructor):
     decay = {"weight_decay": 0.1} if constructor == "adamaxw" else {}
     losses, params = train(getattr(optax_adamax, constructor)(RATE, **decay))
-    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+    with jax.numpy_dtype_promotion("standard"):  # optax fails in the strict mode
         optax_losses, optax_params = train(getattr(optax, constructor)(RATE, **decay))
     assert losses[-1] < losses[0] / 2
     np.testing.assert_allclose(losses, optax_losses, rtol=1e-5)

@@ -1,13 +1,14 @@
-"""A run of `tests/oracle/state_machine.py`, and regression tests for what it has found.
+"""No sequence of operations breaks an invariant of the state machine, and its finds stay fixed.
 
-`python -m benchmarks.fuzz` runs it for longer.
+`python -m benchmarks.fuzz` runs `tests/oracle/state_machine.py` for longer.
 """
 
 import pytest
 from hypothesis import settings
 
 from tests.oracle.formats import M_DTYPES
-from tests.oracle.state_machine import LONG, SIZE, Run
+from tests.oracle.machine_programs import LONG, SIZE
+from tests.oracle.state_machine import Run
 
 Run.TestCase.settings = settings(
     max_examples=2000 if LONG else max(1, settings.default.max_examples // 8),
@@ -15,27 +16,27 @@ Run.TestCase.settings = settings(
     deadline=None,
     derandomize=True,
 )
-test_nothing_breaks_a_run = Run.TestCase
+test_random_operations_preserve_the_invariants = Run.TestCase
 
 
-# What the machine has found.
+# Counterexamples that the machine found.
 
 
-def replay(form, policy, *steps):
+def replay(dtypes, policy, *steps):
     run = Run()
-    run.start(form, policy)
+    run.start(dtypes, policy)
     for name, arguments in steps:
         getattr(run, name)(**arguments)
-        run.state_is_as_it_must_be()
+        run.state_is_valid()
 
 
 @pytest.mark.parametrize(
-    "form", [("bfloat16", "float32"), ("int8", "float32"), ("int8", "bfloat16")]
+    "dtypes", [("bfloat16", "float32"), ("int8", "float32"), ("int8", "bfloat16")]
 )
-def test_m_is_not_rounded_up_to_infinity(form):
+def test_m_is_not_rounded_up_to_infinity(dtypes):
     largest = {"g": [0.0] * 7 + [3.4e38]}
     replay(
-        form,
+        dtypes,
         "propagate",
         ("change_hyperparameters", {"betas": (0.0, 1.0), "eps": 0.0}),
         ("update", largest),
@@ -46,7 +47,7 @@ def test_m_is_not_rounded_up_to_infinity(form):
 
 @pytest.mark.parametrize("m_dtype", M_DTYPES)
 def test_v_is_not_rounded_up_to_infinity(m_dtype):
-    """Where the frame's scale is nearly 1, as after 692 steps."""
+    """Needs a shared scale of nearly 1, as after 692 steps."""
     gradient = [0.0] * 7 + [3.4e38]
     long_scan = ("long_scan", {"cycle": [[0.0] * SIZE], "betas": None})
     replay(

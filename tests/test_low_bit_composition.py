@@ -1,4 +1,4 @@
-"""Low-bit state inside optax's wrappers: the same codes as without them."""
+"""Quantized state has the same codes inside optax's wrappers as without them."""
 
 import functools
 
@@ -17,10 +17,10 @@ from optax_adamax._state import dtypes_of
 from optax_adamax._v_formats import v_format_of
 from tests.oracle.formats import SOME_FORMATS
 
-# Each moment in each of its low formats, alone and with the other.
+# Each quantized format of a moment occurs, and uint8 v also with full-precision m.
 SOME_LOW_BIT = [*SOME_FORMATS[1:], ("int8", "bfloat16"), (None, "uint8")]
-# The fewest bits, where both moments need all that a step has.
-few_bits = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS[2:]))
+# int8 and uint8 use every value that a step computes; the other formats are slow.
+quantized = pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_LOW_BIT, SOME_FORMATS[2:]))
 PARAMS = {"a": np.ones((3, 5), np.float32), "b": np.ones(7, np.float32)}
 
 
@@ -33,7 +33,7 @@ def gradients(steps=12, seed=0):
 
 
 def run(tx, sequence, params=PARAMS):
-    """The last updates and state; optax's wrappers need the standard promotion of dtypes."""
+    """Returns the last updates and state, under the dtype promotion that optax's wrappers need."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         updates, state, update = None, tx.init(params), jax.jit(tx.update)
         for g in sequence:
@@ -48,19 +48,19 @@ def optimizer(m_dtype, v_dtype):
 
 @functools.cache
 def plain_run(m_dtype, v_dtype):
-    """The run that the wrapped ones are compared with."""
+    """Returns the run without a wrapper."""
     return run(optimizer(m_dtype, v_dtype), gradients())
 
 
 def codes(state):
-    """The trees of m and of what is kept of v."""
+    """Returns the stored m and v without their containers."""
     core = optax.tree.get(state, "ScaleByAdamaxState")
     m_dtype, v_dtype = dtypes_of(core)
     return unwrap(core.m, m_format_of(m_dtype)), unwrap(core.v, v_format_of(v_dtype))
 
 
 def assert_same_codes(state, other):
-    """Bit for bit, but for m in float32, of which XLA may contract the two operations."""
+    """Checks equality bit for bit, except for float32 m: XLA can fuse its product and sum."""
 
     def same(x, y):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 if x.dtype == jnp.float32 else 0)
@@ -68,16 +68,16 @@ def assert_same_codes(state, other):
     jax.tree.map(same, codes(state), codes(other))
 
 
-@few_bits
-def test_multi_steps(m_dtype, v_dtype):
+@quantized
+def test_multi_steps_gives_the_same_codes(m_dtype, v_dtype):
     tx, sequence = optimizer(m_dtype, v_dtype), gradients()
     halves = [g for pair in zip(sequence, sequence, strict=True) for g in pair]
     _, state = run(optax.MultiSteps(tx, 2).gradient_transformation(), halves)
     assert_same_codes(state, plain_run(m_dtype, v_dtype)[1])
 
 
-@few_bits
-def test_masked_and_partition(m_dtype, v_dtype):
+@quantized
+def test_masked_and_partition_give_the_same_codes(m_dtype, v_dtype):
     tx = optimizer(m_dtype, v_dtype)
     only_a = [{"a": g["a"]} for g in gradients()]
     expected, plain = run(tx, only_a, {"a": PARAMS["a"]})
@@ -91,8 +91,8 @@ def test_masked_and_partition(m_dtype, v_dtype):
             np.testing.assert_array_equal(tree["a"], other["a"])
 
 
-@few_bits
-def test_flatten(m_dtype, v_dtype):
+@quantized
+def test_flatten_gives_the_same_codes(m_dtype, v_dtype):
     updates, state = run(optax.flatten(optimizer(m_dtype, v_dtype)), gradients())
     expected, plain = plain_run(m_dtype, v_dtype)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
@@ -101,8 +101,8 @@ def test_flatten(m_dtype, v_dtype):
         np.testing.assert_array_equal(flat, np.concatenate(leaves))
 
 
-@few_bits
-def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
+@quantized
+def test_apply_if_finite_skips_a_nonfinite_step(m_dtype, v_dtype):
     tx, sequence = optimizer(m_dtype, v_dtype), gradients()
     bad = jax.tree.map(lambda g: np.full_like(g, np.nan), sequence[0])
     updates, state = run(optax.apply_if_finite(tx, 3), [*sequence[:5], bad, *sequence[5:]])
@@ -111,9 +111,9 @@ def test_apply_if_finite_skips_a_bad_step(m_dtype, v_dtype):
     assert_same_codes(state, plain)
 
 
-@few_bits
-def test_all_hyperparameters_injected(m_dtype, v_dtype):
-    """Traced, scheduled, and changed in mid-run; v follows the b2 of each step."""
+@quantized
+def test_injected_hyperparameters_take_effect_in_each_step(m_dtype, v_dtype):
+    """b1 is traced, b2 is scheduled, and the learning rate is set during the run."""
     make, params = optax.inject_hyperparams(adamax), {"b": PARAMS["b"]}
     tx = make(0.1, b1=0.8, b2=lambda t: 0.9 + 0.005 * t, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
     sequence = [{"b": g["b"]} for g in gradients(steps=12)]
@@ -121,17 +121,17 @@ def test_all_hyperparameters_injected(m_dtype, v_dtype):
     v = np.zeros_like(PARAMS["b"])
     for t, g in enumerate(sequence):
         v = np.maximum(np.float32(0.9 + 0.005 * t) * v, np.abs(g["b"]))
-    kept = decode_state(state).inner_state[0].v["b"]
-    np.testing.assert_allclose(kept, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 8 + 1e-4}[v_dtype])
+    found = decode_state(state).inner_state[0].v["b"]
+    np.testing.assert_allclose(found, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 8 + 1e-4}[v_dtype])
     state.hyperparams["learning_rate"] = jnp.float32(0.0)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = jax.jit(tx.update)(sequence[0], state, params)
     assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
 
 
-@few_bits
-def test_vmap_over_b2(m_dtype, v_dtype):
-    """A batch of runs, each with its own b2, phase and fold, is these runs."""
+@quantized
+def test_vmap_over_b2_equals_single_runs(m_dtype, v_dtype):
+    """Each run of the batch has its own b2 and phase."""
     sequence = np.stack([g["b"] for g in gradients(steps=30)])
 
     def train(b2):
@@ -150,7 +150,7 @@ def test_vmap_over_b2(m_dtype, v_dtype):
 
 @functools.cache
 def run_in(dtype, m_dtype=None, v_dtype=None):
-    """The last update, and v as it is kept, of gradients of this dtype."""
+    """Returns the last update and the stored v after gradients of this dtype."""
     with jax.enable_x64(dtype == "float64"):
         tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
         sequence = [g["b"].astype(dtype) for g in gradients()]
@@ -165,14 +165,16 @@ def run_in(dtype, m_dtype=None, v_dtype=None):
 @pytest.mark.parametrize(
     "m_dtype, v_dtype, dtype",
     [
-        # Every dtype in the fewest bits, and every format with one dtype.
-        pytest.param(*form, dtype, marks=[] if always else pytest.mark.slow)
-        for form in SOME_LOW_BIT
+        # By default, every dtype with the smallest state, and each format with one dtype.
+        pytest.param(*moments, dtype, marks=[] if fast else pytest.mark.slow)
+        for moments in SOME_LOW_BIT
         for dtype in ("bfloat16", "float16", "float64")
-        for always in [form == SOME_FORMATS[2] or (form in SOME_FORMATS and dtype == "bfloat16")]
+        for fast in [
+            moments == SOME_FORMATS[2] or (moments in SOME_FORMATS and dtype == "bfloat16")
+        ]
     ],
 )
-def test_every_parameter_dtype(m_dtype, v_dtype, dtype):
+def test_quantized_state_agrees_with_full_precision_in_every_dtype(m_dtype, v_dtype, dtype):
     u, v = run_in(dtype, m_dtype, v_dtype)
     expected, exact_v = run_in(dtype)
     np.testing.assert_allclose(u, expected, atol=0.2)

@@ -1,6 +1,6 @@
-"""The compiled update lowers for every platform, as elementwise arithmetic in wide floats.
+"""The update lowers for CPU, CUDA and TPU, as elementwise arithmetic in float32 or float64.
 
-No accelerator is needed for that: `jax.export` translates for platforms that are not there.
+`jax.export` lowers for all platforms without their hardware.
 """
 
 import functools
@@ -16,7 +16,7 @@ from optax_adamax import scale_by_adamax
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-# A storage format gets a row, with the dtypes of the parameters that it is for.
+# Options of the transformation, and the parameter dtypes that they support.
 REAL = ("float32", "bfloat16", "float16", "float64")
 COMPLEX = ("complex64", "complex128")
 OPTIONS = {
@@ -32,18 +32,18 @@ OPTIONS = {
     "8 bits of v": ({"v_dtype": "uint8"}, REAL),
 }
 
-# What each element needs of itself alone, and the scalars that are the same for all.
+# Operations on single elements or on scalars.
 ARITHMETIC = {"abs", "add", "divide", "maximum", "minimum", "multiply", "negate", "subtract"}
 ARITHMETIC |= {"exponential", "exponential_minus_one", "log_plus_one", "sqrt"}
 ELEMENTWISE = ARITHMETIC | {"bitcast_convert", "broadcast_in_dim", "compare", "complex", "constant"}
 ELEMENTWISE |= {"convert", "floor", "imag", "is_finite", "or", "real", "reduce_precision", "select"}
 ELEMENTWISE |= {"round_nearest_even", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
-ELEMENTWISE |= {"and", "xor"}  # of what is finite, and in the hash of the count
-ELEMENTWISE |= {"case", "return"}  # a choice of platform, at compile time
+ELEMENTWISE |= {"and", "xor"}  # used by the test for finite numbers and the hash of the count
+ELEMENTWISE |= {"case", "return"}  # select the platform at compile time
 
 
 def case(option, dtype):
-    """Half precision and complex128 are slow where an option makes no difference for them."""
+    """Returns a test parameter; dtypes for which an option makes no difference are marked slow."""
     few = dtype in ("float32", "float64", "complex64") or option in ("default", "8 bits")
     return pytest.param(option, dtype, marks=() if few else pytest.mark.slow)
 
@@ -54,14 +54,14 @@ every_case = pytest.mark.parametrize(
 )
 
 
-def is_wide(dtype):
+def is_64_bit(dtype):
     return dtype in ("float64", "complex128")
 
 
 @functools.cache
 def exported(option, dtype, x64=None):
-    """The update, lowered for all platforms at once, for parameters of this dtype."""
-    with jax.enable_x64(is_wide(dtype) if x64 is None else x64):
+    """Returns the update for parameters of this dtype, lowered for all platforms."""
+    with jax.enable_x64(is_64_bit(dtype) if x64 is None else x64):
         tx = scale_by_adamax(**OPTIONS[option][0])
         gradient = jax.ShapeDtypeStruct((4, 3), dtype)
         state = jax.eval_shape(tx.init, gradient)
@@ -69,13 +69,13 @@ def exported(option, dtype, x64=None):
 
 
 def lines_of(lowered):
-    """The lines of the program that compute, without their places in the source."""
+    """Returns the operations of the program, without their source locations."""
     lines = re.sub(r" loc\(.*", "", lowered.mlir_module()).splitlines()
     return [line for line in lines if re.search(r"\b(stablehlo|chlo)\.", line)]
 
 
 @every_case
-def test_lowers_for_every_platform(option, dtype):
+def test_update_lowers_for_every_platform(option, dtype):
     lowered = exported(option, dtype)
     assert lowered.platforms == PLATFORMS
     assert lowered.out_avals == lowered.in_avals
@@ -83,36 +83,36 @@ def test_lowers_for_every_platform(option, dtype):
 
 @every_case
 def test_every_operation_is_elementwise(option, dtype):
-    """No reduction, reshape, gather or call of a library: it shards, maps and fuses as it is."""
+    """Elementwise programs can be sharded, batched and fused without communication."""
     program = "\n".join(lines_of(exported(option, dtype)))
     names = set(re.findall(r"\b(?:stablehlo|chlo)\.(\w+)", program))
     assert {"divide", "maximum", "multiply"} <= names <= ELEMENTWISE
 
 
 @every_case
-def test_arithmetic_is_in_float32_but_for_wide_parameters(option, dtype):
+def test_arithmetic_is_in_float32_except_for_64_bit_parameters(option, dtype):
     program = lines_of(exported(option, dtype, x64=True))
     arithmetic = [line for line in program if set(re.findall(r"\w+", line)) & ARITHMETIC]
     floats = set(re.findall(r"[x<](b?f\d+)>", " ".join(arithmetic)))
-    assert floats <= {"f32", "f64"} if is_wide(dtype) else floats == {"f32"}
+    assert floats <= {"f32", "f64"} if is_64_bit(dtype) else floats == {"f32"}
 
 
-# The others export the same operations again.
+# The other options export the same operations.
 EXPORTED = ("default", "float64", "bfloat16", "8 bits")
 
 
 @pytest.mark.parametrize(
     "option", [pytest.param(x, marks=() if x in EXPORTED else pytest.mark.slow) for x in OPTIONS]
 )
-def test_exported_program_computes_what_jit_computes(option):
+def test_exported_program_gives_the_result_of_jit(option):
     options, dtypes = OPTIONS[option]
-    with jax.enable_x64(is_wide(dtypes[0])):
+    with jax.enable_x64(is_64_bit(dtypes[0])):
         tx, lowered = scale_by_adamax(**options), exported(option, dtypes[0])
         gradient = np.linspace(-1, 1, 12).reshape(4, 3).astype(dtypes[0])
         state, update, call = tx.init(gradient), jax.jit(tx.update), jax.jit(lowered.call)
         for _ in range(2):
             updates, expected = update(gradient, state)
             actual, state = call(gradient, state)
-            # C_t, a scalar function of t that limits the step, may be rounded otherwise.
+            # The two programs can round the scalar bound C_t differently.
             np.testing.assert_allclose(actual, updates, rtol=2 * jnp.finfo(dtypes[0]).eps)
             jax.tree.map(np.testing.assert_array_equal, state, expected)

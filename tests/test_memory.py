@@ -1,4 +1,4 @@
-"""What a compiled, donated train step keeps and allocates, from XLA's own account of it."""
+"""A compiled train step with donation stores the stated bytes and allocates no temporaries."""
 
 import functools
 
@@ -19,7 +19,7 @@ def account_of(m_dtype, v_dtype):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
-def test_state_is_as_small_as_stated(m_dtype, v_dtype):
+def test_state_has_the_stated_bytes(m_dtype, v_dtype):
     account = account_of(m_dtype, v_dtype)
     state = SIZE * state_bytes(m_dtype, v_dtype)
     scalars = account.argument_size_in_bytes - SIZE * (4 + 4) - state
@@ -29,5 +29,5 @@ def test_state_is_as_small_as_stated(m_dtype, v_dtype):
 
 @since_010
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
-def test_nothing_else_is_kept(m_dtype, v_dtype):
+def test_step_allocates_no_temporaries(m_dtype, v_dtype):
     assert account_of(m_dtype, v_dtype).temp_size_in_bytes < 4096

@@ -1,4 +1,4 @@
-"""Policies for non-finite gradients: what they change, skip and count."""
+"""Policies for non-finite gradients change, skip and count exactly the documented elements."""
 
 import functools
 

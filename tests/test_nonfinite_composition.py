@@ -198,10 +198,10 @@ def train_step_of(size, m_dtype, v_dtype, policy):
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS, SOME_FORMATS[::2]))
 def test_policy_adds_one_reduction_and_no_copies(policy, m_dtype, v_dtype):
     size = 1 << 16
-    plain, policed = (train_step_of(size, m_dtype, v_dtype, x) for x in ("propagate", policy))
-    assert copies(policed, size) == 0
-    assert passes(policed, size) == passes(plain, size)
-    account = policed.memory_analysis()
+    plain, with_policy = (train_step_of(size, m_dtype, v_dtype, x) for x in ("propagate", policy))
+    assert copies(with_policy, size) == 0
+    assert passes(with_policy, size) == passes(plain, size)
+    account = with_policy.memory_analysis()
     assert account.alias_size_in_bytes >= plain.memory_analysis().alias_size_in_bytes
     # Elements are counted in a branch, which runs only if one is not finite.
     allowed = size // 16 if policy == "skip_step" else 5 * size

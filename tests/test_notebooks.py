@@ -1,4 +1,4 @@
-"""Each notebook is its script, executed: `notebooks/sync.py --check`."""
+"""Each notebook has the cells of its script and was executed; `sync.py --check` verifies it."""
 
 import importlib.util
 import shutil
@@ -22,7 +22,7 @@ def sync():
     return module
 
 
-def test_notebooks_are_in_step(sync):
+def test_notebooks_agree_with_their_scripts(sync):
     notebooks = {path.stem for path in NOTEBOOKS.glob("*.ipynb")}
     assert "quickstart" in notebooks
     assert {script.stem for script in sync.scripts(NOTEBOOKS)} == notebooks
@@ -49,19 +49,19 @@ def make_raw(notebook: nbformat.NotebookNode) -> None:
 DRIFT = {
     "code edited": (
         lambda folder: edit(folder / "quickstart.py", "import jax\n", "import jax  # !\n"),
-        "quickstart.ipynb: cell 1 is not that of quickstart.py",
+        "quickstart.ipynb: cell 1 differs from quickstart.py",
     ),
     "text edited": (
         lambda folder: edit(folder / "quickstart.py", "# # Quickstart", "# # Slow start"),
-        "quickstart.ipynb: cell 0 is not that of quickstart.py",
+        "quickstart.ipynb: cell 0 differs from quickstart.py",
     ),
     "kind of cell changed": (
         lambda folder: edit_notebook(folder / "quickstart.ipynb", make_raw),
-        "quickstart.ipynb: cell 0 is not that of quickstart.py",
+        "quickstart.ipynb: cell 0 differs from quickstart.py",
     ),
     "last cell lost": (
         lambda folder: edit_notebook(folder / "quickstart.ipynb", lambda n: n.cells.pop()),
-        "is not that of quickstart.py",
+        "differs from quickstart.py",
     ),
     "not executed": (
         lambda folder: edit_notebook(
@@ -81,7 +81,7 @@ DRIFT = {
 
 
 @pytest.mark.parametrize(("drift", "fault"), DRIFT.values(), ids=DRIFT.keys())
-def test_drift_is_found(sync, tmp_path, drift, fault):
+def test_every_difference_is_reported(sync, tmp_path, drift, fault):
     for name in ("quickstart.py", "quickstart.ipynb"):
         shutil.copy(NOTEBOOKS / name, tmp_path)
     assert sync.faults(tmp_path) == []
@@ -91,12 +91,12 @@ def test_drift_is_found(sync, tmp_path, drift, fault):
     assert fault in faults[0]
 
 
-def test_check_fails_as_a_command(tmp_path):
+def test_check_command_fails_after_an_edit(tmp_path):
     for name in ("sync.py", "quickstart.py", "quickstart.ipynb"):
         shutil.copy(NOTEBOOKS / name, tmp_path)
     command = [sys.executable, str(tmp_path / "sync.py"), "--check"]
-    in_step = subprocess.run(command, capture_output=True, text=True)
-    assert (in_step.returncode, in_step.stderr) == (0, "")
+    equal = subprocess.run(command, capture_output=True, text=True)
+    assert (equal.returncode, equal.stderr) == (0, "")
     edit(tmp_path / "quickstart.py", "BATCH, EPOCHS = 50", "BATCH, EPOCHS = 51")
     drifted = subprocess.run(command, capture_output=True, text=True)
     assert drifted.returncode == 1

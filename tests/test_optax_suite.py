@@ -1,4 +1,4 @@
-"""optax's own suite, run with our functions in place of its own: see optax_suite_plugin.py."""
+"""This package passes optax's own Adamax tests; see optax_suite_plugin.py."""
 
 import os
 import re
@@ -13,10 +13,13 @@ from optax_suite_plugin import CASES, FEWEST_CASES_OF_ANOTHER_VERSION
 
 
 def run_suite(directory):
-    """Outcomes of the swapped suite in a fresh process, counted: {"passed": 63}, and its output.
+    """Runs optax's tests with this package in a new process.
 
-    The process sees no plugin and no configuration of ours, whose strict modes optax's own code
-    fails.
+    The process uses neither the plugins nor the configuration of this project, because optax fails
+    under its strict modes.
+
+    Returns:
+      The number of tests by outcome, such as {"passed": 63}, and the output.
     """
     (directory / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
@@ -41,22 +44,22 @@ def run_suite(directory):
 
 
 def files_of_adamax():
-    """Those of the suite with its cases: they say its name, or use the list of all in alias_test.
+    """Returns the test files of optax that name adamax, or use the list of all aliases.
 
-    A case that is missed is missed by the plugin, which counts them.
+    The plugin counts the cases, so a missing file makes the test fail.
     """
     suite = sorted(Path(optax.__file__).parent.rglob("*_test.py"))
     return [str(path) for path in suite if re.search("adamax|alias_test", path.read_text("utf-8"))]
 
 
 def is_every_case(number):
-    """Whether `number` cases are all that the installed optax has."""
+    """Returns whether the installed optax has this number of cases."""
     known = CASES.get(optax.__version__)
     return number == known if known else number >= FEWEST_CASES_OF_ANOTHER_VERSION
 
 
-@pytest.mark.slow  # what it looks at, test_protocol.py and test_composition.py look at in every run
-def test_optax_suite_passes_with_our_functions(tmp_path):
-    """A case passes only if it calls our `init`."""
+@pytest.mark.slow  # test_protocol.py and test_composition.py check the same behaviour
+def test_optax_suite_passes_with_this_package(tmp_path):
+    """A case passes only if it calls `init` of this package."""
     outcomes, output = run_suite(tmp_path)
     assert set(outcomes) == {"passed"} and is_every_case(outcomes["passed"]), output

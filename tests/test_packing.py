@@ -177,15 +177,15 @@ def runs(name):
     """Without packing and with it: the updates of each step, and the last state."""
     tx, wrap = TRANSFORMATIONS.get(name, adamax(0.1, v_dtype="bfloat16")), WRAPPERS.get(name)
     wrap = wrap or (lambda tx: tx)
-    with jax.numpy_dtype_promotion("standard"):  # which optax's own need
+    with jax.numpy_dtype_promotion("standard"):  # optax fails in the strict mode
         packed = wrap(pack_small_leaves(tx, MAX_SIZE))
         return run(wrap(tx), PARAMS), run(packed, PARAMS), jax.eval_shape(packed.init, PARAMS)
 
 
-CODED = TRANSFORMATIONS["int8, uint8"]
+QUANTIZED = TRANSFORMATIONS["int8, uint8"]
 
 
-# Two of these formats only mix what the others have.
+# These two formats combine moments that other formats test.
 SLOW = ("float32, uint8", "int8, float32")
 
 
@@ -213,7 +213,7 @@ def test_hyperparameters_can_be_injected():
 
 def test_state_is_converted_and_kept_by_checkpoints():
     _, (_, state), _ = runs("int8, uint8")
-    start = pack_small_leaves(CODED, MAX_SIZE).init(PARAMS)
+    start = pack_small_leaves(QUANTIZED, MAX_SIZE).init(PARAMS)
     same(pickle.loads(pickle.dumps(state)), state)
     same(flax.serialization.from_bytes(start, flax.serialization.to_bytes(state)), state)
     floats = decode_state(state)
@@ -264,7 +264,7 @@ def test_one_kernel_serves_all_leaves_of_a_size():
     state = jax.eval_shape(tx.init, params)
     text = jax.jit(tx.update).lower(params, state).compile().as_text()
     assert len(re.findall(r"dynamic-slice\(", text)) >= 100
-    assert len(re.findall(r" slice\(", text)) == 1  # what the branch looks at
+    assert len(re.findall(r" slice\(", text)) == 1  # the predicate of the branch
     bodies = re.findall(r"\n%fused_computation\S* [^\n]*\{\n(.*?)\n\}", text, re.DOTALL)
     cuts = [re.sub(r"%?[\w.-]+ = |\.\d+|, metadata=\{.*?\}", "", b) for b in bodies]
     cuts = {re.sub(r"%[\w.-]+", "%", b) for b in cuts if "dynamic-slice" in b}

@@ -1,4 +1,4 @@
-"""The layout of a packed state: what it depends on, what it accepts, and how it is saved."""
+"""The layout of a packed state depends on shapes and dtypes only, is checked, and can be saved."""
 
 import collections
 import functools

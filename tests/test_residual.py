@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compensated import UNIT, VALUES, adding, neighbours, residuals, stepper, wide
+from compensated import UNIT, VALUES, adding, neighbours, residuals, stepper, to_float64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +20,11 @@ FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
 def assert_nearest(stored, true):
     """Checks that no bfloat16 number is nearer to `true` than `stored`."""
-    below, above = neighbours(wide(stored))
+    below, above = neighbours(to_float64(stored))
     with np.errstate(invalid="ignore"):  # only a mutant stores infinity for a finite number
-        distance = np.abs(wide(stored) - wide(true))
-    assert (distance <= np.abs(below - wide(true))).all()
-    assert (distance <= np.abs(above - wide(true))).all()
+        distance = np.abs(to_float64(stored) - to_float64(true))
+    assert (distance <= np.abs(below - to_float64(true))).all()
+    assert (distance <= np.abs(above - to_float64(true))).all()
 
 
 def adversarial_updates(p, rng):
@@ -63,37 +63,37 @@ def check_every_value(residual_dtype, compiled=True, update_dtype="float32"):
     state = state._replace(residual=type(state.residual)(residual))
     # A new function, because a cached program of `master_params` would hide a mutant.
     masters = jax.jit(lambda *xs: master_params(*xs)) if compiled else master_params
-    before = wide(masters(state, FINITE))
+    before = to_float64(masters(state, FINITE))
     for name, update in adversarial_updates(FINITE, rng).items():
         with np.errstate(over="ignore", invalid="ignore"):
             wanted = before + update.astype(np.float64)
             float32 = (before.astype(np.float32) + update).astype(np.float64)
         new, new_state = jax.tree.map(np.asarray, step(FINITE, state, update))
-        after = wide(masters(new_state, new))
+        after = to_float64(masters(new_state, new))
         followed = (np.abs(wanted) <= LARGEST) & (np.abs(wanted) >= FLUSHED)
         assert_nearest(new[followed], after[followed])
-        size = np.maximum(np.abs(wide(FINITE)), np.abs(wanted))
+        size = np.maximum(np.abs(to_float64(FINITE)), np.abs(wanted))
         with np.errstate(invalid="ignore"):
             error = np.where(followed, np.abs(after - wanted), 0)
-        near = np.abs(wanted) > 2.0**-16 * np.abs(wide(FINITE))
+        near = np.abs(wanted) > 2.0**-16 * np.abs(to_float64(FINITE))
         if update_dtype == "bfloat16":  # here the difference of the two is a bfloat16 number
-            near = np.abs(wanted - 1.25 * wide(FINITE)) < 0.74 * np.abs(wide(FINITE))
+            near = np.abs(wanted - 1.25 * to_float64(FINITE)) < 0.74 * np.abs(to_float64(FINITE))
             assert (error <= 1.5 * 2.0**-7 * size + SMALLEST).all(), name
         followed &= near | (update_dtype == "float32")
         assert (error <= UNIT[residual_dtype] * size + SMALLEST)[followed].all(), name
         if residual_dtype == "int16":  # equal to float32
-            nearest = wide(float32.astype(jnp.bfloat16))
+            nearest = to_float64(float32.astype(jnp.bfloat16))
             missed = (np.abs(wanted) < 2.0**126) & (np.abs(wanted) > 2.0**-100)
             with np.errstate(invalid="ignore"):
-                missed &= np.abs(wide(new) - float32) > np.abs(nearest - float32)
-            np.testing.assert_array_equal(after[missed], wide(new)[missed])  # no residual
+                missed &= np.abs(to_float64(new) - float32) > np.abs(nearest - float32)
+            np.testing.assert_array_equal(after[missed], to_float64(new)[missed])  # no residual
             exact = followed & near
             exact &= np.abs(wanted) > 2.0**-100  # smaller updates are flushed in part
             np.testing.assert_array_equal(after[exact], float32[exact])
         # Rounding to bfloat16 never makes a finite number infinite, except if a bfloat16 update
         # that leads to one of the largest numbers is rounded up.
         largest = (update_dtype == "bfloat16") & (np.abs(wanted) > 2.0**127)
-        finite = np.isfinite(wide(new)) | largest
+        finite = np.isfinite(to_float64(new)) | largest
         np.testing.assert_array_equal(finite, np.isfinite(float32) | largest, name)
 
 
@@ -162,17 +162,17 @@ def test_mutants_of_splitting_are_detected(mutant, name, other):
 
 @residuals
 def test_residual_of_zero_and_nonfinite_parameters_is_ignored(residual_dtype):
-    """A pruned parameter stays zero; infinity and NaN stay what they are."""
+    """Pruned parameters stay zero; infinite and NaN parameters do not change."""
     ends = jnp.iinfo(residual_dtype)
     residual = jnp.asarray([ends.min, -1, 1, ends.max] * 5, residual_dtype)
     params = np.repeat(np.array([0.0, -0.0, np.inf, -np.inf, np.nan], jnp.bfloat16), 4)
     state = adding(residual_dtype).init(params)
     state = state._replace(residual=type(state.residual)(residual))
     masters = jax.jit(master_params)
-    np.testing.assert_array_equal(masters(state, params), wide(params))
+    np.testing.assert_array_equal(masters(state, params), to_float64(params))
     new, state = STEP[residual_dtype](params, state, np.zeros(20, np.float32))
-    np.testing.assert_array_equal(wide(new), wide(params))
-    np.testing.assert_array_equal(masters(state, new), wide(params))
+    np.testing.assert_array_equal(to_float64(new), to_float64(params))
+    np.testing.assert_array_equal(masters(state, new), to_float64(params))
 
 
 def test_nonfinite_updates_are_added_directly():

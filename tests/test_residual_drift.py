@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compensated import adding, neighbours, residuals, stepper, take, wide
+from compensated import adding, neighbours, residuals, stepper, take, to_float64
 
 from optax_adamax import adamax, compensate_rounding, master_params
 from optax_adamax.wrappers import _residual
@@ -17,9 +17,9 @@ from optax_adamax.wrappers import _residual
 def test_thousand_updates_of_a_thousandth_ulp_are_one_ulp(residual_dtype, sign):
     tx = adding(residual_dtype)
     params = jnp.asarray([1.0, 1.5, -1.0, -1.5, 100.0, 2.0**-10, 1e-3], jnp.bfloat16)
-    below, above = neighbours(wide(params))
+    below, above = neighbours(to_float64(params))
     target = above if sign > 0 else below
-    update = jnp.asarray((target - wide(params)) / 1000, jnp.float32)
+    update = jnp.asarray((target - to_float64(params)) / 1000, jnp.float32)
 
     @jax.jit
     def run(params, state):
@@ -27,7 +27,7 @@ def test_thousand_updates_of_a_thousandth_ulp_are_one_ulp(residual_dtype, sign):
         return jax.lax.scan(step, (params, state), length=1000)[0]
 
     new, state = run(params, tx.init(params))
-    left = np.abs(wide(master_params(state, new)) - target) / np.abs(target)
+    left = np.abs(to_float64(master_params(state, new)) - target) / np.abs(target)
     # int16: a thousand float32 additions. int8: a thousand stochastic roundings of a quarter unit.
     allowed = 1000 * 2.0**-24 if residual_dtype == "int16" else 4 * 16 * 2.0**-15
     assert (left <= allowed).all()
@@ -58,7 +58,7 @@ def drifts(tx, start, gradients, steps, streams=1):
     period = len(gradients)
     gradients = np.pad(gradients, ((0, 144 - period), (0, 0)))
     counts = np.arange(streams, dtype=np.int32) * 1_000_000
-    return wide(drifter(tx, start, steps)(counts, gradients, period))
+    return to_float64(drifter(tx, start, steps)(counts, gradients, period))
 
 
 CODED = {
@@ -111,7 +111,7 @@ def test_elements_have_different_rounding_bits():
     updates = np.float32(2.0**-18 * np.linspace(1, 1.9, 4096))
     params = np.ones(4096, jnp.bfloat16)
     _, state = stepper(adding("int8"))(params, adding("int8").init(params), updates)
-    up = wide(state.residual.int8)
+    up = to_float64(state.residual.int8)
     assert set(np.unique(up)) <= {0, 1}
     assert 1 / 8 < np.mean(up) < 1.9 / 8
 

@@ -1,4 +1,4 @@
-"""Inside of `jax.shard_map`, whose types say over which axes a value differs between devices."""
+"""`update` works inside `jax.shard_map`, whose types state the axes over which values vary."""
 
 import functools
 
@@ -26,15 +26,15 @@ def first_state(tx, shape):
     return jax.jit(tx.init)(np.zeros(shape, np.float32))
 
 
-FLOAT32, _, CODED = SOME_FORMATS
-CASES = [(*form, size) for form in FORMATS for size in (16, _xla.MIN_BRANCH_SIZE)]
-# Where nothing is rounded, a large leaf is computed as a small one is.
-ALWAYS = [(*form, 16) for form in SOME_FORMATS] + [(*CODED, _xla.MIN_BRANCH_SIZE)]
+FLOAT32, _, QUANTIZED = SOME_FORMATS
+CASES = [(*dtypes, size) for dtypes in FORMATS for size in (16, _xla.MIN_BRANCH_SIZE)]
+# Only quantized moments are computed in a branch if a leaf is large.
+ALWAYS = [(*dtypes, 16) for dtypes in SOME_FORMATS] + [(*QUANTIZED, _xla.MIN_BRANCH_SIZE)]
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype, size", formats(CASES, ALWAYS))
-def test_a_state_that_is_the_same_meets_gradients_that_are_not(m_dtype, v_dtype, size):
-    """As where the mean over devices was forgotten or is taken later: each device has its own."""
+def test_replicated_state_accepts_gradients_that_vary(m_dtype, v_dtype, size):
+    """This happens if gradients are averaged over devices later, or not at all."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
     state, g = first_state(tx, (1, size)), gradients(size)
 
@@ -47,10 +47,10 @@ def test_a_state_that_is_the_same_meets_gradients_that_are_not(m_dtype, v_dtype,
     np.testing.assert_allclose(np.asarray(found)[:2], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_FORMATS, [FLOAT32, CODED]))
+@pytest.mark.parametrize("m_dtype, v_dtype", formats(SOME_FORMATS, [FLOAT32, QUANTIZED]))
 @pytest.mark.parametrize("policy", ["zero", "skip_step"])
-def test_all_devices_agree_on_what_is_not_finite(policy, m_dtype, v_dtype):
-    """Parameters and moments are split; the count is one for all, and so is a step's fate."""
+def test_nonfinite_policy_is_applied_on_all_devices(policy, m_dtype, v_dtype):
+    """Moments are sharded and the counts are replicated, so all devices must skip the same step."""
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype, nonfinite=policy)
     g = gradients()
     g[3, 5] = np.nan

@@ -1,4 +1,4 @@
-"""`limit_spikes`: which steps are spikes, what they change, and how the average follows."""
+"""`limit_spikes` finds, skips or clips spikes, and its average follows the documented rule."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def test_clipped_spike_has_the_norm_of_the_limit():
 
 @every_action
 def test_one_spike_raises_the_average_by_a_bounded_factor(action):
-    """Whatever its size, it raises the average by a factor of 1 + (1 - d)(c - 1) at most."""
+    """A spike of any size raises the average by a factor of at most 1 + (1 - d)(c - 1)."""
     for size in (1e2, 1e10, 1e30, np.inf):
         steady = run([1.0] * 50, action=action)[1]
         struck = run([1.0] * 50 + [size], action=action)[1]
@@ -96,7 +96,7 @@ def test_permanently_larger_gradients_are_accepted_after_the_documented_steps(ac
 
 @every_action
 def test_smaller_and_zero_gradients_are_not_spikes(action):
-    """After a million steps without a gradient the first one is none either."""
+    """The first gradient after a million zero gradients is not a spike, either."""
     spikes, state = run([1.0] * 20 + [1e-3] * 20 + [0.0] * 20, action=action)
     silent = state._replace(norm_count=np.int32(2**31 - 1))
     assert not spikes.any()

@@ -68,7 +68,7 @@ def sharded_update(tx, *, check_vma=True, mapped=MAPPED):
 @every_action
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_devices_agree(action, check_vma):
-    """The norm is that of all parts: the large element, on one device, stops every device."""
+    """The norm includes all shards, so a large element on one device limits every device."""
     tx = limit_spikes(TRACE, max_norm=10.0, action=action, axis_name="x")
     update = sharded_update(tx, check_vma=check_vma)
     init, expected = compiled(TRACE, None, max_norm=10.0, action=action)
@@ -88,7 +88,7 @@ def test_sharded_gradients_without_axis_name_raise():
 
 
 def test_replicated_gradients_are_counted_once():
-    """Under shard_map JAX knows which parts are, whether the axis is named or not."""
+    """Under shard_map the types state which gradients are replicated, with or without axis_name."""
     for axis_name in ("x", None):
         tx = limit_spikes(optax.trace(0.5), max_norm=10.0, axis_name=axis_name)
         _, state = sharded_update(tx, mapped=REPLICATED)(2 * ONES, tx.init(ONES))

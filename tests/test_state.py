@@ -19,10 +19,12 @@ from optax_adamax import (
     encode_state,
     scale_by_adamax,
 )
-from tests.oracle.formats import FORMATS, SOME_FORMATS, WAYS, m_error, v_error
+from tests.oracle.formats import FORMATS, SOME_FORMATS, STEP_VARIANTS, m_error, v_error
 
-# None, here, is float32.
-CASES = formats([*FORMATS, (None, None), (None, "uint8"), ("int8", None)], [*WAYS, (None, None)])
+# None means float32 in these tests.
+CASES = formats(
+    [*FORMATS, (None, None), (None, "uint8"), ("int8", None)], [*STEP_VARIANTS, (None, None)]
+)
 PARAMS = {"a": np.ones((3, 5), np.float32), "b": {"c": np.ones((), np.float32), "n": None}}
 
 
@@ -52,7 +54,7 @@ def test_decoded_states_are_floats_near_the_float32_run(m_dtype, v_dtype):
     assert jax.tree.structure(floats) == jax.tree.structure(exact)
     for m, v, exact_m, exact_v in zip(*moments(state), *moments(exact), strict=True):
         assert m.dtype == v.dtype == jnp.float32
-        np.testing.assert_allclose(v, exact_v, rtol=v_error(v_dtype or "float32", frame=1e-6))
+        np.testing.assert_allclose(v, exact_v, rtol=v_error(v_dtype or "float32", scale_error=1e-6))
         assert np.all(np.abs(m - exact_m) <= m_error(m_dtype or "float32", exact_v, exact_v))
 
 
@@ -66,7 +68,7 @@ def test_conversion_during_a_run(m_dtype, v_dtype, other):
     assert jax.tree.structure(converted) == jax.tree.structure(tx.init(PARAMS))
     assert int(converted[0].count) == 20
     for m, v, old_m, old_v in zip(*moments(converted), *moments(state), strict=True):
-        np.testing.assert_allclose(v, old_v, rtol=v_error(v_dtype or "float32", frame=1e-6))
+        np.testing.assert_allclose(v, old_v, rtol=v_error(v_dtype or "float32", scale_error=1e-6))
         assert np.all(np.abs(m - old_m) <= m_error(m_dtype or "float32", old_m, old_v))
     g = PARAMS
     u, after = jax.jit(tx.update)(g, converted)

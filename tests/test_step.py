@@ -1,4 +1,4 @@
-"""adamax_step: one step as a pure function."""
+"""`adamax_step` agrees with the float64 reference and the transformation, and checks its inputs."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from optax_adamax import adamax_step, scale_by_adamax
 from tests.oracle import reference
 
-TEACHING = [
+EXAMPLES = [
     ((1.0, 0.1, 0.0, 0.0, 1), (0.998, 0.01, 0.1)),
     (
         ([1.0, 2.0, 3.0], [0.1, 0.2, 0.3], [0.0] * 3, [0.0] * 3, 1),
@@ -20,16 +20,16 @@ TEACHING = [
 ]
 
 
-@pytest.mark.parametrize("given, expected", TEACHING)
+@pytest.mark.parametrize("given, expected", EXAMPLES)
 @pytest.mark.parametrize("kind", [lambda x: x, np.asarray, jnp.asarray], ids=["py", "np", "jnp"])
-def test_teaching_problem(given, expected, kind):
+def test_worked_examples_have_their_known_results(given, expected, kind):
     *arrays, t = given
     answer = adamax_step(*(kind(x) for x in arrays), t)
     for value, wanted in zip(answer, expected, strict=True):
         np.testing.assert_allclose(np.round(value, 5), wanted, rtol=1e-7)
 
 
-def test_scalar_moments_stand_for_arrays_of_zeros():
+def test_scalar_moments_become_arrays():
     parameter, m, v = adamax_step([1, 2, 3], [0.1, 0.2, 0.3], 0, 0, t=1)
     np.testing.assert_allclose(parameter, [0.998, 1.998, 2.998], rtol=1e-6)
     assert parameter.dtype == m.dtype == v.dtype == jnp.float32
@@ -42,7 +42,7 @@ def test_scalar_moments_stand_for_arrays_of_zeros():
      {"bias_correction": False}],
     ids=str,
 )  # fmt: skip
-def test_is_the_oracle_and_the_transformation(rule):
+def test_step_agrees_with_the_reference_and_the_transformation(rule):
     placement = {"eps_placement": "denominator", **rule}
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -63,7 +63,7 @@ def test_is_the_oracle_and_the_transformation(rule):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
-def test_parameter_keeps_its_dtype_and_moments_are_wide(dtype):
+def test_moments_are_float32_or_complex64_for_low_precision_parameters(dtype):
     parameter, m, v = adamax_step(
         jnp.ones(2, dtype), jnp.full(2, 0.5, dtype), 0.0, 0.0, 1, learning_rate=0.5
     )
@@ -99,7 +99,7 @@ def test_parameter_keeps_its_dtype_and_moments_are_wide(dtype):
         (dict(b1=1.0), ValueError, "b1 must be in [0, 1)"),
     ],
 )
-def test_bad_input(arguments, error, words):
+def test_bad_input_raises(arguments, error, words):
     good = dict(parameter=[1.0, 2.0, 3.0], grad=[0.1, 0.2, 0.3], m=0.0, v=0.0, t=1)
     with pytest.raises(error) as raised:
         adamax_step(**{**good, **arguments})

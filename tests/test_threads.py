@@ -1,4 +1,4 @@
-"""One transformation used by many: threads, copies, other processes."""
+"""A transformation can be shared by threads and processes, copied, and its state pickled."""
 
 import copy
 import functools
@@ -28,14 +28,14 @@ PARAMS = {"a": np.ones((2, 3), np.float32)}
 
 @functools.cache
 def made(name):
-    """A transformation, its update as one program, and what five steps of it give."""
+    """Returns a transformation, its compiled update, and the result of five steps."""
     tx = TRANSFORMATIONS[name]()
     update = jax.jit(tx.update)
     return tx, update, run(tx, update=update)
 
 
 def run(tx, seed=0, update=None):
-    """Parameters and state after five steps."""
+    """Returns parameters and state after five steps."""
     rng, params = np.random.default_rng(seed), PARAMS
     state, update = tx.init(params), update or jax.jit(tx.update)
     for _ in range(5):
@@ -50,9 +50,9 @@ def assert_same(tree, other):
 
 
 @every_transformation
-@pytest.mark.parametrize("compiled", [True, False], ids=["one program", "a program each"])
-def test_eight_threads_use_it_at_once(name, compiled):
-    """Each thread gets what it would get alone: nothing is kept outside parameters and state."""
+@pytest.mark.parametrize("compiled", [True, False], ids=["one program", "program per thread"])
+def test_eight_threads_share_a_transformation(name, compiled):
+    """Each thread gets the result of a single-threaded run, so no state is shared."""
     tx = TRANSFORMATIONS[name]()
     update = jax.jit(tx.update) if compiled else None
     with ThreadPoolExecutor(8) as threads:
@@ -62,23 +62,23 @@ def test_eight_threads_use_it_at_once(name, compiled):
 
 
 @every_transformation
-def test_copies_compute_the_same(name):
-    """`pickle` refuses it, as it does every transformation of optax: they are closures."""
+def test_copies_give_the_same_result(name):
+    """Transformations, also from optax, are closures, which `pickle` does not support."""
     tx, _, expected = made(name)
-    for refused in (tx, optax.adamax(0.1)):
+    for closures in (tx, optax.adamax(0.1)):
         with pytest.raises((AttributeError, pickle.PicklingError)):
-            pickle.dumps(refused)
+            pickle.dumps(closures)
     for other in (copy.copy(tx), copy.deepcopy(tx), cloudpickle.loads(cloudpickle.dumps(tx))):
         assert_same(run(other), expected)
 
 
-def test_a_recipe_can_be_pickled():
+def test_partial_of_a_constructor_can_be_pickled():
     recipe = functools.partial(adamax, 0.1, m_dtype="int8", v_dtype="uint8")
     assert_same(run(pickle.loads(pickle.dumps(recipe))()), run(recipe()))
 
 
 @every_transformation
-def test_a_state_is_pickled_copied_and_continued(name):
+def test_pickled_and_copied_states_continue_the_run(name):
     _, update, (params, state) = made(name)
     expected = update(PARAMS, state, params)
     for copied in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
@@ -103,7 +103,7 @@ PROCESS = """
     os.close(write)
     assert os.read(read, 1000) == result
     assert os.waitpid(child, 0)[1] == 0
-    with warnings.catch_warnings(record=True) as caught:  # JAX has started now, with threads
+    with warnings.catch_warnings(record=True) as caught:  # JAX has started its threads
         warnings.simplefilter("always")
         child = os.fork()
         if child == 0:
@@ -118,8 +118,8 @@ PROCESS = """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_it_is_built_before_a_fork_and_used_after_the_caches_are_cleared():
-    """JAX warns of a fork after its start."""
+def test_transformation_survives_a_fork_and_cleared_caches():
+    """JAX warns only about forks after its start."""
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "ok\n", done.stderr

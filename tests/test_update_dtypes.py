@@ -1,4 +1,4 @@
-"""Dtypes of what goes in and out: nothing small is lost, nothing large becomes NaN."""
+"""Updates have the wider dtype: small ones are not rounded away, large ones do not become NaN."""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from tests.oracle.formats import LOW_BIT, SOME_FORMATS, v_error
 
 @pytest.mark.parametrize("rate", [1e-6, 1e-7])
 @pytest.mark.parametrize("optimizer", [adamax, adamaxw])
-def test_small_rates_with_float16_gradients(optimizer, rate):
-    """5,000 steps of float32 parameters arrive, within 0.02 % of the way."""
+def test_small_learning_rates_take_effect_with_float16_gradients(optimizer, rate):
+    """float32 parameters end within 0.02 % of the exact distance after 5,000 steps."""
     decay = {"weight_decay": 0.1} if optimizer is adamaxw else {}
     tx = optimizer(rate, **decay)
     g = np.float16([0.5, -0.25])
@@ -26,20 +26,21 @@ def test_small_rates_with_float16_gradients(optimizer, rate):
         return (optax.apply_updates(params, u), state), u.dtype == jnp.float32
 
     params = np.float32([1e-3, -1e-3])
-    (end, _), wide = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), length=5_000))()
-    assert np.asarray(wide).all()
+    run = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), length=5_000))
+    (end, _), updates_are_float32 = run()
+    assert np.asarray(updates_are_float32).all()
     expected = np.float64(params)
-    for _ in range(5_000):  # the direction of a constant gradient is its sign
+    for _ in range(5_000):  # the update of a constant gradient is its sign
         decayed = expected * decay.get("weight_decay", 0)
         expected = expected - rate * (np.sign(np.float64(g)) * (1 - 3e-8) + decayed)
-    way = np.float64(params) - expected
-    np.testing.assert_allclose(np.float64(params) - np.float64(end), way, rtol=2e-4)
+    distance = np.float64(params) - expected
+    np.testing.assert_allclose(np.float64(params) - np.float64(end), distance, rtol=2e-4)
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS)
 @pytest.mark.parametrize("p", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("g", ["float16", "bfloat16", "float32"])
-def test_updates_take_the_wider_dtype(m_dtype, v_dtype, g, p):
+def test_updates_have_the_wider_dtype(m_dtype, v_dtype, g, p):
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
     params, grads = np.ones(3, p), np.ones(3, g)
     state = jax.eval_shape(tx.init, params)
@@ -51,12 +52,12 @@ def test_updates_take_the_wider_dtype(m_dtype, v_dtype, g, p):
     assert dtype(params) == wider and dtype() == g
 
 
-def test_an_update_too_large_for_float8_is_its_largest():
-    """Without the bias correction and with b1 near b2 a step may be longer than 1."""
+def test_update_too_large_for_float8_saturates():
+    """For b1 > b2 no bound applies, so an update can exceed the range of its dtype."""
     tx = scale_by_adamax(0.0, 1.0, 0.0, eps_placement="denominator")
     u, _ = tx.update(jnp.float8_e4m3fn([448.0, -2.0]), tx.init(jnp.zeros(2, jnp.float8_e4m3fn)))
     assert u.dtype == jnp.float8_e4m3fn and np.all(np.float32(u) == [1, -1])
-    tx = scale_by_adamax(0.999, 0.99, 0.0)  # no bound: the ratio grows without end
+    tx = scale_by_adamax(0.999, 0.99, 0.0)  # |m| / v can grow without limit
     state = tx.init(jnp.zeros(1, jnp.float8_e4m3fn))
     state = state._replace(count=jnp.int32(100), m=jnp.float32([1e6]), v=jnp.float32([1.0]))
     u, _ = tx.update(jnp.float8_e4m3fn([0.0]), state)
@@ -64,8 +65,8 @@ def test_an_update_too_large_for_float8_is_its_largest():
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
-def test_float64_beside_few_bits(m_dtype, v_dtype):
-    """Computed in float64; 1e300 is taken for the largest number there is room for."""
+def test_float64_gradients_saturate_in_quantized_state(m_dtype, v_dtype):
+    """Updates are computed in float64; 1e300 is stored as the largest number of the format."""
     with jax.enable_x64(True):
         tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype, nonfinite="zero")
         gradients = np.float64([[1.0, 1e300], [0.5, -1e300], [1e-3, 1.0], [0.2, 0.0]])
@@ -77,14 +78,14 @@ def test_float64_beside_few_bits(m_dtype, v_dtype):
             assert u.dtype == jnp.float64 and np.all(np.isfinite(u))
             assert np.all(np.abs(np.asarray(u)) <= 1.01)
         assert int(state.nonfinite_count) == 0
-        kept = jax.device_get(decode_state(state)).inner_state
-        assert np.all(np.isfinite(kept.m)) and np.all(np.isfinite(kept.v))
-        assert abs(float(kept.v[0]) / moments.v[0] - 1) <= v_error(v_dtype)
+        decoded = jax.device_get(decode_state(state)).inner_state
+        assert np.all(np.isfinite(decoded.m)) and np.all(np.isfinite(decoded.v))
+        assert abs(float(decoded.v[0]) / moments.v[0] - 1) <= v_error(v_dtype)
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
-def test_states_of_vmap_are_decoded_row_by_row(m_dtype, v_dtype):
-    """Each row has a phase of its own, and three rows of three elements must not mix them up."""
+def test_batched_states_are_decoded_row_by_row(m_dtype, v_dtype):
+    """Each row has its own phase; with three rows of three elements, axes could be confused."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
 
     @jax.jit
@@ -94,24 +95,24 @@ def test_states_of_vmap_are_decoded_row_by_row(m_dtype, v_dtype):
         return jax.lax.fori_loop(0, steps, lambda i, c: tx.update(g, c[1]), carry)[1]
 
     @jax.jit
-    def there_and_back(state):
+    def round_trip(state):
         decoded = decode_state(state)
         return decoded, encode_state(decoded, m_dtype, v_dtype)
 
     rows = [after(steps) for steps in (1, 250, 500)]
     stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
-    expected = jax.tree.map(lambda *x: np.stack(x), *map(there_and_back, rows))
-    jax.tree.map(np.testing.assert_array_equal, there_and_back(stacked), expected)
+    expected = jax.tree.map(lambda *x: np.stack(x), *map(round_trip, rows))
+    jax.tree.map(np.testing.assert_array_equal, round_trip(stacked), expected)
 
 
-def test_the_state_of_optax_is_no_state_to_encode():
+def test_encode_state_rejects_a_state_of_optax():
     state = optax.adamax(0.1).init(jnp.zeros(3))
     with pytest.raises(TypeError, match="must contain a ScaleByAdamaxState"):
         encode_state(state, "int8", "uint8")
 
 
 @pytest.mark.parametrize("rule", [{"b1": 1.0}, {"b2": 1.5}, {"b2": -0.1}, {"eps": -1.0}], ids=str)
-def test_concrete_arrays_out_of_range_are_refused(rule):
+def test_concrete_arrays_out_of_range_raise(rule):
     ((name, value),) = rule.items()
     with pytest.raises(ValueError, match=name):
         scale_by_adamax(**{name: jnp.float32(value)})

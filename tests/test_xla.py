@@ -1,4 +1,4 @@
-"""The workarounds for compilers have their effect, and are still needed.
+"""The workarounds for XLA have their effect and are still needed.
 
 If a test `..._is_needed` fails, the workaround is obsolete: remove it and its tests.
 """
@@ -19,7 +19,7 @@ SIZE = 2 * _xla.MIN_BRANCH_SIZE
 
 
 def copies_and_temporaries(tx):
-    """Copies of whole arrays, and bytes of temporaries a parameter."""
+    """Returns the number of copied arrays and the bytes of temporaries per parameter."""
     step = train_step(tx, SIZE)
     return copies(step, SIZE), step.memory_analysis().temp_size_in_bytes // SIZE
 
@@ -39,7 +39,7 @@ def test_evaluate_moments_is_needed(mutant):
         copies_and_temporaries(adamax(1e-3, m_dtype=m_dtype, v_dtype=v_dtype))
         for m_dtype, v_dtype in [("bfloat16", "bfloat16"), ("int8", "uint8")]
     ]
-    assert found != [(0, 0), (0, 0)], "XLA needs no branch any more"
+    assert found != [(0, 0), (0, 0)], "XLA avoids copies without the branch"
 
 
 @since_010
@@ -48,7 +48,7 @@ def test_write_after_is_needed(mutant):
     with jax.numpy_dtype_promotion("standard"):
         step = train_step(compensate_rounding(optax.sgd(1e-3)), SIZE, jnp.bfloat16)
     copied = step.memory_analysis().temp_size_in_bytes // SIZE
-    assert copied > 1, "XLA copies nothing but the old residual any more"
+    assert copied > 1, "XLA copies only the old residual without write_after"
 
 
 def test_products_are_rounded_before_they_are_added():
@@ -68,10 +68,10 @@ def test_without_fma_is_needed():
     x, y = (jnp.asarray(rng.normal(size=1 << 12), jnp.float32) for _ in range(2))
     exact = np.float32(0.1) * np.asarray(x) + np.float32(0.9) * np.asarray(y)
     contracted = jax.jit(lambda x, y: jnp.float32(0.1) * x + jnp.float32(0.9) * y)(x, y)
-    assert np.any(np.asarray(contracted) != exact), "XLA on CPU contracts no more"
+    assert np.any(np.asarray(contracted) != exact), "XLA on CPU does not use FMA"
 
 
-def test_all_finite_finds_every_place_without_memory():
+def test_all_finite_checks_every_element_without_temporaries():
     def temporaries(function):
         x = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
         return jax.jit(function).lower(x).compile().memory_analysis().temp_size_in_bytes
@@ -83,5 +83,5 @@ def test_all_finite_finds_every_place_without_memory():
             assert not find(jnp.ones(SIZE).at[place].set(bad))
     if jax.__version_info__ >= (0, 10):
         assert temporaries(_xla.all_finite) < SIZE
-        needless = temporaries(lambda x: jnp.all(jnp.isfinite(x)))
-        assert needless >= SIZE, "XLA writes no mask any more"
+        with_mask = temporaries(lambda x: jnp.all(jnp.isfinite(x)))
+        assert with_mask >= SIZE, "XLA does not write the mask of isfinite to memory"

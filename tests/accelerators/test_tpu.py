@@ -1,7 +1,7 @@
-"""One pass at the memory bound on TPU, by the verdict of TPU's own compiler.
+"""A step of a large leaf is one memory-bound loop on TPU, according to XLA's TPU compiler.
 
 XLA compiles for TPU on any Linux machine that has libtpu (extra `tpu`). Loops, bytes and
-temporaries are those of the program that a TPU would run; cycles are estimated by the compiler.
+temporaries are read from the compiled program; cycles are estimated by the compiler.
 """
 
 import functools
@@ -19,7 +19,7 @@ from optax_adamax.wrappers import _residual
 
 pytest.importorskip("libtpu", reason="TPU's compiler is libtpu: pip install '.[tpu]'")
 
-SIZE = 1 << 28  # beyond what a chip keeps beside its arithmetic units
+SIZE = 1 << 28  # elements; too many for on-chip memory
 FLOAT32 = {"m_dtype": "float32", "v_dtype": "float32"}
 FOUR_BYTES = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
 TWO_BYTES = {"m_dtype": "int8", "v_dtype": "uint8"}
@@ -36,7 +36,7 @@ def injected(**hyperparameters):
 
 class Step(NamedTuple):
     make: object
-    bytes: int  # of one pass over what is stored, a parameter
+    bytes: int  # read and written per parameter in one pass
     dtype: str = "float32"  # of parameters and gradients
     gradient_reads: int = 1
 
@@ -72,10 +72,10 @@ POLICIES = {
         gradient_reads=2,
     ),
 }
-# With parameters and gradients in bfloat16, optax's own step takes 1.3 times what its bytes take.
+# With bfloat16 parameters, optax's step needs 1.3 times the cycles of a memory-bound loop.
 OPTAX_BFLOAT16 = {"optax, bfloat16": Step(lambda: optax.adamax(1e-3), 14, "bfloat16")}
-# With residuals v6e needs 1.15 times optax's cycles, for the arithmetic: 25.0 for 1,024 elements,
-# where the bytes alone would take 14.7.
+# Residuals are compute-bound on v6e: 25.0 cycles per 1,024 elements, 1.15 times optax's cycles.
+# A memory-bound loop would need 14.7.
 BEYOND_OPTAX = {("v6e", "7 bytes for all"): 1.15}
 ALL = STEPS | POLICIES
 
@@ -95,7 +95,7 @@ def report(chip, name):
 
 
 def bound(chip, step):
-    """The cycles in which the bytes of a step pass."""
+    """Returns the cycles that a memory-bound loop over the bytes of the step needs."""
     return compilers.cycles_per_byte(TPUS[chip], SIZE) * step.bytes * SIZE
 
 
@@ -104,7 +104,7 @@ each_chip = pytest.mark.parametrize("chip", ["v5e", "v6e"])
 
 @each_chip
 @pytest.mark.parametrize("name", ALL)
-def test_a_large_leaf_is_one_loop_over_the_bytes_of_its_format(chip, name):
+def test_step_of_a_large_leaf_is_one_loop(chip, name):
     step, found = ALL[name], report(chip, name)
     gradient = jnp.dtype(step.dtype).itemsize * (step.gradient_reads - 1)
     assert found.bytes / SIZE == step.bytes + gradient
@@ -114,7 +114,7 @@ def test_a_large_leaf_is_one_loop_over_the_bytes_of_its_format(chip, name):
 
 @each_chip
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_takes_the_cycles_of_its_bytes(chip, name):
+def test_step_is_memory_bound(chip, name):
     allowed = bound(chip, STEPS[name])
     if STEPS[name].dtype == "bfloat16":
         optax_cycles = report(chip, *OPTAX_BFLOAT16).cycles
@@ -126,10 +126,10 @@ def test_unpack_is_needed(mutant):
     mutant(_xla, "unpack", _xla.from_scalar)
     name = "2 bytes, all injected"
     cycles = report.__wrapped__("v5e", name).cycles
-    assert cycles > 1.05 * bound("v5e", STEPS[name]), "a loop may have as many operands as it likes"
+    assert cycles > 1.05 * bound("v5e", STEPS[name]), "more operands no longer slow down a loop"
 
 
 def test_write_after_is_needed(mutant):
     mutant(_residual, "write_after", lambda first, x, t: x)
     found = report.__wrapped__("v5e", "7 bytes for all")
-    assert found.loops > 1, "the compiler makes one loop of what does not depend on each other"
+    assert found.loops > 1, "the compiler fuses independent writes into one loop"

@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: the float64 oracle, scenarios, formats, and compilers."""
+"""Shared by tests and benchmarks: float64 reference, scenarios, formats and state machine."""

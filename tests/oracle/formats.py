@@ -1,4 +1,4 @@
-"""The one table of storage formats for tests: what each promises, read from the formats."""
+"""Storage formats for tests: one table of names, and the error bounds that each format states."""
 
 import math
 
@@ -12,46 +12,52 @@ V_DTYPES = ["float32", "bfloat16", "uint8"]
 FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 LOW_BIT = FORMATS[1:]
 SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
-# One for each way through the step: is m rounded, is it a ratio, has v a frame?
-WAYS = [*SOME_FORMATS, ("bfloat16", "float32"), ("int8", "float32"), ("float32", "uint8")]
+# One pair per branch of the step: is m rounded, is m a ratio to v, does v have a shared scale?
+STEP_VARIANTS = [
+    *SOME_FORMATS,
+    ("bfloat16", "float32"),
+    ("int8", "float32"),
+    ("float32", "uint8"),
+]
 
 
 def state_bytes(m_dtype, v_dtype):
-    """Bytes a parameter."""
+    """Returns the bytes of state per parameter."""
     return np.dtype(m_dtype).itemsize + np.dtype(v_dtype).itemsize
 
 
-FRAME = 1e-4  # relative: what the frame's scale, in float32, adds in any number of steps
+SCALE_ERROR = 1e-4  # relative error that the float32 shared scale adds in any number of steps
 
 
-def v_error(v_dtype, frame=FRAME):
-    """The relative error of v, wherever it is in `v_range`, after any number of steps."""
-    return V_FORMATS[v_dtype].relative_error + frame
+def v_error(v_dtype, scale_error=SCALE_ERROR):
+    """Returns the bound on the relative error of v within `v_range`, after any number of steps."""
+    return V_FORMATS[v_dtype].relative_error + scale_error
 
 
-def v_octaves(v_dtype):
-    """The same as |log2(kept / exact)|."""
+def v_log2_error(v_dtype):
+    """Returns the same bound for |log2(stored / exact)|."""
     error = V_FORMATS[v_dtype].relative_error
-    # The nearest of two neighbours is off by at most so much of the smaller of them.
-    return math.log2(1 + error) + FRAME if v_dtype == "uint8" else -math.log2(1 - error) + FRAME
+    # Rounding to the nearer of two neighbours is off by at most this fraction of the smaller one.
+    nearest = math.log2(1 + error) if v_dtype == "uint8" else -math.log2(1 - error)
+    return nearest + SCALE_ERROR
 
 
 def v_range(v_dtype):
-    """Where `v_error` holds."""
+    """Returns the smallest and the largest v for which `v_error` holds."""
     return V_FORMATS[v_dtype].range
 
 
 def m_error(m_dtype, m, v):
-    """What one step may add to the error of m; in the mean over steps it is 0."""
-    kept = M_FORMATS[m_dtype]
-    return np.maximum(kept.relative_error, 1e-6) * np.abs(m) + kept.resolution * v
+    """Returns the bound on the error that one step adds to m; this error has mean 0 over steps."""
+    m_format = M_FORMATS[m_dtype]
+    return np.maximum(m_format.relative_error, 1e-6) * np.abs(m) + m_format.resolution * v
 
 
 def largest_ratio(m_dtype):
-    """The largest |m| / v that can be kept."""
+    """Returns the largest |m| / v that the format can store."""
     return M_FORMATS[m_dtype].largest_ratio
 
 
 def step_bound(t, b1, b2):
-    """C_t, the largest |u_t| for constant b1 < b2."""
+    """Returns C_t, the largest |u_t| for constant b1 < b2."""
     return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))

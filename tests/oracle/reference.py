@@ -1,4 +1,4 @@
-"""Adamax in NumPy float64, written for obviousness: the oracle of the numerical tests."""
+"""Adamax in NumPy float64, written to be obviously correct: the reference of numerical tests."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """State of the oracle: float64 (complex128 for complex m), shaped like the gradient."""
+    """State of the reference: float64 (complex128 for complex m), shaped like the gradient."""
 
     t: int
     m: np.ndarray
@@ -14,7 +14,7 @@ class Moments(NamedTuple):
 
 
 def start(shape=(), dtype=np.float64):
-    """The moments before the first step."""
+    """Returns the moments before the first step."""
     return Moments(0, np.zeros(shape, dtype), np.zeros(shape))
 
 
@@ -29,9 +29,9 @@ def step(
     bias_correction=True,
     nesterov=False,
 ):
-    """One step: returns the direction m_hat / v, to be scaled by -learning_rate, and the state."""
-    wide = np.complex128 if np.iscomplexobj(g) else np.float64
-    g = np.asarray(g).astype(wide)
+    """Returns the direction m_hat / v, to be scaled by -learning_rate, and the next state."""
+    dtype = np.complex128 if np.iscomplexobj(g) else np.float64
+    g = np.asarray(g).astype(dtype)
     t = state.t + 1
     m = b1 * state.m + (1 - b1) * g
     if eps_placement == "max":
@@ -52,12 +52,12 @@ def step(
 
 
 def one_minus_power(b, t):
-    """1 - b**t, where float64 loses no digit that float32 would show."""
+    """Returns 1 - b**t without cancellation for b near 1."""
     return 1 - b**t if b <= 0 else -np.expm1(t * np.log(b))
 
 
 def run(gradients, **hyperparameters):
-    """All directions of a sequence of gradients of equal shape, and the last state."""
+    """Returns the directions for a sequence of gradients of equal shape, and the last state."""
     gradients = np.asarray(gradients)
     state = start(gradients.shape[1:], np.complex128 if np.iscomplexobj(gradients) else np.float64)
     directions = []
