@@ -173,7 +173,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
     axes.bar_label(bars, [f"{size:.2f}" for size in sizes], padding=3)
     axes.invert_yaxis()
     axes.set_xlabel("billions of parameters")
-    title = "The largest transformer that one TPU v5e (16 GB) trains, by the compiler's verdict"
+    title = "Largest transformer whose step fits in one TPU v5e (16 GB), according to the compiler"
     figure.suptitle(title, x=0.01, ha="left")
     figure.savefig(reporting.FIGURES / "model_size.png")
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.learning_rate_summary import span, summary
+from optax_adamax._v_formats import V_FORMATS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "reliability")]
 PAGES += [
     ROOT / "docs" / "guide" / f"{name}.md"
     for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
@@ -27,6 +29,41 @@ def table(header: Row, rows: Iterable[Row]) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(list(header)), *map(list, rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def storage_formats(results: dict[str, Any]) -> str:
+    """Shows range, errors and step time of the formats of 8, 4, 3 and 2 bytes."""
+    times = _results("low_bit")["rows"]
+    errors = {"float32": "rounding", "bfloat16": "at most 2^-8", "uint8": "at most 1/8"}
+    shown = [("float32", "float32"), ("bfloat16", "bfloat16")]
+    shown += [("bfloat16", "uint8"), ("int8", "uint8")]
+    rows = []
+    for row in results["rows"]:
+        m, v = row["m_dtype"], row["v_dtype"]
+        if (m, v) not in shown:
+            continue
+        low, high = V_FORMATS[v].range
+        constant = f"{row['constant_mean']:.3f}"
+        random, time = (
+            f"{100 * row['random_rms']:.1f} %",
+            f"{times[f'{m}, {v}']['ratio']['median']:.2f}",
+        )
+        bounds = (
+            "all"
+            if v == "float32"
+            else f"{low:.1e} to {high:.1e}".replace("e+0", "e").replace("e+", "e")
+        )
+        size = f"{times[f'{m}, {v}']['state_bytes']:g}"
+        rows.append([f"{m}, {v}", size, bounds, errors[v], constant, random, time])
+    header = ["m, v", "bytes per parameter", "range of v", "error of v"]
+    header += ["update, constant gradients (exact: 1)", "update, random gradients", "step time"]
+    return table(header, rows)
+
+
+def bytes_by_part(results: dict[str, Any]) -> str:
+    """Shows the bytes per parameter of weights, gradients, residual and state."""
+    rows = [[name, *row.values(), sum(row.values())] for name, row in results["bytes"].items()]
+    return table(["", *next(iter(results["bytes"].values())), "together"], rows)
 
 
 def dtypes(results: dict[str, Any]) -> str:
@@ -253,6 +290,8 @@ def fuzz(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bytes_by_part": bytes_by_part,
+    "storage_formats": storage_formats,
     "bfloat16_costs": bfloat16_costs,
     "compensation": compensation,
     "dtypes": dtypes,
@@ -273,10 +312,16 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 # The file of a table, if it has another name.
 FILES = {
+    "bytes_by_part": "readme_figure",
+    "storage_formats": "update_error",
     "bfloat16_costs": "compensation",
     "largest_update": "learning_rate",
     "nonfinite_costs": "reliability_costs",
 }
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 
 def _load(made: dict[str, Any]) -> str:
@@ -292,8 +337,7 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        file = ROOT / "benchmarks" / "results" / f"{FILES.get(name, name)}.json"
-        results = json.loads(file.read_text("utf-8"))
+        results = _results(FILES.get(name, name))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"
