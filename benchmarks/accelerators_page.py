@@ -212,10 +212,10 @@ def draw(rows: Rows) -> None:
         panel.barh(names, [row["to_optax"] for row in shown], color=colors)
         bounds = [row["bytes_of_one_pass"] / 28 for row in shown]
         panel.plot(bounds, names, "|", color="#D55E00", markersize=14, markeredgewidth=2)
-        panel.set_title(f"TPU {target}", loc="left")
+        panel.set_title(f"TPU {target}".replace(" 7x", "7x"), loc="left")
     panels[0, 0].invert_yaxis()
     figure.suptitle(
-        "Cycles of a step beside optax.adamax, estimated by the compiler; | is what the bytes take",
+        "Cycles of a step relative to optax.adamax, estimated by the compiler; |: memory bound",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(reporting.FIGURES / "accelerators.png")

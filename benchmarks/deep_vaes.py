@@ -80,7 +80,7 @@ def means(run: tuple[Any, jax.Array], window: int) -> list[float]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """A panel a recipe: the mean over the seeds, and between which values the seeds are."""
+    """Draws a panel per recipe: the mean over the seeds, and their range."""
     plt.rcParams.update(reporting.STYLE)
     window = results["window"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", dpi=110)
@@ -95,7 +95,7 @@ def draw(results: dict[str, Any]) -> None:
         panel.legend(frameon=False, loc="upper right")
     axes[0].axvline(results["bad_batch"], color="#B0B7BC", lw=1, zorder=0)
     axes[0].annotate("a bad batch", (results["bad_batch"], 1.1), (4, 0), textcoords="offset points")
-    axes[0].set_ylabel("negative ELBO, nats a dimension")
+    axes[0].set_ylabel("negative ELBO, nats per dimension")
     reporting.FIGURES.mkdir(parents=True, exist_ok=True)
     fig.savefig(reporting.FIGURES / "deep_vaes.png")
     plt.close(fig)

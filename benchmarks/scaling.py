@@ -78,9 +78,9 @@ def draw(results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     panels = [
-        ("parameters", "seconds", "parameters in one leaf", "seconds a step"),
+        ("parameters", "seconds", "parameters in one leaf", "seconds per step"),
         ("parameters", "peak_bytes", "parameters in one leaf", "peak memory, bytes"),
-        ("leaves", "seconds", "leaves of 64 elements", "seconds a step"),
+        ("leaves", "seconds", "leaves of 64 elements", "seconds per step"),
         ("leaves", "compile_seconds", "leaves of 64 elements", "seconds of compilation"),
     ]
     figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")

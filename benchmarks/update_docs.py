@@ -74,7 +74,7 @@ def dtypes(results: dict[str, Any]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
         found = [cells[dtype, name] for name in who]
         v = [f"{row['v']:.4f}" for row in found]
-        kept = ["NaN" if row["parameter"] != row["parameter"] else "kept" for row in found]
+        kept = ["NaN" if row["parameter"] != row["parameter"] else "unchanged" for row in found]
         rows.append([dtype, *v, *kept])
     header = ["parameters", *(f"v, {x}" for x in who.values())]
     return table([*header, *(f"g = 0, {x}" for x in who.values())], rows)
@@ -95,7 +95,7 @@ def low_bit(results: dict[str, Any]) -> str:
         for name, row in results["rows"].items()
     ]
     threads = results["provenance"]["threads"]
-    header = ["m, v", "bytes a parameter", "time of one pass", f"step time, {threads} threads"]
+    header = ["m, v", "bytes per parameter", "time of one pass", f"step time, {threads} threads"]
     return table([*header, "one thread", "passes over memory"], rows)
 
 
@@ -175,7 +175,7 @@ def compensation(results: dict[str, Any]) -> str:
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
         time = timing.text(row["ratio"])
         rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
-    header = ["parameters", "bytes a parameter", "step time", "100,000 steps of 0.001", *tasks]
+    header = ["parameters", "bytes per parameter", "step time", "100,000 steps of 0.001", *tasks]
     return table(header, rows)
 
 
@@ -243,8 +243,8 @@ def reliability(results: dict[str, Any]) -> str:
         for row in _formats(results):
             if row["scenario"] == name:
                 held = row["v_lowest"] is not None
-                v = f"{row['v_lowest']:.3g} to {row['v_highest']:.3g}" if held else "taken for 0"
-                m = f"{row['m_error']:.2g}" if held else "taken for 0"
+                v = f"{row['v_lowest']:.3g} to {row['v_highest']:.3g}" if held else "treated as 0"
+                m = f"{row['m_error']:.2g}" if held else "treated as 0"
                 step = f"{row['largest_step']:.3f}"
                 last = f"{row['step_error_last']:.2g}"
                 rows.append([name, f"{row['m_dtype']}, {row['v_dtype']}", v, m, step, last])
@@ -259,16 +259,6 @@ def reliability_long(results: dict[str, Any]) -> str:
         for r in results["rows"]
     ]
     return table(["m, v", "largest relative error of v", "largest error of m, in v"], rows)
-
-
-def reliability_costs(results: dict[str, Any]) -> str:
-    """Step times of the policies."""
-    rows = []
-    for row in _formats(results):
-        time = timing.text(row["ratio"])
-        extra = f"{row['temporary_bytes'] / results['parameters']:.2f}"
-        rows.append([f"{row['m_dtype']}, {row['v_dtype']}", row["policy"], time, extra])
-    return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
 
 
 def nonfinite_costs(results: dict[str, Any]) -> str:
@@ -307,7 +297,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "state_bytes": state_bytes,
     "fuzz": fuzz,
     "reliability": reliability,
-    "reliability_costs": reliability_costs,
     "reliability_long": reliability_long,
 }
 # The file of a table, if it has another name.
