@@ -103,8 +103,8 @@ def accelerators_leaves(results: dict[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
-    header = ["chip", "leaves", "", "loops", "processor seconds of compilation (to optax)"]
-    return table([*header, "bytes of the state, to those of its elements"], lines)
+    header = ["chip", "leaves", "", "loops", "processor seconds of compilation (relative to optax)"]
+    return table([*header, "bytes of the state, relative to its elements"], lines)
 
 
 def model_size(results: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def model_size(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     header = ["parameters and state", "largest model, billions", "layers"]
-    return table([*header, "bytes a parameter, all included"], lines)
+    return table([*header, "bytes per parameter, all included"], lines)
 
 
 def model_layers(results: dict[str, Any]) -> str:
