@@ -76,7 +76,7 @@ def scale_by_adamax(
 
     Where m or v is kept in few bits, :math:`|u_t|` is limited to what exact arithmetic allows for
     constant b1 and b2. For traced ones there is no such number, and it may be larger by the
-    format's error (a twelfth in uint8); with m in int8 it is at most 7.5 times
+    format's error (an eighth in uint8); with m in int8 it is at most 7.5 times
     :math:`1 / (1 - \beta_1^t)`. Updates in few bits cannot be differentiated.
 
     Returns:
