@@ -33,7 +33,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:\w+", r"(jax|optax)\..*"),
     (r"py:class", r"(np|Any|ArrayLike|ArrayTree|DTypeLike|T)(\..*)?"),
-    (r"py:class", r"(AxisName|Entry|EpsPlacement|Exclusion|Groups|Key|Layout|Missing|Names|Nonfinite)"),
+    (r"py:class", r"(AxisName|Entry|EpsPlacement|Exclusion|Groups|Key)"),
+    (r"py:class", r"(Layout|Missing|Names|Nonfinite)"),
 ]
 
 # The notebooks are committed with their outputs.
