@@ -53,6 +53,7 @@ html_theme = "furo"
 html_title = f"optax_adamax {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_search_scorer = str(HERE / "_static" / "scorer.js")
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
