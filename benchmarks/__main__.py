@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 SHORT = (
     "dtypes",
+    "readme_figure",
+    "update_error",
     "peers",
     "scaling",
     "packing",

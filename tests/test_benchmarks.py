@@ -114,6 +114,36 @@ def test_timed_step_applies_the_transformation():
     np.testing.assert_array_equal(step.carry[0], np.full(3, -1.0))
 
 
+def test_readme_figure_counts_bytes_and_draws(tmp_path, monkeypatch):
+    from benchmarks import readme_figure, reporting, update_docs
+    from benchmarks.tasks import Task
+
+    monkeypatch.setattr(reporting, "FIGURES", tmp_path)
+    counted = {name: readme_figure.bytes_of(way) for name, way in readme_figure.WAYS.items()}
+    assert sum(counted[readme_figure.OURS].values()) == 7
+    assert sum(counted[readme_figure.FLOAT32].values()) == 16
+    assert "| 2 | 2 | 1 | 2 | 7 |" in update_docs.bytes_by_part({"bytes": counted})
+
+    def loss(params, key=None):
+        return jnp.sum(params["w"] ** 2)
+
+    init = {"w": jnp.ones(3)}
+    task = Task("a quadratic", 4, 3, lambda key: init, loss, loss, loss)
+    with tqdm(disable=True) as progress:
+        found = readme_figure.measure(task, 0.1, 1, progress)
+    assert np.shape(found["ways"][readme_figure.OURS]["loss"]) == (3, 4)
+    readme_figure.draw({"bytes": counted, "tasks": {"quadratic": found}})
+    assert (tmp_path / "readme.png").exists()
+
+
+def test_update_error_of_a_few_steps():
+    from benchmarks import update_docs, update_error
+
+    (row,) = update_error.measure(50, 20, [("int8", "uint8")])
+    assert 0.95 < row["constant_mean"] < 1 and 0.01 < row["random_rms"] < 0.2
+    assert "1.2e-10 to 9.4e8" in update_docs.storage_formats({"rows": [row]})
+
+
 def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
     from benchmarks import learning_rate, learning_rate_figure, reporting, update_docs
     from benchmarks.tasks import Task
