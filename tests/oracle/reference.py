@@ -53,7 +53,8 @@ def step(
 
 def one_minus_power(b, t):
     """1 - b**t, where float64 loses no digit that float32 would show."""
-    return 1 - b**t if b <= 0 else -np.expm1(t * np.log(b))
+    with np.errstate(divide="ignore"):
+        return -np.expm1(t * np.log(b))
 
 
 def run(gradients, **hyperparameters):
