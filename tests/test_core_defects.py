@@ -1,5 +1,7 @@
 """Extreme numbers and extreme decay rates, in each storage format."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from parameters import formats
 
 from optax_adamax import decode_state, scale_by_adamax
 from tests.oracle import reference
-from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, WAYS, v_error
+from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, V_DTYPES, WAYS, v_error
 
 QUANTIZED_V = [form for form in LOW_BIT if form[1] != "float32"]
 
@@ -59,21 +61,35 @@ def test_infinite_float64_gradient_never_becomes_a_finite_update(m_dtype, v_dtyp
     assert np.all(np.isnan(u[1:, 0])) and np.all(np.isfinite(u[:, 1]))
 
 
+SIGNS = np.float32([[1, 1], [-1, 1], [1, 1], [1, -1], [-1, 1], [0.5, 1]])
+
+
+@functools.cache
+def updates_with_b2_of_0(v_dtype):
+    """Updates of `SIGNS` with int8 m, for b1 = 0 and b1 = 0.5."""
+
+    def run(b1, b2):
+        tx = scale_by_adamax(b1, b2, 0.0, m_dtype="int8", v_dtype=v_dtype)
+        return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(SIGNS[0]), SIGNS)[1]
+
+    return np.asarray(jax.jit(jax.vmap(run))(np.float32([0, 0.5]), np.zeros(2, np.float32)))
+
+
+@pytest.mark.parametrize("v_dtype", V_DTYPES)
+def test_traced_b2_of_0_with_int8_m_gives_finite_updates(v_dtype):
+    u = updates_with_b2_of_0(v_dtype)
+    assert np.all(np.isfinite(u))
+    np.testing.assert_allclose(u[0], np.sign(SIGNS), rtol=0.2)
+
+
 @pytest.mark.parametrize(
     "v_dtype",
     ["float32", *(xfail([v], "m_{t-1} has become 0") for v in ("bfloat16", "uint8"))],
 )
 def test_traced_b2_of_0_remembers_int8_m(v_dtype):
     """v_t is |g_t|, and u_t = m_t / ((1 - b1^t) |g_t|)."""
-    gradients = np.float32([[1, 1], [-1, 1], [1, 1], [1, -1], [-1, 1], [0.5, 1]])
-
-    def run(b2):
-        tx = scale_by_adamax(0.5, b2, 0.0, m_dtype="int8", v_dtype=v_dtype)
-        start = tx.init(gradients[0])
-        return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], start, gradients)[1]
-
-    expected, _ = reference.run(gradients, b1=0.5, b2=0.0, eps=0.0)
-    np.testing.assert_allclose(jax.jit(run)(np.float32(0.0)), expected, atol=0.3)
+    expected, _ = reference.run(SIGNS, b1=0.5, b2=0.0, eps=0.0)
+    np.testing.assert_allclose(updates_with_b2_of_0(v_dtype)[1], expected, atol=0.3)
 
 
 @pytest.mark.parametrize("b2", [1 - 1e-6, 1 - 1e-7])
