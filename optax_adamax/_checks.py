@@ -78,20 +78,20 @@ def check_decay(name: str, value: Any, *, closed: bool) -> None:
         )
 
 
-def check_ratio(largest: float | None, kept: float, b1: Any, b2: Any) -> None:
-    """Refuses decay rates with which m / v may become larger than what can be kept.
+def check_ratio(b1: Any, b2: Any, largest_ratio: float) -> None:
+    """Rejects decay rates for which m / v may exceed the largest ratio of the storage format of m.
 
-    Args:
-      largest: of the ratio that b1 and b2 allow; None where one of them is traced.
-      kept: the largest that the format of m can keep.
-      b1: decay rate of m, for the message.
-      b2: decay rate of v, likewise.
+    For constant b1 < b2, |m_t| / v_t is at most (1 - b1) / (1 - b1/b2). Traced rates are not
+    checked.
     """
-    if largest is not None and largest > kept:
+    b1, b2 = concrete_value(b1), concrete_value(b2)
+    if b1 is None or b2 is None or math.isinf(largest_ratio):
+        return
+    if b1 >= b2 or (1 - b1) / (1 - b1 / b2) > largest_ratio:
         raise ValueError(
-            f"m_dtype=int8 keeps m as a ratio to v, up to {kept:.4g}, but with b1={b1} and "
-            f"b2={b2} the ratio may reach (1 - b1) / (1 - b1/b2) = {largest:.4g} (it has no bound "
-            f"for b1 >= b2). Bring b2 nearer to 1, or use m_dtype='bfloat16'."
+            f"m_dtype='int8' requires b1 < b2 and (1 - b1) / (1 - b1/b2) <= {largest_ratio:.4g}, "
+            f"the largest ratio of m to v that it stores, but b1={b1:g} and b2={b2:g} were given. "
+            f"Decrease b1, increase b2, or use m_dtype='bfloat16'."
         )
 
 

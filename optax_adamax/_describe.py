@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax._formats import unwrap
-from optax_adamax._m_formats import M_FORMATS, MFormat, safe_divide
-from optax_adamax._numerics import preserving_memory_kind
+from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax._numerics import preserving_memory_kind, safe_divide
 from optax_adamax._paths import named_leaves
 from optax_adamax._state import ScaleByAdamaxState, decode_framed, formats_of, states_in
 from optax_adamax._v_formats import V_FORMATS, VFormat
@@ -129,7 +129,7 @@ def _describe(state: ScaleByAdamaxState, eps: float) -> list[LeafDescription]:
     count = preserving_memory_kind(
         functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format)
     )
-    phase = state.v.phase if v_format.is_framed else jnp.uint32(0)
+    phase = state.v.phase if v_format.has_shared_scale else jnp.uint32(0)
     m_leaves = named_leaves(unwrap(state.m, m_format))
     v_leaves = jax.tree.leaves(unwrap(state.v, v_format))
     described = []
@@ -163,8 +163,8 @@ def _statistics(
     v_format: VFormat,
 ) -> jax.Array:
     """Least and largest v, and the numbers of elements, as `LeafDescription` lists them."""
-    v = decode_framed(v, phase, v_format) if v_format.is_framed else v
-    m = jnp.abs(m_format.decode(m, v) if m_format.is_rounded else m)
+    v = decode_framed(v, phase, v_format) if v_format.has_shared_scale else v
+    m = jnp.abs(m_format.decode(m, v) if m_format.is_quantized else m)
     low, high = v_format.range
     is_finite = jnp.isfinite(m) & jnp.isfinite(v)
     unseen = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))

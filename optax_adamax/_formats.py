@@ -1,8 +1,8 @@
-"""How a moment is kept between steps: what every format says of itself.
+"""The common part of storage formats.
 
-A format knows one array at a time: no tree of parameters, and no optimizer. How m may be kept
-stands in `_m_formats`, how v may be kept in `_v_formats`. A new format is one class there, and one
-row in the table below it.
+A format handles one array. It knows neither the tree of parameters nor the optimizer. The formats
+of m are in `_m_formats`, the formats of v in `_v_formats`. A new format is a class and a row in the
+table of one of these files.
 """
 
 import abc
@@ -18,41 +18,41 @@ from optax_adamax._numerics import compute_dtype
 
 
 class Format(abc.ABC):
-    """How one moment is kept."""
+    """A storage format of one moment."""
 
-    dtype: np.dtype | None  # of what is stored; None: that of the arithmetic
-    # What holds the stored tree in a state, in its first field, beside what the format needs for
-    # all of it. Each has fields of its own names, so that no checkpoint of one format can be
-    # restored into another. None: the tree stands in the state as it is.
+    dtype: np.dtype | None  # of the stored array; None: the compute dtype
+    # The NamedTuple around the stored tree in a state; its first field is the tree. The field names
+    # differ between formats, so that a checkpoint cannot be restored into another format. None: the
+    # state contains the tree itself.
     container: ClassVar[type[Any] | None] = None
-    # Whether less is stored than was computed.
-    is_rounded: ClassVar[bool] = True
+    is_quantized: ClassVar[bool] = True  # whether stored values have fewer bits than computed ones
 
     def init(self, parameter: Any, *, real: bool) -> jax.Array:
-        """The moment before the first step, shaped and sharded like `parameter`."""
+        """Returns the zero moment, with the shape and sharding of `parameter`."""
         return jnp.zeros_like(parameter, dtype=self.stored_dtype(parameter, real=real))
 
     def stored_dtype(self, parameter: Any, *, real: bool) -> np.dtype:
-        """The dtype of what is stored for `parameter`; `real`: whatever the parameter is."""
+        """Returns the stored dtype for `parameter`; `real`: also if the parameter is complex."""
         del real
         assert self.dtype is not None
         if _is_complex(parameter):
             raise TypeError(
-                f"Moments of complex parameters cannot be kept in {self.dtype}: wrap the "
-                f"transformation in optax.contrib.split_real_and_imaginary, which keeps the two "
-                f"parts as real numbers."
+                f"Moments of complex parameters cannot be stored as {self.dtype}. Use a "
+                f"full-precision dtype, or store the two parts as real numbers: wrap the whole "
+                f"optimizer in optax.with_extra_args_support("
+                f"optax.contrib.split_real_and_imaginary(...))."
             )
         return self.dtype
 
     def accepts(self, stored: np.dtype) -> bool:
-        """Whether an array of this dtype may be stored."""
+        """Returns whether an array of this dtype may be stored in this format."""
         return stored == self.dtype
 
 
 class FullPrecision(Format):
-    """A moment kept as float32, float64, or the complex numbers of two of these."""
+    """float32, float64, or a complex dtype whose parts have one of these."""
 
-    is_rounded = False
+    is_quantized = False
 
     def __init__(self, dtype: np.dtype | None):
         self.dtype = dtype
@@ -60,7 +60,10 @@ class FullPrecision(Format):
     def stored_dtype(self, parameter: Any, *, real: bool) -> np.dtype:
         dtype = compute_dtype(parameter) if self.dtype is None else self.dtype
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-            raise ValueError("A float64 moment needs jax.config.update('jax_enable_x64', True).")
+            raise ValueError(
+                "A float64 moment was requested, but JAX has 64-bit types disabled. Call "
+                "jax.config.update('jax_enable_x64', True) first, or use float32."
+            )
         if _is_complex(parameter) and not real:
             dtype = np.result_type(dtype, np.complex64)
         return dtype
@@ -75,47 +78,49 @@ F = TypeVar("F", bound=Format)
 
 
 def find_format(table: Mapping[str | None, F], argument: str, dtype: DTypeLike | None) -> F:
-    """The format in `table` that the user's `dtype` names.
+    """Returns the format in `table` for the dtype that the user gave for `argument`.
 
     Raises:
-      TypeError: it is no dtype.
-      ValueError: there is no such format.
+      TypeError: `dtype` is not a dtype.
+      ValueError: `table` has no format with this dtype.
     """
     if dtype is None:
         return table[None]
+    allowed = f"{argument} must be None or one of {', '.join(filter(None, table))}, but"
     if isinstance(dtype, jax.Array):
         raise TypeError(
-            f"{argument} must be a dtype, but an array was given. optax.inject_hyperparams takes a "
-            f"callable such as jnp.float32 for a schedule: write {argument}='float32'."
+            f"{allowed} an array was given. With optax.inject_hyperparams, write the name of the "
+            f"dtype, {argument}='float32', because a callable such as jnp.float32 is used as a "
+            f"schedule."
         )
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
-        raise TypeError(f"{argument} must be a dtype, but {dtype!r} was given.") from None
+        raise TypeError(f"{allowed} {dtype!r} was given, which is not a dtype.") from None
     if name not in table:
-        raise ValueError(
-            f"{argument} must be None or one of {', '.join(filter(None, table))}, but {name} was "
-            f"given. For complex parameters give the dtype of the real part."
-        )
+        hint = ""
+        if jnp.issubdtype(name, jnp.complexfloating):
+            hint = " For complex parameters, give the dtype of the real part."
+        raise ValueError(f"{allowed} {name} was given.{hint}")
     return table[name]
 
 
 def is_in_format(moment: Any, format: Format, table: Mapping[str | None, Format]) -> bool:
-    """Whether m or v of a state is kept in `format`, one of those in `table`."""
-    nodes = tuple(other.container for other in table.values() if other.container is not None)
-    container = type(moment) if isinstance(moment, nodes) else None
+    """Returns whether m or v of a state is stored in `format`, one of the formats in `table`."""
+    containers = tuple(other.container for other in table.values() if other.container is not None)
+    container = type(moment) if isinstance(moment, containers) else None
     leaves = jax.tree.leaves(unwrap(moment, format)) if container is format.container else []
     return container is format.container and all(format.accepts(jnp.result_type(x)) for x in leaves)
 
 
 def unwrap(moment: Any, format: Format) -> Any:
-    """The stored tree, like the parameters, within m or v of a state."""
+    """Returns the stored tree, which is like the parameters, of m or v of a state."""
     return moment if format.container is None else moment[0]
 
 
-def wrap(tree: Any, format: Format, *beside: Any) -> Any:
-    """The stored tree as m or v of a state; `beside` is what the format's node has besides."""
-    return tree if format.container is None else format.container(tree, *beside)
+def wrap(tree: Any, format: Format, *others: Any) -> Any:
+    """Returns the stored tree as m or v of a state; `others` are the container's other fields."""
+    return tree if format.container is None else format.container(tree, *others)
 
 
 def _is_complex(x: Any) -> bool:
@@ -124,10 +129,10 @@ def _is_complex(x: Any) -> bool:
 
 @jax.custom_jvp
 def forbid_derivative(x: jax.Array) -> jax.Array:
-    """x, on its way to being rounded: refuses to be differentiated, for what follows is constant.
+    """Returns x, and raises if it is differentiated; applied before rounding, which is constant.
 
     Raises:
-      TypeError: when a derivative is asked for.
+      TypeError: a derivative was requested.
     """
     return x
 
@@ -136,34 +141,9 @@ def forbid_derivative(x: jax.Array) -> jax.Array:
 def _(primals: Any, tangents: Any) -> Any:
     del primals, tangents
     raise TypeError(
-        "An update with m or v in few bits was differentiated, but rounding has no derivative. "
-        "Differentiate with m_dtype and v_dtype of float32 (decode_state converts a state), or put "
-        "jax.lax.stop_gradient around the gradients."
+        "An update with quantized m or v was differentiated, but rounding has no useful "
+        "derivative. To differentiate through the update, use float32 for m_dtype and v_dtype "
+        "(decode_state converts a state). Otherwise put jax.lax.stop_gradient around the "
+        "gradients, or turn off implicit differentiation of the solver that called the update "
+        "(implicit_diff=False in jaxopt, another adjoint in optimistix)."
     )
-
-
-def float32_bits(x: jax.Array) -> jax.Array:
-    """The bits of a float32 as int32."""
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
-
-
-def float32_from_bits(bits: jax.Array) -> jax.Array:
-    """The float32 of these bits."""
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def with_sign(size: jax.Array, number: jax.Array) -> jax.Array:
-    """size, which is at least 0, with the sign of an integer of fewer bits."""
-    same = jnp.dtype(f"int{8 * size.dtype.itemsize}")
-    sign = number.astype(same) & jnp.iinfo(same).min
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, same) | sign, size.dtype)
-
-
-def py_float32_bits(number: float) -> int:
-    """The bits of a number as float32."""
-    return int(np.float32(number).view(np.int32))
-
-
-def py_float32(bits: int) -> float:
-    """The float32 of these bits, as a Python number."""
-    return float(np.int32(bits).view(np.float32))

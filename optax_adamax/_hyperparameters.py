@@ -1,43 +1,66 @@
-"""The hyperparameters, and what they make of step t."""
+"""The hyperparameters of Adamax, and the scalars that they give for one step."""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_adamax import _checks, _frame
+from optax_adamax import _checks, _shared_scale, _xla
 from optax_adamax._m_formats import MFormat
 from optax_adamax._numerics import hash_uint32, one_minus_power
-from optax_adamax._step import SHIFT_BITS, Step
+from optax_adamax._shared_scale import SharedScale
 from optax_adamax._v_formats import VFormat
 
 EpsPlacement = Literal["max", "denominator"]
 
 
-def _static() -> Any:
-    """A field that a program is compiled for."""
-    return dataclasses.field(metadata={"static": True})
+class Step(NamedTuple):
+    """The scalars of step t; floats have the compute dtype.
+
+    If v has a shared scale s_t, v is in units of that scale, and so is an m that is stored as a
+    ratio to v. The fields contain the conversion, so that the equations are the same for every
+    format. On TPU, the number of scalars also limits the speed of the loop (see `_xla.unpack`).
+    """
+
+    t: jax.Array  # int32: 1 in the first step
+    b1: jax.Array  # 2**-k b1/b2 if m is in units of the shared scale
+    one_minus_b1: jax.Array  # s_t (1 - b1) if m is in units of the shared scale
+    b2: jax.Array  # 2**-k with a shared scale
+    scale: jax.Array  # s_t; 1 without a shared scale
+    eps_in_max: jax.Array  # 0 if eps is in the denominator
+    eps_in_denominator: jax.Array | None  # in units of v; None if eps is in the maximum
+    bias_correction: jax.Array  # 1 - b1**t, or 1; divided by s_t if only v is in its units
+    nesterov_b1: jax.Array | None  # b1 (1 - b1**t) / (1 - b1**(t + 1)) with Nesterov momentum
+    bound: jax.Array | None  # largest |u_t| in exact arithmetic; None: updates are not clipped
+    rounding_bits: (
+        jax.Array
+    )  # uint32: a hash of t; b2 is packed into its low bits (see `_xla.pack`)
+    grads_finite: jax.Array | None  # bool: see `_nonfinite.GRADS_FINITE`
+
+
+_STATIC = {"static": True}  # a compile-time constant
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """What a step is made from, and where it is said what each one means."""
+    """The validated hyperparameters of `scale_by_adamax`."""
 
     b1: ArrayLike
-    one_minus_b1: ArrayLike  # 1 - b1
+    one_minus_b1: ArrayLike
     b2: ArrayLike
-    octaves: ArrayLike  # by which v decays in a step
+    log2_decay: ArrayLike  # log2(1 / b2)
     eps: ArrayLike
-    eps_in_max: bool = _static()
-    bias_correction: bool = _static()
-    nesterov: bool = _static()
-    # K >= |m_t| / v_t in exact arithmetic for constant b1 and b2; None if one is traced
-    largest_ratio: float | None = _static()
+    eps_placement: EpsPlacement = dataclasses.field(metadata=_STATIC)
+    bias_correction: bool = dataclasses.field(metadata=_STATIC)
+    nesterov: bool = dataclasses.field(metadata=_STATIC)
+    is_bounded: bool = dataclasses.field(
+        metadata=_STATIC
+    )  # whether b1 < b2 are known numbers, so that |u_t| has a bound
 
     @classmethod
     def validated(
@@ -49,98 +72,93 @@ class Hyperparameters:
         bias_correction: bool,
         nesterov: bool,
     ) -> "Hyperparameters":
-        """Of what `scale_by_adamax` is told, unless that cannot be."""
+        """Checks the arguments of `scale_by_adamax` and returns them with derived numbers."""
         _checks.check_decay("b1", b1, closed=False)
         _checks.check_decay("b2", b2, closed=True)
         _checks.check_scalar("eps", eps, 0.0, float("inf"))
         _checks.check_choice("eps_placement", eps_placement, ("max", "denominator"))
         _checks.check_flag("bias_correction", bias_correction)
         _checks.check_flag("nesterov", nesterov)
+        known = _checks.concrete_value(b1), _checks.concrete_value(b2)
         return cls(
             b1=b1,
             one_minus_b1=1 - b1,
             b2=b2,
-            octaves=_frame.octaves(b2),
+            log2_decay=_shared_scale.log2_decay(b2),
             eps=eps,
-            eps_in_max=eps_placement == "max",
+            eps_placement=eps_placement,
             bias_correction=bias_correction,
             nesterov=nesterov,
-            largest_ratio=_largest_ratio(_checks.concrete_value(b1), _checks.concrete_value(b2)),
+            is_bounded=None not in known and known[0] < known[1],
         )
 
     @functools.partial(jax.jit, static_argnames=("m_format", "v_format", "dtype"))
     def for_step(
         self,
         t: ArrayLike,
-        phase: jax.Array,
+        shared: SharedScale | None,
         grads_finite: jax.Array | None = None,
         *,
         m_format: MFormat,
         v_format: VFormat,
         dtype: np.dtype,
     ) -> Step:
-        """Step t = 1, 2, ...
+        """Returns the scalars of step t = 1, 2, ...
 
         Args:
-          t: its number, int32.
-          phase: of v's frame before the step, uint32.
-          grads_finite: see `_nonfinite.handle_nonfinite`.
-          m_format: how m is kept.
-          v_format: how v is kept.
-          dtype: of the arithmetic, float32 or float64.
+          t: int32, the number of the step.
+          shared: the shared scale of v after the step; None if `v_format` has none.
+          grads_finite: bool, see `_nonfinite.GRADS_FINITE`.
+          m_format: the storage format of m.
+          v_format: the storage format of v.
+          dtype: the compute dtype, float32 or float64.
         """
         b1, one_minus_b1, b2, eps = (
             jnp.asarray(x, dtype) for x in (self.b1, self.one_minus_b1, self.b2, self.eps)
         )
         count = jnp.asarray(t, dtype)
-        bias = one_minus_power(one_minus_b1, count) if self.bias_correction else jnp.ones((), dtype)
-        next_bias = one_minus_power(one_minus_b1, count + 1) if self.bias_correction else bias
-        frame = _frame.advance(phase, self.octaves)
-        scale = frame.scale.astype(dtype) if v_format.is_framed else jnp.ones((), dtype)
-        is_rounded = m_format.is_rounded or v_format.is_rounded
+        bias = next_bias = jnp.ones((), dtype)
+        if self.bias_correction:
+            bias, next_bias = (one_minus_power(one_minus_b1, n) for n in (count, count + 1))
+        nesterov_b1 = b1 * (bias / next_bias) if self.nesterov else None
         bound = None
-        if is_rounded and self.largest_ratio not in (None, float("inf")):
-            bound = _bound(count, b1, one_minus_b1, b2, bias, next_bias if self.nesterov else None)
-        in_frame = m_format.is_ratio and v_format.is_framed
-        shift = v_format.shift_of(frame.shift)
-        return Step(
+        if self.is_bounded and (m_format.is_quantized or v_format.is_quantized):
+            ratio = _ratio_bound(count, b1, one_minus_b1, b2)
+            bound = ratio / bias
+            if nesterov_b1 is not None:
+                bound = (nesterov_b1 * ratio + one_minus_b1) / bias
+        step = Step(
             t=jnp.asarray(t),
-            b1=b1 / jnp.where(b2 == 0, 1, b2) if in_frame else b1,
+            b1=b1,
             one_minus_b1=one_minus_b1,
             b2=b2,
-            shift=shift,
-            scale=scale if v_format.is_framed else None,
-            eps_in_max=eps if self.eps_in_max else None,
-            eps_in_denominator=None if self.eps_in_max else eps * scale,
-            bias=bias if m_format.is_ratio else bias / scale,
-            b1_ahead=b1 * (bias / next_bias) if self.nesterov else None,
+            scale=jnp.ones((), dtype),
+            eps_in_max=eps if self.eps_placement == "max" else jnp.zeros((), dtype),
+            eps_in_denominator=eps if self.eps_placement == "denominator" else None,
+            bias_correction=bias,
+            nesterov_b1=nesterov_b1,
             bound=bound,
-            threshold=(hash_uint32(jnp.asarray(t, np.uint32)) >> SHIFT_BITS << SHIFT_BITS)
-            | shift.astype(jnp.uint32),
-            phase=frame.phase,
+            rounding_bits=hash_uint32(jnp.asarray(t, jnp.uint32)),
             grads_finite=grads_finite,
         )
+        return step if shared is None else _in_units_of(shared, step, m_format)
 
 
-def _largest_ratio(b1: float | None, b2: float | None) -> float | None:
-    if b1 is None or b2 is None:
-        return None
-    return (1 - b1) / (1 - b1 / b2) if b1 < b2 else float("inf")
+def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
+    """Converts v, and m if it is stored as a ratio to v, to units of the shared scale."""
+    scale, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.b2))
+    if m_format.is_ratio:
+        b1 = b2 * (step.b1 / jnp.where(step.b2 == 0, 1, step.b2))
+        step = step._replace(b1=b1, one_minus_b1=scale * step.one_minus_b1)
+    else:
+        step = step._replace(bias_correction=step.bias_correction / scale)
+    if step.eps_in_denominator is not None:
+        step = step._replace(eps_in_denominator=scale * step.eps_in_denominator)
+    packed = _xla.pack(step.rounding_bits, shared.b2)
+    return step._replace(b2=b2, scale=scale, rounding_bits=packed)
 
 
-def _bound(
-    t: jax.Array,
-    b1: jax.Array,
-    one_minus_b1: jax.Array,
-    b2: jax.Array,
-    bias: jax.Array,
-    next_bias: jax.Array | None,
-) -> jax.Array:
-    """The largest |u_t| of exact arithmetic, for constant b1 < b2.
-
-    It is C_t = sum (b1/b2)^k / sum b1^k over k < t, which tends to (1 - b1) / (1 - b1/b2): the
-    gradients |g_k| = b2^k reach it, and none go beyond.
-    """
-    a = (b2 - b1) / b2
-    ratio = one_minus_b1 * one_minus_power(a, t) / a  # of m / v
-    return ratio / bias if next_bias is None else b1 * ratio / next_bias + one_minus_b1 / bias
+def _ratio_bound(t: jax.Array, b1: jax.Array, one_minus_b1: jax.Array, b2: jax.Array) -> jax.Array:
+    """Returns the largest |m_t| / v_t for constant b1 < b2; the gradients b2^k attain it."""
+    a = (b2 - b1) / b2  # 1 - b1/b2
+    return one_minus_b1 * one_minus_power(a, t) / a

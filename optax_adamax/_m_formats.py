@@ -1,8 +1,8 @@
-"""How m may be kept: as a number, or as a ratio to v, which bounds it.
+"""Storage formats of m: a float, or a code of the ratio to v, which bounds m.
 
-What is rounded is rounded up or down by a threshold that looks random from step to step, so that
-the mean over the steps is right. Nearest rounding would stall: where a step moves m by less than
-half the distance of two stored values, it would stay where it is for ever.
+Quantized formats use hash-based stochastic rounding: pseudo-random bits are added before low bits
+are cut off, so that the mean over steps is unbiased. With rounding to nearest, a step that changes
+m by less than half the distance between two stored values would leave m unchanged.
 """
 
 import abc
@@ -11,82 +11,72 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from optax_adamax._formats import (
-    Format,
-    FullPrecision,
+from optax_adamax._formats import Format, FullPrecision, find_format, forbid_derivative
+from optax_adamax._numerics import (
     float32_bits,
     float32_from_bits,
-    forbid_derivative,
-    py_float32_bits,
+    map_real_imag,
+    safe_divide,
+    upcast,
     with_sign,
 )
-from optax_adamax._numerics import map_real_imag, saturating_cast, upcast
-from optax_adamax._step import Step
 
 
 class MFormat(Format):
-    """How m is kept."""
+    """A storage format of m."""
 
-    is_ratio: ClassVar[bool] = False  # to v: m is then in the units of v's frame, as v is
-    largest_ratio: float = float("inf")  # of |m| to v that can be kept
-    relative_error: float  # of m in one step, at most; in the mean over steps it is 0
-    resolution: float = 0.0  # in units of v: an error that is always possible
+    is_ratio: ClassVar[bool] = False  # stored as a ratio to v, so that m has the units of v
+    largest_ratio: float = float("inf")  # of |m| to v that can be stored
+    relative_error: float  # of m in one step, at most; unbiased over steps
+    resolution: float = 0.0  # absolute error that is always possible, in units of v
 
     @abc.abstractmethod
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        """m as a float of the dtype of the float v, which is of the same step."""
+        """Returns the stored m as a float with the dtype of v, the float of the same step."""
 
     @abc.abstractmethod
-    def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
-    ) -> jax.Array:
-        """m as it is stored. `threshold`, in units of 2**-32, is added before bits are cut off.
+    def encode(self, m: jax.Array, v: jax.Array, rounding_bits: jax.Array) -> jax.Array:
+        """Returns the float m as stored.
 
-        `smallest_v`: what v is known to be at least.
+        Args:
+          m: first moment.
+          v: infinity norm of the same step, as stored and decoded.
+          rounding_bits: uint32, pseudo-random; 2**31 rounds to nearest.
         """
 
-    def ratio(self, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
-        """m / ((1 - b1^t) (v + eps)) of the stored m, limited; 0 where no gradient was seen."""
-        # Not m / v / bias, of which XLA makes this in some programs, and in others not.
-        return clip_update(safe_divide(self.decode(m, v), step.divisor(v)), step.bound)
+    def ratio(
+        self, m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
+    ) -> jax.Array:
+        """Returns m / (bias_correction (v + eps)) of the stored m, and 0 where v is 0."""
+        return quotient(self.decode(m, v), v, bias_correction, eps)
 
 
-def safe_divide(m: jax.Array, v: jax.Array, smallest_v: float = 0.0) -> jax.Array:
-    """m / v, and 0 where v is 0, if it may be so small."""
-    if smallest_v > 0:  # on CPU XLA keeps a bare quotient that is used more than once
-        return map_real_imag(lambda m: m / v, m)
-    unseen = v == 0
-    v = jnp.where(unseen, 1, v)
-    return map_real_imag(lambda m: jnp.where(unseen, 0, m / v), m)
-
-
-def clip_update(u: jax.Array, bound: jax.Array | None) -> jax.Array:
-    """u within +-bound, and NaN where it is not finite."""
-    if bound is None:
-        return u
-    # Not jnp.clip, to which -bound would be another scalar.
-    within = -jnp.minimum(-jnp.minimum(u, bound), bound)
-    return jnp.where(jnp.isfinite(u), within, jnp.nan)
+def quotient(
+    m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
+) -> jax.Array:
+    """Returns m / (bias_correction (v + eps)), and 0 where the denominator is 0."""
+    # Not m / v / bias_correction, which XLA rewrites to this form in some programs only.
+    v = bias_correction * (v if eps is None else v + eps)
+    return map_real_imag(lambda m: safe_divide(m, v), m)
 
 
 class FullPrecisionM(FullPrecision, MFormat):
-    """m kept as it was computed."""
+    """m in full precision."""
 
     relative_error = 0.0
 
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
         return upcast(m, v.dtype)
 
-    def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
-    ) -> jax.Array:
-        del v, threshold, smallest_v
+    def encode(self, m: jax.Array, v: jax.Array, rounding_bits: jax.Array) -> jax.Array:
+        del v, rounding_bits
         return m
 
 
 class Bfloat16M(MFormat):
-    """m kept as bfloat16."""
+    """m as bfloat16."""
 
     dtype = np.dtype(jnp.bfloat16)
     relative_error = 2.0**-7
@@ -94,72 +84,72 @@ class Bfloat16M(MFormat):
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
         return m.astype(v.dtype)
 
-    def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
-    ) -> jax.Array:
-        del v, smallest_v
+    def encode(self, m: jax.Array, v: jax.Array, rounding_bits: jax.Array) -> jax.Array:
+        del v
         m = forbid_derivative(m)
         largest = float(jnp.finfo(self.dtype).max)
-        cut = float32_bits(jnp.clip(saturating_cast(m, np.dtype(np.float32)), -largest, largest))
-        cut = (cut + (threshold >> 16).astype(jnp.int32)) >> 16
-        kept = jax.lax.bitcast_convert_type(cut.astype(jnp.int16), jnp.bfloat16)
-        return jnp.where(jnp.isfinite(m), kept, jnp.bfloat16(jnp.nan))
+        upper = (float32_bits(jnp.clip(m, -largest, largest)) + _high_bits(rounding_bits, 16)) >> 16
+        stored = jax.lax.bitcast_convert_type(upper.astype(jnp.int16), jnp.bfloat16)
+        return jnp.where(jnp.isfinite(m), stored, jnp.bfloat16(jnp.nan))
 
 
 class RatioInt8(NamedTuple):
-    """m kept as codes of m / v; `Int8M` says what they mean."""
+    """m as int8 codes of the ratio m / v; see :class:`Int8M`."""
 
-    ratio_int8: Any  # a tree like the parameters
+    ratio_int8: Any  # tree like the parameters, int8
 
 
 class Int8M(MFormat):
-    """m kept as a code of m / v: a sign, and eight codes in each of sixteen octaves.
+    """m as a code of m / v: a sign, 4 exponent bits and 3 mantissa bits.
 
-    |m| / v = y - OFFSET, where the code counts y upwards from OFFSET in the bits of a float: equal
-    steps near zero, and of 6 to 12 % of the value above.
+    The code counts the floats with three mantissa bits upwards from OFFSET, which is subtracted:
+
+        |m| / v = y - OFFSET,  bits(y) = bits(OFFSET) + (|code| << 20)
+
+    So codes are equidistant near zero and 6 to 12 % apart above. (E4M3 has gradual underflow
+    instead of the offset.) Code -128 is NaN.
     """
 
     dtype = np.dtype(np.int8)
     container = RatioInt8
     is_ratio = True
     OFFSET: ClassVar[float] = 2.0**-13
+    OFFSET_BITS: ClassVar[int] = int(np.float32(OFFSET).view(np.int32))
     NAN_CODE: ClassVar[int] = -128
     largest_ratio = 7.5 - OFFSET  # code 127
     relative_error = 1 / 8
     resolution = OFFSET / 8
 
     def magnitude(self, code: jax.Array) -> jax.Array:
-        """|m| / v in float32."""
+        """Returns |m| / v as float32."""
         code = code.astype(jnp.int32)
-        size = float32_from_bits((jnp.abs(code) << 20) + py_float32_bits(self.OFFSET)) - self.OFFSET
-        return jnp.where(code == self.NAN_CODE, jnp.nan, size)
+        y = float32_from_bits((jnp.abs(code) << 20) + self.OFFSET_BITS)
+        return jnp.where(code == self.NAN_CODE, jnp.nan, y - self.OFFSET)
 
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        # Where v is near the largest float, a ratio above 1 may take m beyond it.
-        size = self.magnitude(m).astype(v.dtype) * v
-        return with_sign(jnp.minimum(size, float(jnp.finfo(v.dtype).max)), m)
+        # If v is near the largest float, a ratio above 1 would make m infinite.
+        size = jnp.minimum(self.magnitude(m).astype(v.dtype) * v, float(jnp.finfo(v.dtype).max))
+        return with_sign(size, m)
 
-    def encode(
-        self, m: jax.Array, v: jax.Array, threshold: jax.Array, smallest_v: float = 0.0
-    ) -> jax.Array:
+    def encode(self, m: jax.Array, v: jax.Array, rounding_bits: jax.Array) -> jax.Array:
         m = forbid_derivative(m)
-        y = (
-            saturating_cast(jnp.abs(safe_divide(m, v, smallest_v)), np.dtype(np.float32))
-            + self.OFFSET
-        )
+        y = jnp.abs(safe_divide(m, v)).astype(jnp.float32) + self.OFFSET
         y = jnp.minimum(y, self.largest_ratio + self.OFFSET)
-        code = (
-            float32_bits(y) - py_float32_bits(self.OFFSET) + (threshold >> 12).astype(jnp.int32)
-        ) >> 20
+        code = (float32_bits(y) - self.OFFSET_BITS + _high_bits(rounding_bits, 20)) >> 20
         code = jnp.where(m < 0, -code, code)
         return jnp.where(jnp.isfinite(m), code, self.NAN_CODE).astype(jnp.int8)
 
-    def ratio(self, m: jax.Array, v: jax.Array, step: Step) -> jax.Array:
-        # A division would be dear to XLA, which then keeps its result instead of the code.
-        size = self.magnitude(m).astype(v.dtype) * (1 / step.bias)
-        if step.eps_in_denominator is not None:
-            size *= safe_divide(v, v + step.eps_in_denominator)
-        return with_sign(size if step.bound is None else jnp.minimum(size, step.bound), m)
+    def ratio(
+        self, m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
+    ) -> jax.Array:
+        # Decoded from the code alone: XLA on CPU (jaxlib 0.10.2) would store a quotient.
+        size = self.magnitude(m).astype(v.dtype) * (1 / bias_correction)
+        return with_sign(size if eps is None else size * safe_divide(v, v + eps), m)
+
+
+def _high_bits(rounding_bits: jax.Array, count: int) -> jax.Array:
+    """Returns the upper bits of a uint32 as int32."""
+    return (rounding_bits >> (32 - count)).astype(jnp.int32)
 
 
 M_FORMATS: dict[str | None, MFormat] = {
@@ -169,3 +159,8 @@ M_FORMATS: dict[str | None, MFormat] = {
     "bfloat16": Bfloat16M(),
     "int8": Int8M(),
 }
+
+
+def m_format_of(dtype: DTypeLike | None) -> MFormat:
+    """Returns the storage format for an argument `m_dtype`."""
+    return find_format(M_FORMATS, "m_dtype", dtype)

@@ -12,6 +12,11 @@ from optax_adamax._numerics import abs_if_complex
 
 Nonfinite = Literal["propagate", "zero", "skip_step"]
 
+# The keyword with which a policy calls the inner `update`. Its value is a bool array. If it is
+# given, non-finite elements of gradients count as 0. If it is False, m and v do not change. The
+# leaf does both, because XLA on CPU would copy the arrays if the policy did.
+GRADS_FINITE = "_optax_adamax_grads_finite"
+
 
 class HandleNonfiniteState(NamedTuple):
     """State of a transformation built with ``nonfinite="zero"`` or ``"skip_step"``."""
@@ -28,9 +33,7 @@ def handle_nonfinite(
 
     Args:
       nonfinite: the policy, see :func:`optax_adamax.scale_by_adamax`.
-      inner: what is protected. Its `update` gets the argument `grads_finite`: where it is given,
-        an element that is not finite counts as 0, and where it is False, arrays in the state are to
-        stay as they are. (Were that done here, XLA on CPU would copy them.)
+      inner: the transformation to protect. Its `update` receives the argument `GRADS_FINITE`.
 
     Returns:
       The transformation, with state :class:`HandleNonfiniteState`; `inner` itself for
@@ -63,7 +66,7 @@ def handle_nonfinite(
 
 
 def _zero(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[Any, Any, jax.Array]:
-    u, inner_state = update(grads, state.inner_state, grads_finite=jnp.asarray(True))
+    u, inner_state = update(grads, state.inner_state, **{GRADS_FINITE: jnp.asarray(True)})
     none = jnp.zeros_like(state.nonfinite_count, jnp.uint32)
 
     def count(grads: list[jax.Array]) -> jax.Array:
@@ -82,7 +85,7 @@ def _skip_step(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[An
     def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(skipped, old, new) if jnp.ndim(old) == 0 else new
 
-    u, inner_state = update(grads, state.inner_state, grads_finite=~skipped)
+    u, inner_state = update(grads, state.inner_state, **{GRADS_FINITE: ~skipped})
     u = jax.tree.map(lambda u: jnp.where(skipped, 0, u), u)
     return u, jax.tree.map(chosen, inner_state, state.inner_state), skipped.astype(jnp.uint32)
 

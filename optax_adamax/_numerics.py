@@ -1,4 +1,4 @@
-"""Arithmetic that knows no optimizer: dtypes to compute in, and powers without cancellation."""
+"""Arithmetic that does not depend on the optimizer: dtypes, bits, accurate functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,15 @@ from jax.core import Tracer
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
-    """The real dtype to compute in: float64 if one of `arrays` is of 64 bits, else float32."""
+    """Returns the real compute dtype: float64 if one of `arrays` has 64-bit parts, else float32."""
     wide = any(jnp.result_type(x).name in ("float64", "complex128") for x in arrays)
     return np.dtype(np.float64 if wide else np.float32)
+
+
+def wider_dtype(x: Any, y: Any) -> np.dtype:
+    """Returns the dtype of y if it has more bits than that of x, else the dtype of x."""
+    x, y = jnp.result_type(x), jnp.result_type(y)
+    return y if jnp.finfo(y).bits > jnp.finfo(x).bits else x
 
 
 def upcast(x: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -21,29 +27,62 @@ def upcast(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def saturating_cast(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to `dtype`; what is finite stays so, at the largest number where x is beyond it."""
+    """Casts x to `dtype`; finite values beyond its range become its largest numbers."""
     if x.dtype == dtype:
         return x
     if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp:
         largest = float(jnp.finfo(dtype).max)
-        limited = map_real_imag(lambda x: jnp.clip(x, -largest, largest), x)
-        x = jnp.where(jnp.isfinite(x), limited, x)
+        clipped = map_real_imag(lambda x: jnp.clip(x, -largest, largest), x)
+        x = jnp.where(jnp.isfinite(x), clipped, x)
     return x.astype(dtype)
 
 
+def float32_bits(x: jax.Array) -> jax.Array:
+    """Returns the bits of the real x, cast to float32, as int32."""
+    return jax.lax.bitcast_convert_type(saturating_cast(x, np.dtype(np.float32)), jnp.int32)
+
+
+def float32_from_bits(bits: jax.Array) -> jax.Array:
+    """Returns the float32 with the given int32 bits."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def with_sign(size: jax.Array, number: jax.Array) -> jax.Array:
+    """Returns the float size >= 0 with the sign of an integer that has fewer bits."""
+    same = jnp.dtype(f"int{8 * size.dtype.itemsize}")
+    sign = number.astype(same) & jnp.iinfo(same).min
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, same) | sign, size.dtype)
+
+
 def abs_if_complex(g: jax.Array) -> jax.Array:
-    """g, or its modulus if it is complex: what v sees, and what may be infinite."""
+    """Returns the modulus of a complex g, and a real g unchanged."""
     return jnp.abs(g) if jnp.iscomplexobj(g) else g
 
 
-def wider_dtype(x: Any, y: Any) -> np.dtype:
-    """The dtype of x, or that of y if it has more bits."""
-    x, y = jnp.result_type(x), jnp.result_type(y)
-    return y if jnp.finfo(y).bits > jnp.finfo(x).bits else x
+def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """Applies a real linear function; to real and imaginary parts of complex arrays separately."""
+    if not jnp.iscomplexobj(arrays[0]):
+        return linear(*arrays)
+    return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))
+
+
+def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x / y, and 0 where y is 0; the derivative is 0 there, too."""
+    is_zero = y == 0
+    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+
+
+def clip_update(u: jax.Array, bound: jax.Array | None) -> jax.Array:
+    """Clips u to +-bound, and makes infinite elements NaN; None does neither."""
+    if bound is None:
+        return u
+    # Not jnp.clip: on TPU, -bound would be one more scalar operand of the loop.
+    within = -jnp.minimum(-jnp.minimum(u, bound), bound)
+    return jnp.where(jnp.isfinite(u), within, jnp.nan)
 
 
 def hash_uint32(x: jax.Array) -> jax.Array:
-    """A bijection of uint32 whose outputs look random: triple32 of Wellons, 2018."""
+    """Returns pseudo-random bits; a bijection of uint32 (triple32 of Wellons, 2018)."""
     x ^= x >> 17
     x *= np.uint32(0xED5AD4BB)
     x ^= x >> 11
@@ -54,11 +93,11 @@ def hash_uint32(x: jax.Array) -> jax.Array:
 
 
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
-    """1 - (1 - a)**t without cancellation, for a in [0, 1] and whole t >= 1.
+    """Returns 1 - (1 - a)**t without cancellation, for a in [0, 1] and integers t >= 1.
 
-    At a = 1 (b1 = 0) the derivatives of the expression for other a are 0 * inf, so there stands one
-    whose first and second derivatives are right. Not a rule for them: JAX leaves rules out where it
-    differentiates a `lax.scan` a second time.
+    At a = 1 (b1 = 0), derivatives of the general expression are 0 * inf, so at a = 1 an expression
+    is used whose first and second derivatives are correct. A custom JVP rule would not do: JAX
+    drops it if a `lax.scan` is differentiated twice.
     """
     x, at_one = 1 - a, a == 1
     power = jnp.where(t == 1, x, jnp.where(t == 2, x * x, 0))
@@ -66,15 +105,8 @@ def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
     return jnp.where(at_one, 1 - power, others)
 
 
-def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Applies a real linear function, to real and imaginary parts apart if they are complex."""
-    if not jnp.iscomplexobj(arrays[0]):
-        return linear(*arrays)
-    return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))
-
-
 def preserving_memory_kind(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`function` of arrays in any memory: the result lies where the first argument does."""
+    """Lets `function` accept arrays in host memory; its result has the memory kind of the first."""
 
     def call(first: Any, *rest: Any) -> jax.Array:
         first = jnp.asarray(first)

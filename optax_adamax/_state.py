@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 
-from optax_adamax import _frame
-from optax_adamax._formats import Format, find_format, is_in_format, unwrap, wrap
-from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax import _shared_scale
+from optax_adamax._formats import Format, is_in_format, unwrap, wrap
+from optax_adamax._m_formats import M_FORMATS, MFormat, m_format_of
 from optax_adamax._numerics import preserving_memory_kind, saturating_cast
-from optax_adamax._v_formats import V_FORMATS, VFormat
+from optax_adamax._v_formats import V_FORMATS, VFormat, v_format_of
 
 T = TypeVar("T")
 
@@ -92,16 +92,6 @@ def encode_state(state: T, m_dtype: DTypeLike | None = None, v_dtype: DTypeLike 
     return _map_states(lambda s: _encode(s, m_format, v_format), state)
 
 
-def m_format_of(dtype: DTypeLike | None) -> MFormat:
-    """The format for a user's `m_dtype`."""
-    return find_format(M_FORMATS, "m_dtype", dtype)
-
-
-def v_format_of(dtype: DTypeLike | None) -> VFormat:
-    """The format for a user's `v_dtype`."""
-    return find_format(V_FORMATS, "v_dtype", dtype)
-
-
 def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
     """How a state keeps m and v."""
     return _m_format(state.m), _v_format(state.v)
@@ -149,7 +139,7 @@ def _is_state(x: Any) -> bool:
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     m_format, v = _m_format(state.m), _decode_v(state.v)
     m = unwrap(state.m, m_format)
-    if m_format.is_rounded:
+    if m_format.is_quantized:
         decode = preserving_memory_kind(functools.partial(_decode_leaf_of_m, m_format=m_format))
         m = jax.tree.map(decode, m, v)
     return ScaleByAdamaxState(state.count, m, v)
@@ -157,7 +147,7 @@ def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
 
 def _decode_v(v: Any) -> Any:
     v_format = _v_format(v)
-    if not v_format.is_framed:
+    if not v_format.has_shared_scale:
         return v
 
     decode = preserving_memory_kind(functools.partial(decode_framed, v_format=v_format))
@@ -178,7 +168,7 @@ def decode_framed(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.
     # In a state made by `jax.vmap` there is a phase for each row.
     phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
     w = v_format.decode(codes)
-    return jnp.minimum(w * (1 / _frame.scale_at(phase)), jnp.finfo(w.dtype).max)
+    return jnp.minimum(w * (1 / _shared_scale.scale_from_phase(phase)), jnp.finfo(w.dtype).max)
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -212,8 +202,8 @@ def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> 
 
 @functools.partial(jax.jit, static_argnames=("v_format", "dtype"))
 def _encode_leaf_of_v(v: jax.Array, v_format: VFormat, dtype: np.dtype) -> jax.Array:
-    scale = _frame.scale_at(jnp.uint32(0)).astype(v.dtype)
-    return saturating_cast(v_format.encode(v * scale if v_format.is_framed else v), dtype)
+    scale = _shared_scale.scale_from_phase(jnp.uint32(0)).astype(v.dtype)
+    return saturating_cast(v_format.encode(v * scale if v_format.has_shared_scale else v), dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("m_format", "dtype"))
@@ -237,7 +227,7 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
                 f"into the structure and the dtypes that init returns."
             )
     scalars: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
-    if v_format.is_framed:
+    if v_format.has_shared_scale:
         scalars["phase"] = (state.v.phase, jnp.unsignedinteger)
     for name, (scalar, kind) in scalars.items():
         if scalar is None or not jnp.issubdtype(jnp.result_type(scalar), kind):

@@ -1,5 +1,6 @@
 """The Adamax update of Kingma & Ba (2014), section 7.1, as an optax transformation."""
 
+import functools
 from typing import Any
 
 import jax
@@ -10,11 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._formats import unwrap, wrap
-from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters
+from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters, Step
 from optax_adamax._leaf import update_leaf
-from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
+from optax_adamax._m_formats import m_format_of
+from optax_adamax._nonfinite import GRADS_FINITE, Nonfinite, handle_nonfinite
 from optax_adamax._numerics import compute_dtype, map_real_imag, wider_dtype
-from optax_adamax._state import ScaleByAdamaxState, check_state, m_format_of, v_format_of
+from optax_adamax._shared_scale import advance
+from optax_adamax._state import ScaleByAdamaxState, check_state
+from optax_adamax._v_formats import v_format_of
 
 
 @_checks.suggest_renamed_arguments
@@ -101,8 +105,8 @@ def scale_by_adamax(
     """
     hyper = Hyperparameters.validated(b1, b2, eps, eps_placement, bias_correction, nesterov)
     m_format, v_format = m_format_of(m_dtype), v_format_of(v_dtype)
-    _checks.check_ratio(hyper.largest_ratio, m_format.largest_ratio, b1, b2)
     formats: dict[str, Any] = {"m_format": m_format, "v_format": v_format}
+    _checks.check_ratio(b1, b2, m_format.largest_ratio)
 
     def init(params: optax.Params) -> ScaleByAdamaxState:
         jax.tree_util.tree_map_with_path(_checks.check_parameter, params)
@@ -118,40 +122,46 @@ def scale_by_adamax(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
-        *,
-        grads_finite: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdamaxState]:
-        del extra_args
         state = check_state(state, m_format, v_format)
         m, v = unwrap(state.m, m_format), unwrap(state.v, v_format)
         _checks.check_gradients(updates, m)
-        grads, treedef = jax.tree.flatten(updates)
-        like = grads if params is None else treedef.flatten_up_to(params)
         t = jnp.asarray(optax.safe_increment(state.count))
-        phase = state.v.phase if v_format.is_framed else jnp.uint32(0)
-        leaves = list(zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True))
-        dtypes = [compute_dtype(*leaf[:3]) for leaf in leaves]
-        steps = {
-            dtype: hyper.for_step(t, phase, grads_finite, **formats, dtype=dtype)
-            for dtype in {np.dtype(np.float32), *dtypes}
-        }
+        shared = advance(state.v.phase, hyper.log2_decay) if v_format.has_shared_scale else None
+        grads_finite = extra_args.get(GRADS_FINITE)
+
+        @functools.cache
+        def step(dtype: np.dtype) -> Step:
+            return hyper.for_step(t, shared, grads_finite, **formats, dtype=dtype)
+
+        leaves = [jax.tree.leaves(tree) for tree in (updates, m, v)]
         updated = [
-            update_leaf(
-                jnp.asarray(g),
-                m,
-                v,
-                steps[dtype],
-                **formats,
-                dtype=wider_dtype(g, p),
-            )
-            for (g, m, v, p), dtype in zip(leaves, dtypes, strict=True)
+            update_leaf(jnp.asarray(g), m, v, step(compute_dtype(g, m, v)), **formats, dtype=dtype)
+            for g, m, v, dtype in zip(*leaves, _update_dtypes(updates, params), strict=True)
         ]
-        u, m, v = (treedef.unflatten([leaf[i] for leaf in updated]) for i in range(3))
-        phase = steps[np.dtype(np.float32)].phase
+        u, m, v = (jax.tree.structure(updates).unflatten(x[i] for x in updated) for i in range(3))
+        phase = None if shared is None else shared.phase
         return u, ScaleByAdamaxState(t, wrap(m, m_format), wrap(v, v_format, phase))
 
     return handle_nonfinite(nonfinite, optax.GradientTransformationExtraArgs(init, update))
+
+
+def _update_dtypes(updates: optax.Updates, params: optax.Params | None) -> list[np.dtype]:
+    """Returns the wider of the dtypes of gradient and parameter, for each gradient.
+
+    Where a gradient is None, the parameter may be anything: a filtered Equinox model has functions
+    there.
+    """
+    if params is None:
+        return [jnp.result_type(g) for g in jax.tree.leaves(updates)]
+    dtypes = jax.tree.map(
+        lambda g, p: None if g is None else wider_dtype(g, p),
+        updates,
+        params,
+        is_leaf=lambda g: g is None,
+    )
+    return jax.tree.leaves(dtypes)
 
 
 def adamax_step(
@@ -215,7 +225,7 @@ def adamax_step(
         grad.astype(wide),
         jnp.broadcast_to(m.astype(wide), parameter.shape),
         jnp.broadcast_to(v.astype(dtype), parameter.shape),
-        hyper.for_step(t, jnp.uint32(0), **formats, dtype=dtype),
+        hyper.for_step(t, None, **formats, dtype=dtype),
         **formats,
         dtype=wide,
     )

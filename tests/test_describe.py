@@ -144,7 +144,7 @@ def test_what_is_not_finite_is_said(m_dtype, v_dtype):
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))
     leaf = by_path(describe_state(state))["['all']"]
     assert leaf.nonfinite_fraction == leaf.no_gradient_fraction == 0.25
-    assert leaf.v_max == pytest.approx(2, rel=1 / 12)
+    assert leaf.v_max == pytest.approx(2, rel=1 / 8)
     assert 'nonfinite="zero"' in leaf.advice
 
 

@@ -1,4 +1,4 @@
-"""A format is one class and one row: here is one that the package does not have."""
+"""A new storage format is a class with `decode` and `encode`, and a row in a table."""
 
 from typing import Any, NamedTuple
 
@@ -10,20 +10,21 @@ import pytest
 
 from optax_adamax import decode_state, encode_state, scale_by_adamax
 from optax_adamax._m_formats import M_FORMATS
-from optax_adamax._v_formats import V_FORMATS, Bfloat16V
+from optax_adamax._v_formats import V_FORMATS, VFormat
 from tests.oracle import reference
 
 
-class FramedUint16(NamedTuple):
-    framed_uint16: Any
+class ScaledUint16(NamedTuple):
+    scaled_uint16: Any
     phase: jax.Array
 
 
-class Uint16V(Bfloat16V):
-    """The upper bits of a float32 without its sign, rounded to the nearest."""
+class Uint16V(VFormat):
+    """The upper bits of a float32 without its sign, rounded to nearest."""
 
     dtype = np.dtype(np.uint16)
-    container = FramedUint16
+    container = ScaledUint16
+    range = (2.0**-120, 2.0**127)
     relative_error = 2.0**-9
 
     def decode(self, w):
@@ -39,21 +40,21 @@ def uint16(monkeypatch):
     monkeypatch.setitem(V_FORMATS, "uint16", Uint16V())
 
 
-def test_a_new_format_is_one_class_and_one_row(uint16):
+def test_new_format_needs_decode_and_encode_only(uint16):
     rng = np.random.default_rng(0)
     gradients = np.float32(rng.standard_t(2, (300, 16)) * 10.0 ** rng.uniform(-5, 3, 16))
     tx = scale_by_adamax(b2=0.95, eps=0.0, v_dtype="uint16")
     state, update = tx.init(gradients[0]), jax.jit(tx.update)
     for g in gradients:
         u, state = update(g, state)
-    assert isinstance(state.v, FramedUint16) and state.v.framed_uint16.dtype == np.uint16
+    assert isinstance(state.v, ScaledUint16) and state.v.scaled_uint16.dtype == np.uint16
     expected, moments = reference.run(gradients, b2=0.95, eps=0.0)
     np.testing.assert_allclose(decode_state(state).v, moments.v, rtol=2.0**-9 + 1e-6)
     np.testing.assert_allclose(u, expected[-1], rtol=2.0**-8, atol=1e-5)
     back = encode_state(decode_state(state), v_dtype="uint16")
     np.testing.assert_allclose(decode_state(back).v, moments.v, rtol=2.0**-8)
     assert optax.tree.get(state, "phase") == state.v.phase
-    with pytest.raises(TypeError, match="keeps v as uint16 in a FramedUint16"):
+    with pytest.raises(TypeError, match="keeps v as uint16 in a ScaledUint16"):
         scale_by_adamax(v_dtype="uint8").update(gradients[0], state)
 
 

@@ -12,7 +12,9 @@ from parameters import formats
 
 from optax_adamax import adamax, decode_state, scale_by_adamax
 from optax_adamax._formats import unwrap
-from optax_adamax._state import dtypes_of, m_format_of, v_format_of
+from optax_adamax._m_formats import m_format_of
+from optax_adamax._state import dtypes_of
+from optax_adamax._v_formats import v_format_of
 from tests.oracle.formats import SOME_FORMATS
 
 # Each moment in each of its low formats, alone and with the other.
@@ -120,7 +122,7 @@ def test_all_hyperparameters_injected(m_dtype, v_dtype):
     for t, g in enumerate(sequence):
         v = np.maximum(np.float32(0.9 + 0.005 * t) * v, np.abs(g["b"]))
     kept = decode_state(state).inner_state[0].v["b"]
-    np.testing.assert_allclose(kept, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 12 + 1e-4}[v_dtype])
+    np.testing.assert_allclose(kept, v, rtol={"bfloat16": 2**-8, "uint8": 1 / 8 + 1e-4}[v_dtype])
     state.hyperparams["learning_rate"] = jnp.float32(0.0)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = jax.jit(tx.update)(sequence[0], state, params)
@@ -174,4 +176,4 @@ def test_every_parameter_dtype(m_dtype, v_dtype, dtype):
     u, v = run_in(dtype, m_dtype, v_dtype)
     expected, exact_v = run_in(dtype)
     np.testing.assert_allclose(u, expected, atol=0.2)
-    np.testing.assert_allclose(v, exact_v, rtol=1 / 12 + 1e-4)
+    np.testing.assert_allclose(v, exact_v, rtol=1 / 8 + 1e-4)

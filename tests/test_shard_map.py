@@ -27,9 +27,9 @@ def first_state(tx, shape):
 
 
 FLOAT32, _, CODED = SOME_FORMATS
-CASES = [(*form, size) for form in FORMATS for size in (16, _xla.LARGE)]
+CASES = [(*form, size) for form in FORMATS for size in (16, _xla.MIN_BRANCH_SIZE)]
 # Where nothing is rounded, a large leaf is computed as a small one is.
-ALWAYS = [(*form, 16) for form in SOME_FORMATS] + [(*CODED, _xla.LARGE)]
+ALWAYS = [(*form, 16) for form in SOME_FORMATS] + [(*CODED, _xla.MIN_BRANCH_SIZE)]
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype, size", formats(CASES, ALWAYS))

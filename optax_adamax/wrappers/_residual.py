@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_adamax._numerics import hash_uint32
-from optax_adamax._xla import without_fma, written_after
+from optax_adamax._xla import without_fma, write_after
 
 
 @jax.jit  # traced once for all leaves of one shape
@@ -37,7 +37,7 @@ def add(
     reached = beside + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(moved)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
-    return written_after(new_residual, jnp.where(finite, rounded - stored, u), count), new_residual
+    return write_after(new_residual, jnp.where(finite, rounded - stored, u), count), new_residual
 
 
 @jax.jit

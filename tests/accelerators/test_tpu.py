@@ -122,14 +122,14 @@ def test_a_step_takes_the_cycles_of_its_bytes(chip, name):
     assert report(chip, name).cycles <= 1.05 * allowed
 
 
-def test_needless_per_element(mutant):
-    mutant(_xla, "per_element", lambda scalar, elements: scalar)
+def test_unpack_is_needed(mutant):
+    mutant(_xla, "unpack", _xla.from_scalar)
     name = "2 bytes, all injected"
     cycles = report.__wrapped__("v5e", name).cycles
     assert cycles > 1.05 * bound("v5e", STEPS[name]), "a loop may have as many operands as it likes"
 
 
-def test_needless_written_after(mutant):
-    mutant(_residual, "written_after", lambda first, x, t: x)
+def test_write_after_is_needed(mutant):
+    mutant(_residual, "write_after", lambda first, x, t: x)
     found = report.__wrapped__("v5e", "7 bytes for all")
     assert found.loops > 1, "the compiler makes one loop of what does not depend on each other"

@@ -1,0 +1,55 @@
+"""The shared scale of a quantized v.
+
+v_t = max(b2 v_{t-1}, |g_t|) is a maximum, and a maximum commutes with a common positive factor. So
+a quantized v is stored as w = s v, with one scale s for all elements of the tree. In each step, s
+grows by 1 / b2 and is divided by 2^k to stay in [1/2, 1):
+
+    w_t = max(2^-k w_{t-1}, s_t |g_t|)
+
+In units of s, the decay rate b2 is therefore 2^-k, and multiplying by it is exact. Each element is
+rounded once, when a gradient sets it.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from optax_adamax._numerics import float32_from_bits
+
+
+class SharedScale(NamedTuple):
+    """The scale after a step, as scalars."""
+
+    phase: jax.Array  # uint32: log2(s_t) + 1 in units of 2**-32
+    scale: jax.Array  # float32: s_t
+    b2: jax.Array  # float32: 2**-k, which is b2 in units of s
+
+
+def log2_decay(b2: ArrayLike) -> jax.Array | np.floating:
+    """Returns log2(1 / b2), accurate also for b2 near 1; float32."""
+    if isinstance(b2, jax.Array):
+        return jnp.log1p(-(1 - b2)).astype(jnp.float32) * (-1 / math.log(2))
+    # Computed in NumPy because constant folding and kernels of XLA may differ in the last bit.
+    with np.errstate(divide="ignore"):
+        return np.float32(np.log1p(-(1 - np.asarray(b2, np.float64))) * (-1 / math.log(2)))
+
+
+def scale_from_phase(phase: jax.Array) -> jax.Array:
+    """Returns s in [1/2, 1) as float32."""
+    return jnp.exp2(phase.astype(jnp.float32) * jnp.float32(2**-32) - 1)
+
+
+def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
+    """Returns the scale after a step that decays v by `log2_decay`; `phase` is from before it."""
+    log2_decay = jnp.asarray(log2_decay, jnp.float32)
+    whole = jnp.minimum(jnp.floor(log2_decay), 127)
+    fraction = jnp.where(log2_decay < 127, log2_decay - whole, 0)
+    ticks = jnp.minimum(jnp.round(fraction * 2.0**32), 2.0**32 - 256)
+    new_phase = phase + ticks.astype(jnp.uint32)
+    carry = (new_phase < phase).astype(jnp.int32)
+    k = jnp.minimum(whole.astype(jnp.int32) + carry, 127)
+    return SharedScale(new_phase, scale_from_phase(new_phase), b2=float32_from_bits(127 - k << 23))
