@@ -98,7 +98,12 @@ def test_v_does_not_drift(v_dtype, b2):
     check_v_does_not_drift(v_dtype, b2)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats([x for x in LOW_BIT if x[1] != "float32"]))
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype",
+    formats(
+        [x for x in LOW_BIT if x[1] != "float32"], [("bfloat16", "bfloat16"), ("int8", "uint8")]
+    ),
+)
 def test_annealed_b2(m_dtype, v_dtype):
     """b2 from 0.9 to 0.9999 in 20,000 steps, traced."""
     steps = 20_000
@@ -176,13 +181,6 @@ def test_step_bound(rules, m_dtype, v_dtype, gradients, index):
     check_step_bound(columns, m_dtype, v_dtype, betas, eps_placement=placement)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
-def test_step_bound_where_it_is_tight(m_dtype, v_dtype):
-    t = np.arange(1, 2001)[:, None]
-    check_step_bound(0.999**t * np.geomspace(1e-7, 1e6, 32), m_dtype, v_dtype)
-    check_step_bound(heavy_tails(2000, decades=(-12, 30)), m_dtype, v_dtype)
-
-
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_step_bound_at_the_largest_numbers(m_dtype, v_dtype):
     """7.5 v, and v itself when rounded up, are beyond float32 here (found by Hypothesis)."""
@@ -229,16 +227,6 @@ def check_momentum_dies(m_dtype, v_dtype):
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(ROUNDED_M, SOME_FORMATS))
 def test_momentum_dies(m_dtype, v_dtype):
     check_momentum_dies(m_dtype, v_dtype)
-
-
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
-def test_untouched_elements_stay_zero(m_dtype, v_dtype):
-    gradients = heavy_tails(1000)
-    gradients[:, :8] = 0
-    state, u, _ = scan(gradients, eps=0.0, m_dtype=m_dtype, v_dtype=v_dtype)
-    assert np.all(u[:, :8] == 0) and np.any(u[:, 8:] != 0)
-    for kept in (state.m, state.v):
-        assert np.all(np.asarray(jax.tree.leaves(kept)[0], np.float64)[:8] == 0)
 
 
 def check_rounding_of_m_is_unbiased(m_dtype):

@@ -142,6 +142,9 @@ def check(run, m_dtype, v_dtype, rule, *, bounded, dtype=np.float32):
     assert known.mean() > 0.7
     v_limit = v_error(v_dtype)
     assert np.all(np.abs(run.v - v)[known] <= v_limit * v[known])
+    untouched = np.broadcast_to(~np.any(run.g, axis=0), run.u.shape)
+    assert not np.any(run.u[untouched]) and not np.any(run.m[untouched])
+    assert np.all(run.v[v == 0] <= low)
     m_limit = check_m(run, m_dtype, known)
     assert np.all((np.abs(run.m - m) <= m_limit)[known])
 
