@@ -51,12 +51,21 @@ class Mutant:
     replacement: str
     tests: list[str]  # arguments of pytest, of which one must fail
     why: str  # what a user would see
+    within: str = ""  # the text is looked for from here to the end of the definition
     equivalent: str = ""  # why no user can see a difference; such a mutant is not run
 
     @property
     def module(self) -> str:
         """The broken file, without the package's name."""
         return self.file.removeprefix("optax_adamax/").removesuffix(".py")
+
+    def split(self, source: str) -> tuple[str, str, str]:
+        """The part of a file in which the text is looked for, between what is before and after."""
+        if not self.within:
+            return "", source, ""
+        before, start, rest = source.partition(self.within)
+        definition, end, after = rest.partition("\n\n\n")
+        return before, start + definition, end + after
 
     def __str__(self) -> str:
         return f"{self.table}.toml: {self.why} ({self.file})"
@@ -78,7 +87,8 @@ def problems(mutants: list[Mutant], root: Path) -> list[str]:
     found = []
     for mutant in mutants:
         path = root / mutant.file
-        times = path.read_text("utf-8").count(mutant.text) if path.exists() else 0
+        source = path.read_text("utf-8") if path.exists() else ""
+        times = mutant.split(source)[1].count(mutant.text)
         if times != 1:
             found.append(f"{mutant}: the text is found {times} times: {mutant.text!r}")
         elif mutant.text == mutant.replacement:
@@ -102,7 +112,8 @@ class Copy:
         """Applies the mutant for a while."""
         path = self.root / mutant.file
         original = path.read_text("utf-8")
-        path.write_text(original.replace(mutant.text, mutant.replacement), "utf-8")
+        before, part, after = mutant.split(original)
+        path.write_text(before + part.replace(mutant.text, mutant.replacement) + after, "utf-8")
         try:
             yield
         finally:

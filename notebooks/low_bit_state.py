@@ -365,7 +365,7 @@ print(description)
 fig, (spans, shares) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
 by_path = {leaf.path: leaf for leaf in description.leaves}
 names = list(sizes)
-found = [by_path[f"[{name!r}]"] for name in names]
+found = [by_path[name] for name in names]
 for row, leaf in enumerate(found):
     spans.plot([leaf.v_min, leaf.v_max], [row, row], color=BLUE, lw=8, solid_capstyle="butt")
     shares.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)

@@ -1,24 +1,25 @@
-"""Adamax for JAX: an optax gradient transformation that is right in every dtype.
+"""Adamax for JAX: an optax optimizer with low-precision arithmetic and quantized state.
 
 Optimizers:
   adamax, adamaxw: the optimizer, without and with decoupled weight decay.
-  scale_by_adamax: its rule alone, for chains.
-  adamax_step: one step of one array, as a function.
+  scale_by_adamax: the Adamax rule as one transformation of a chain.
+  adamax_step: one step for one array, as a pure function.
 
-Around an optimizer:
-  compensate_rounding: parameters in bfloat16 that train as float32 does.
-  master_params: what such parameters stand for, in float32.
-  limit_spikes: skips or clips a step whose gradient norm leaps.
-  pack_small_leaves: the state of many small arrays in a few, for CPU.
-  unpack_state, repack_state: that state over a change.
+Wrappers around an optimizer:
+  compensate_rounding: accumulates updates that are too small to change bfloat16 parameters.
+  master_params: returns the float32 parameters that compensate_rounding maintains.
+  limit_spikes: skips or clips a step whose gradient norm is an outlier.
+  pack_small_leaves: stores the state of many small arrays in a few buffers, for CPU.
+  unpack_state, repack_state: convert a packed state to and from the tree of the parameters.
 
 State:
-  decode_state, encode_state: from a storage format to float32, and back.
-  describe_state: does the format fit the gradients? A table, leaf by leaf.
+  decode_state, encode_state: convert a state from a storage format to float32, and back.
+  describe_state: summarizes a state leaf by leaf and shows whether its storage format fits.
+  probe_gradients: reports whether gradients fit a storage format, for loops that hide the state.
 
-Submodules, imported when they are asked for:
-  sharding: the state beside its parameters, split further (ZeRO-1), or in host memory.
-  compat: the Adamax of PyTorch, Keras, MLX, Lucid and optax: constructors and checkpoints.
+Submodules, imported at first use:
+  sharding: shards the state like its parameters or further (ZeRO-1), or stores it in host memory.
+  compat: Adamax of PyTorch, Keras, MLX, Lucid and optax: constructors and checkpoints.
 
 Example:
   >>> import jax.numpy as jnp, optax
@@ -35,10 +36,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from optax_adamax._alias import adamax, adamaxw
+from optax_adamax._conversion import decode_state, encode_state
 from optax_adamax._describe import LeafDescription, StateDescription, describe_state
 from optax_adamax._m_formats import RatioInt8
 from optax_adamax._nonfinite import HandleNonfiniteState
-from optax_adamax._state import ScaleByAdamaxState, decode_state, encode_state
+from optax_adamax._state import ScaleByAdamaxState
 from optax_adamax._transform import adamax_step, scale_by_adamax
 from optax_adamax._v_formats import ScaledBfloat16, ScaledUint8
 from optax_adamax.wrappers.compensation import (
@@ -55,6 +57,7 @@ from optax_adamax.wrappers.packing import (
     repack_state,
     unpack_state,
 )
+from optax_adamax.wrappers.probe import GradientRange, ProbeGradientsState, probe_gradients
 from optax_adamax.wrappers.spikes import LimitSpikesState, limit_spikes
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ __version__ = version("optax_adamax")
 
 __all__ = [
     "CompensateRoundingState",
+    "GradientRange",
     "HandleNonfiniteState",
     "Int8Residual",
     "Int16Residual",
@@ -81,6 +85,7 @@ __all__ = [
     "LimitSpikesState",
     "PackedState",
     "PackedTree",
+    "ProbeGradientsState",
     "RatioInt8",
     "ScaleByAdamaxState",
     "ScaledBfloat16",
@@ -96,6 +101,7 @@ __all__ = [
     "limit_spikes",
     "master_params",
     "pack_small_leaves",
+    "probe_gradients",
     "repack_state",
     "scale_by_adamax",
     "unpack_state",

@@ -1,4 +1,4 @@
-"""Adamax as ready-made chains."""
+"""The optimizers `adamax` and `adamaxw`: chains without arithmetic of their own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,24 +8,28 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
+from optax_adamax._state_checks import ChainLink, check_chain_state
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
 @_checks.suggest_renamed_arguments
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
+    b1: "ArrayLike" = 0.9,
+    b2: "ArrayLike" = 0.999,
+    eps: "ArrayLike" = 1e-8,
     *,
     eps_placement: EpsPlacement = "max",
     bias_correction: bool = True,
     nesterov: bool = False,
-    m_dtype: DTypeLike | None = None,
-    v_dtype: DTypeLike | None = None,
+    m_dtype: "DTypeLike | None" = None,
+    v_dtype: "DTypeLike | None" = None,
     nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adamax, the variant of Adam with an infinity norm; takes the place of `optax.adamax`.
+    r"""Returns the Adamax optimizer, the variant of Adam with an infinity norm.
+
+    The arguments begin as in `optax.adamax`. By default :math:`\varepsilon` is added inside of the
+    maximum, as in optax and PyTorch. (:func:`adamax_step` adds it to the denominator.)
 
     .. math::
 
@@ -38,15 +42,23 @@ def adamax(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the infinity norm, in [0, 1].
       eps: small constant >= 0, in the units of the gradient.
-      eps_placement, bias_correction, nesterov, m_dtype, v_dtype, nonfinite: see
-        :func:`scale_by_adamax`. A step that is skipped does not count in the schedule either.
+      eps_placement: ``"max"`` or ``"denominator"``, where :math:`\varepsilon` is added.
+      bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
+      nesterov: whether to use Nesterov momentum.
+      m_dtype: storage format of m: float32, float64, bfloat16 or int8.
+      v_dtype: storage format of v: float32, float64, bfloat16 or uint8.
+      nonfinite: treatment of NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
+        ``"skip_step"``. A skipped step does not count in a schedule either.
+
+    The last six are described in full at :func:`scale_by_adamax`.
 
     Returns:
-      The transformation; for the dtype of its updates see :func:`scale_by_adamax`.
+      The transformation. Its updates have the dtypes of the updates of :func:`scale_by_adamax`.
 
     Raises:
-      ValueError: a hyperparameter out of range, a negative or NaN learning rate among them.
-      TypeError: a hyperparameter of the wrong type.
+      ValueError: a hyperparameter out of range, for example a negative or NaN learning rate.
+      TypeError: a hyperparameter of the wrong type; from ``update``, a state that was made with
+        other arguments.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -63,39 +75,40 @@ def adamax(
       <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
     _checks.check_rate("learning_rate", learning_rate)
-    tx = optax.chain(
-        scale_by_adamax(
-            b1,
-            b2,
-            eps,
-            eps_placement=eps_placement,
-            bias_correction=bias_correction,
-            nesterov=nesterov,
-            m_dtype=m_dtype,
-            v_dtype=v_dtype,
-        ),
-        optax.scale_by_learning_rate(learning_rate),
+    core = scale_by_adamax(
+        b1,
+        b2,
+        eps,
+        eps_placement=eps_placement,
+        bias_correction=bias_correction,
+        nesterov=nesterov,
+        m_dtype=m_dtype,
+        v_dtype=v_dtype,
     )
-    return handle_nonfinite(nonfinite, tx)
+    links = (ChainLink("learning_rate", callable(learning_rate)),)
+    tx = optax.chain(core, optax.scale_by_learning_rate(learning_rate))
+    return handle_nonfinite(nonfinite, _with_state_check(tx, links))
 
 
 @_checks.suggest_renamed_arguments
 def adamaxw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    b1: "ArrayLike" = 0.9,
+    b2: "ArrayLike" = 0.999,
+    eps: "ArrayLike" = 1e-8,
+    weight_decay: "optax.ScalarOrSchedule" = 1e-4,
+    mask: "Any | Callable[[optax.Params], Any] | None" = None,
     *,
     eps_placement: EpsPlacement = "max",
     bias_correction: bool = True,
     nesterov: bool = False,
-    m_dtype: DTypeLike | None = None,
-    v_dtype: DTypeLike | None = None,
+    m_dtype: "DTypeLike | None" = None,
+    v_dtype: "DTypeLike | None" = None,
     nonfinite: Nonfinite = "propagate",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adamax with decoupled weight decay; takes the place of `optax.adamaxw`.
+    r"""Returns the Adamax optimizer with decoupled weight decay.
+
+    The arguments begin as in `optax.adamaxw`. With m and v as in :func:`adamax`,
 
     .. math::
 
@@ -106,19 +119,27 @@ def adamaxw(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the infinity norm, in [0, 1].
       eps: small constant >= 0, in the units of the gradient.
-      weight_decay: :math:`\lambda` >= 0, a number or a schedule. It is multiplied with the
-        learning rate.
-      mask: a tree of booleans like the parameters (or a prefix of it), or a function from the
-        parameters to such a tree: True where weight decay applies. None: everywhere.
-      eps_placement, bias_correction, nesterov, m_dtype, v_dtype, nonfinite: see
-        :func:`scale_by_adamax`. In a step that is skipped the weights do not decay either.
+      weight_decay: :math:`\lambda` >= 0, a number or a schedule of the step count. It is multiplied
+        by the learning rate.
+      mask: a tree of booleans like the parameters (or a prefix of that tree), or a function from
+        the parameters to such a tree. Weights decay where it is True. None: all weights decay.
+      eps_placement: ``"max"`` or ``"denominator"``, where :math:`\varepsilon` is added.
+      bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
+      nesterov: whether to use Nesterov momentum.
+      m_dtype: storage format of m: float32, float64, bfloat16 or int8.
+      v_dtype: storage format of v: float32, float64, bfloat16 or uint8.
+      nonfinite: treatment of NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
+        ``"skip_step"``. In a skipped step the weights do not decay either.
+
+    The last six are described in full at :func:`scale_by_adamax`.
 
     Returns:
       The transformation. Its ``update`` needs the parameters as its third argument.
 
     Raises:
       ValueError: a hyperparameter out of range; from ``update``, no parameters.
-      TypeError: a hyperparameter of the wrong type.
+      TypeError: a hyperparameter of the wrong type; from ``update``, a state that was made with
+        other arguments.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -136,18 +157,41 @@ def adamaxw(
     """
     _checks.check_rate("learning_rate", learning_rate)
     _checks.check_rate("weight_decay", weight_decay)
+    core = scale_by_adamax(
+        b1,
+        b2,
+        eps,
+        eps_placement=eps_placement,
+        bias_correction=bias_correction,
+        nesterov=nesterov,
+        m_dtype=m_dtype,
+        v_dtype=v_dtype,
+    )
+    links = (
+        ChainLink("weight_decay", callable(weight_decay), mask is not None),
+        ChainLink("learning_rate", callable(learning_rate)),
+    )
     tx = optax.chain(
-        scale_by_adamax(
-            b1,
-            b2,
-            eps,
-            eps_placement=eps_placement,
-            bias_correction=bias_correction,
-            nesterov=nesterov,
-            m_dtype=m_dtype,
-            v_dtype=v_dtype,
-        ),
+        core,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return handle_nonfinite(nonfinite, tx)
+    return handle_nonfinite(nonfinite, _with_state_check(tx, links))
+
+
+def _with_state_check(
+    chain: optax.GradientTransformation, links: tuple[ChainLink, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """Adds an error for a state that was made with other kinds of arguments."""
+    inner = optax.with_extra_args_support(chain)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        check_chain_state(state, links)
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,59 +1,56 @@
-"""What is in a state, leaf by leaf: does its storage format fit the gradients?"""
+"""A summary of a state, leaf by leaf, that shows whether its storage formats fit the gradients."""
 
 import dataclasses
 import functools
 import math
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from optax_adamax._checks import check_scalar
+from optax_adamax._conversion import decode_scaled, readable
 from optax_adamax._formats import unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
 from optax_adamax._numerics import preserving_memory_kind, safe_divide
 from optax_adamax._paths import named_leaves
-from optax_adamax._state import ScaleByAdamaxState, decode_framed, formats_of, states_in
+from optax_adamax._state import ScaleByAdamaxState, formats_of, states_in, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
-FEW = 0.01  # the share of elements below the range that is not worth a word
+UNDERFLOW_TOLERANCE = 0.01  # fraction of elements below the range that needs no advice
+WIDTH = 80  # columns of the table
+MAX_ROWS = 40  # rows of the table
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafDescription:
-    """One leaf of a state. What is a share is one of all elements of the leaf, from 0 to 1."""
+    """One leaf of a state. Fractions refer to all elements of the leaf, from 0 to 1."""
 
-    path: str  # of the parameter, as jax.tree_util.keystr writes it
-    size: int  # number of elements
-    bytes: int  # of m and v together, on all devices
-    m_dtype: str  # in which m is stored
-    v_dtype: str  # in which v is stored
-    v_min: float  # least v of the elements that have seen a gradient; NaN if none has
+    path: str  # of the parameter, such as "layer/kernel"
+    shape: tuple[int, ...]  # of the parameter
+    bytes: int  # of m and v together, on all devices; a replicated array counts once
+    m_dtype: str  # storage dtype of m
+    v_dtype: str  # storage dtype of v
+    v_min: float  # least v of the elements that received a gradient; NaN if there are none
     v_max: float  # largest v of these
-    underflow_fraction: (
-        float  # share of elements with v at the lower end of the format's range, or below
-    )
-    saturated_fraction: (
-        float  # share of elements with v at the upper end of the format's range, or above
-    )
-    m_saturated_fraction: float  # share of elements with m at the largest code of its format
-    no_gradient_fraction: (
-        float  # share of elements that never saw a gradient that the format can tell from 0
-    )
-    nonfinite_fraction: float  # share of elements whose m or v is not finite
-    advice: str  # what to write where the format does not fit; "" where it does
+    underflow_fraction: float  # elements with v at or below the lower end of the format's range
+    saturated_fraction: float  # elements with v at or above the upper end of the format's range
+    m_saturated_fraction: float  # elements with m at the largest code of its format
+    no_gradient_fraction: float  # elements without a gradient that the format distinguishes from 0
+    nonfinite_fraction: float  # elements whose m or v is not finite
+    advice: str  # what to write if the format does not fit, else ""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class StateDescription:
-    """What :func:`describe_state` returns. Its ``str`` is a table."""
+    """Result of :func:`describe_state`. ``print`` and ``repr`` show it as a table."""
 
     leaves: tuple[LeafDescription, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all moments on all devices."""
-        return sum(leaf.bytes for leaf in self.leaves)
+    bytes: int  # of all arrays in the state, on all devices; a replicated array counts once
 
     @property
     def fits(self) -> bool:
@@ -61,95 +58,126 @@ class StateDescription:
         return not any(leaf.advice for leaf in self.leaves)
 
     def __str__(self) -> str:
-        rows = [_HEADINGS, *map(_row, self.leaves)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        advice = [
-            f"{leaf.path or 'the leaf'}: {leaf.advice}" for leaf in self.leaves if leaf.advice
-        ]
-        return "\n".join([*lines, f"{self.bytes:,} bytes", *advice])
+        shown = sorted(self.leaves, key=lambda leaf: not leaf.advice)[:MAX_ROWS]
+        shown = self.leaves if len(shown) == len(self.leaves) else shown
+        hidden = len(self.leaves) - len(shown)
+        moments = sum(leaf.bytes for leaf in self.leaves)
+        return "\n".join(
+            [
+                *_table([_HEADINGS, *map(_row, shown)]),
+                *([f"... and {hidden:,} more leaves"] if hidden else []),
+                f"{self.bytes:,} bytes, {moments:,} of them in m and v",
+                *(line for leaf in shown if leaf.advice for line in _wrapped(leaf)),
+            ]
+        )
+
+    __repr__ = __str__
 
 
-def describe_state(state: Any, eps: float = 1e-8) -> StateDescription:
-    r"""Tells, for each leaf, whether its storage format fits the gradients that it has seen.
+def describe_state(
+    state: Any, eps: float = 1e-8, *, all_processes: bool = False
+) -> StateDescription:
+    r"""Summarizes a state leaf by leaf and reports values outside of the format's range.
 
-    An element is at the bottom or at the top if its v is not within the range in which the format
-    keeps its relative error. At the bottom v counts as larger than it is, and steps are too short;
-    at the top it saturates, and steps no longer shrink with the gradient's size.
+    Below the range of its format, v counts as larger than it is, and updates are too small. Above
+    the range v saturates, and updates no longer shrink with the size of the gradient.
 
-    It reads every moment once, on the devices where it is, and nothing larger than a few numbers a
-    leaf is written. Call it outside of :func:`jax.jit`, now and then.
+    Each moment is read once, on its own devices, and only a few numbers per leaf are written. Call
+    it outside of :func:`jax.jit`, for example every thousand steps.
 
     Args:
-      state: a :class:`ScaleByAdamaxState`, or any tree with such states in it, as the state of a
-        chain is; sharded or not, in the memory of a device or of the host. The leaves of
-        `pack_small_leaves` are its buffers: for the leaves of the parameters, give
+      state: a :class:`ScaleByAdamaxState`, or any tree that contains such states, for example the
+        state of a chain or of ``flax.nnx.Optimizer``; sharded or not, in device or host memory. For
+        the leaves of the parameters instead of the buffers of `pack_small_leaves`, pass
         ``unpack_state(state, params)``.
-      eps: as the transformation has it. An element with m = 0 and v at most :math:`\varepsilon`, or
-        at the bottom, counts as one that has never seen a gradient.
+      eps: as in the transformation. An element counts as one without a gradient if m is 0 and v is
+        at most :math:`\varepsilon` or at the lower end of the range.
+      all_processes: whether every process makes this call. A state that is spread over the
+        processes of a multi-host run needs it, because the reading is a computation on all devices.
 
     Returns:
-      A :class:`StateDescription`: a :class:`LeafDescription` for each leaf in its ``leaves``,
-      ``bytes`` in all, and ``fits``; ``print`` shows it as a table, with advice below it.
+      A :class:`StateDescription`: a :class:`LeafDescription` per leaf in ``leaves``, ``bytes`` of
+      the whole state, and ``fits``. ``print`` shows a table with the advice below it.
 
     Raises:
-      TypeError: there is no :class:`ScaleByAdamaxState` in `state`.
+      TypeError: there is no :class:`ScaleByAdamaxState` in `state`, or it is traced.
+      ValueError: the state is spread over several processes, and `all_processes` is False; its
+        arrays were donated; or eps is negative.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_adamax import adamax, describe_state
       >>> tx = adamax(0.002, m_dtype="int8", v_dtype="uint8")
       >>> params = {"b": jnp.zeros(2), "w": jnp.zeros((2, 2))}
-      >>> gradients = {"b": jnp.array([0.0, 0.1]), "w": jnp.full((2, 2), 1e6)}
+      >>> gradients = {"b": jnp.array([0.0, 0.25]), "w": jnp.full((2, 2), 1e30)}
       >>> _, state = tx.update(gradients, tx.init(params), params)
       >>> description = describe_state(state)
-      >>> print(description)  # doctest: +NORMALIZE_WHITESPACE
-      leaf   elements     m      v  bytes   least v  largest v  bottom   top  m at limit  unseen
-      ['b']         2  int8  uint8      4     0.104      0.104       0     0           0     50%
-      ['w']         4  int8  uint8      8  1.23e+04   1.23e+04       0  100%        100%       0
-      12 bytes
-      ['w']: v reaches 6.14e+03, the upper end of uint8, in 100% of the elements: write
-      v_dtype="bfloat16", or put optax.scale before the optimizer.
-      >>> description.leaves[0].no_gradient_fraction
-      0.5
+      >>> print(str(description).split("bytes")[0])  # doctest: +ELLIPSIS
+      leaf   shape     m/v     v min     v max  no gradient
+      b       (2,)  i8/u8       0.25      0.25          50%
+      w     (2, 2)  i8/u8  ...                            0
+      20
+      >>> description.leaves[1].saturated_fraction
+      1.0
+      >>> print(description.leaves[1].advice)  # doctest: +ELLIPSIS
+      v reaches ..., the upper end of uint8, in 100% of the elements. Write ...
     """
+    check_scalar("eps", eps, 0.0, math.inf)
+    found = states_in(state)
+    _check_arrays(jax.tree.leaves(found), all_processes)
+    leaves = [leaf for state in found for leaf in _describe(state, eps)]
     return StateDescription(
-        tuple(leaf for found in states_in(state) for leaf in _describe(found, eps))
+        tuple(leaves), sum(getattr(x, "nbytes", 0) for x in jax.tree.leaves(state))
     )
 
 
-def _describe(state: ScaleByAdamaxState, eps: float) -> list[LeafDescription]:
+def _check_arrays(arrays: list[Any], all_processes: bool) -> None:
+    """Checks that this process can read the arrays without waiting for another process."""
+    if any(isinstance(x, Tracer) for x in arrays):
+        raise TypeError(
+            "describe_state must read the numbers in a state, but a traced state was given. "
+            "Call it outside of jax.jit, on the state that the jitted step returns."
+        )
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in arrays):
+        raise ValueError(
+            "describe_state must read the numbers in a state, but its arrays were deleted or "
+            "donated to a jitted function. Pass the state that this function returned."
+        )
+    if not (all_processes or all(getattr(x, "is_fully_addressable", True) for x in arrays)):
+        raise ValueError(
+            f"The state is spread over {jax.process_count()} processes, all of which must call "
+            f"describe_state, but all_processes=True was not given. Call it outside of `if "
+            f"jax.process_index() == 0`: d = describe_state(state, all_processes=True), and print "
+            f"d in one process."
+        )
+
+
+def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription]:
+    stored = [jax.tree.leaves(stored_tree(moment)) for moment in (state.m, state.v)]
+    state = readable(state)
     m_format, v_format = formats_of(state)
     count = preserving_memory_kind(
         functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format)
     )
-    phase = state.v.phase if v_format.has_shared_scale else jnp.uint32(0)
-    m_leaves = named_leaves(unwrap(state.m, m_format))
+    phase = jax.tree.leaves(state.v.phase)[0] if v_format.has_shared_scale else jnp.uint32(0)
+    m_leaves = named_leaves(unwrap(state.m, m_format), "/")
     v_leaves = jax.tree.leaves(unwrap(state.v, v_format))
-    described = []
-    for (path, m), v in zip(m_leaves, v_leaves, strict=True):
-        v_min, v_max, *counts = map(float, np.asarray(count(m, v, phase)))
-        shares = [c / max(1, m.size) for c in counts]
-        described.append(
-            LeafDescription(
-                path,
-                m.size,
-                m.size * (m.dtype.itemsize + v.dtype.itemsize),
-                m.dtype.name,
-                v.dtype.name,
-                v_min if v_min <= v_max else math.nan,
-                v_max if v_min <= v_max else math.nan,
-                *shares,
-                advice=" ".join(_advice(*shares, m_format=m_format, v_format=v_format)),
-            )
+    counted = [count(m, v, phase) for (_, m), v in zip(m_leaves, v_leaves, strict=True)]
+    names = [path for path, _ in m_leaves]
+    for path, m, v, numbers in zip(names, *stored, counted, strict=True):
+        v_min, v_max, *counts = map(float, np.asarray(numbers))
+        fractions = [c / max(1, m.size) for c in counts]
+        yield LeafDescription(
+            path,
+            m.shape,
+            m.nbytes + v.nbytes,
+            m.dtype.name,
+            v.dtype.name,
+            v_min if v_min <= v_max else math.nan,
+            v_max if v_min <= v_max else math.nan,
+            *fractions,
+            advice=" ".join(_advice(*fractions, m_format=m_format, v_format=v_format)),
         )
-    return described
 
 
 @functools.partial(jax.jit, static_argnames=("m_format", "v_format"))
@@ -162,26 +190,26 @@ def _statistics(
     m_format: MFormat,
     v_format: VFormat,
 ) -> jax.Array:
-    """Least and largest v, and the numbers of elements, as `LeafDescription` lists them."""
-    v = decode_framed(v, phase, v_format) if v_format.has_shared_scale else v
+    """Returns the least and largest v, and counts of elements in the order of `LeafDescription`."""
+    v = decode_scaled(v, phase, v_format) if v_format.has_shared_scale else v
     m = jnp.abs(m_format.decode(m, v) if m_format.is_quantized else m)
     low, high = v_format.range
     is_finite = jnp.isfinite(m) & jnp.isfinite(v)
-    unseen = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))
-    seen = is_finite & ~unseen
-    # Two neighbours among the codes of a ratio are at least a sixteenth apart.
-    at_limit = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
+    no_gradient = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))
+    has_gradient = is_finite & ~no_gradient
+    # m / v of the largest code is off by an ULP. The code below it is at least a sixteenth smaller.
+    m_saturated = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
     counts = [
-        seen & (v <= low),
-        seen & (v >= high),
-        is_finite & at_limit,
-        unseen,
+        has_gradient & (v <= low),
+        has_gradient & (v >= high),
+        is_finite & m_saturated,
+        no_gradient,
         ~is_finite,
     ]
     return jnp.stack(
         [
-            jnp.min(v, initial=jnp.inf, where=seen),
-            jnp.max(v, initial=-jnp.inf, where=seen),
+            jnp.min(v, initial=jnp.inf, where=has_gradient),
+            jnp.max(v, initial=-jnp.inf, where=has_gradient),
             *(jnp.sum(count, dtype=v.dtype) for count in counts),
         ]
     )
@@ -196,78 +224,76 @@ def _advice(
     *,
     m_format: MFormat,
     v_format: VFormat,
-) -> list[str]:
+) -> Iterator[str]:
     del no_gradient_fraction
-    words = []
     low, high = v_format.range
-    for share, bound, end in (
-        (saturated_fraction, high, "upper"),
-        (underflow_fraction, low, "lower"),
+    for fraction, tolerance, bound, end in (
+        (saturated_fraction, 0, high, "upper"),
+        (underflow_fraction, UNDERFLOW_TOLERANCE, low, "lower"),
     ):
-        if share > (FEW if end == "lower" else 0):
+        if fraction > tolerance:
             wider = _smallest(
                 f for f in V_FORMATS.values() if f.range[0] < low and f.range[1] > high
             )
-            words.append(
-                f"v reaches {bound:.3g}, the {end} end of {v_format.dtype}, in {_percent(share)} "
-                f'of the elements: write v_dtype="{wider}", or put optax.scale before the '
+            yield (
+                f"v reaches {bound:.3g}, the {end} end of {v_format.dtype}, in {_percent(fraction)}"
+                f' of the elements. Write v_dtype="{wider}", or put optax.scale before the '
                 f"optimizer."
             )
-    if (
-        m_saturated_fraction > 0 and saturated_fraction == 0
-    ):  # above a v that has saturated, any m would be at its limit
+    # Above a saturated v, every m would be at its limit.
+    if m_saturated_fraction > 0 and saturated_fraction == 0:
         wider = _smallest(f for f in M_FORMATS.values() if f.largest_ratio > m_format.largest_ratio)
-        words.append(
-            f"m is at {m_format.largest_ratio:.3g} v, the most that {m_format.dtype} holds, in "
-            f'{_percent(m_saturated_fraction)} of the elements: write m_dtype="{wider}", or '
+        yield (
+            f"m is at {m_format.largest_ratio:.3g} v, the largest m of {m_format.dtype}, in "
+            f'{_percent(m_saturated_fraction)} of the elements. Write m_dtype="{wider}", or '
             f"b1 < b2."
         )
     if nonfinite_fraction > 0:
-        words.append(
-            f"{_percent(nonfinite_fraction)} of the elements are not finite: write "
-            f'nonfinite="zero" or nonfinite="skip_step", and go on from an older checkpoint.'
+        yield (
+            f"{_percent(nonfinite_fraction)} of the elements are NaN or infinite. Write "
+            f'nonfinite="zero" or nonfinite="skip_step", and restart from an older checkpoint.'
         )
-    return words
 
 
 def _smallest(formats: Any) -> np.dtype:
     return min((f.dtype for f in formats if f.dtype is not None), key=lambda d: d.itemsize)
 
 
-_HEADINGS = (
-    "leaf",
-    "elements",
-    "m",
-    "v",
-    "bytes",
-    "least v",
-    "largest v",
-    "bottom",
-    "top",
-    "m at limit",
-    "unseen",
-)
+_HEADINGS = ("leaf", "shape", "m/v", "v min", "v max", "no gradient")
 
 
 def _row(leaf: LeafDescription) -> tuple[str, ...]:
     return (
         leaf.path,
-        f"{leaf.size:,}",
-        leaf.m_dtype,
-        leaf.v_dtype,
-        f"{leaf.bytes:,}",
+        str(leaf.shape),
+        "/".join(map(_short, (leaf.m_dtype, leaf.v_dtype))),
         *("-" if math.isnan(v) else f"{v:.3g}" for v in (leaf.v_min, leaf.v_max)),
-        *map(
-            _percent,
-            (
-                leaf.underflow_fraction,
-                leaf.saturated_fraction,
-                leaf.m_saturated_fraction,
-                leaf.no_gradient_fraction,
-            ),
-        ),
+        _percent(leaf.no_gradient_fraction),
     )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%" if share else "0"
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    """Aligns the columns, and shortens long names in the first one to the width of the table."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = min(widths[0], max(12, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for name, *cells in rows:
+        name = name if len(name) <= widths[0] else "..." + name[3 - widths[0] :]
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *aligned]))
+    return lines
+
+
+def _wrapped(leaf: LeafDescription) -> list[str]:
+    return textwrap.wrap(f"{leaf.path or 'leaf'}: {leaf.advice}", WIDTH, break_on_hyphens=False)
+
+
+def _short(dtype: str) -> str:
+    """Abbreviates the name of a dtype as JAX does: f32, bf16, u8."""
+    for name, short in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
+        dtype = dtype.replace(name, short)
+    return dtype
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g}%" if fraction else "0"

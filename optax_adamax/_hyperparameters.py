@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """
 
     t: jax.Array  # int32: 1 in the first step
-    b1: jax.Array  # 2**-k b1/b2 if m is in units of the shared scale
+    b1: jax.Array  # b1/b2 if m is stored as a ratio to v
     one_minus_b1: jax.Array  # s_t (1 - b1) if m is in units of the shared scale
     b2: jax.Array  # 2**-k with a shared scale
     scale: jax.Array  # s_t; 1 without a shared scale
@@ -129,7 +129,7 @@ class Hyperparameters:
                 bound = (nesterov_b1 * ratio + one_minus_b1) / bias
         step = Step(
             t=jnp.asarray(t),
-            b1=b1,
+            b1=b1 / jnp.where(b2 == 0, 1, b2) if m_format.is_ratio else b1,
             one_minus_b1=one_minus_b1,
             b2=b2,
             scale=jnp.ones((), dtype),
@@ -148,8 +148,7 @@ def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
     """Converts v, and m if it is stored as a ratio to v, to units of the shared scale."""
     scale, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.b2))
     if m_format.is_ratio:
-        b1 = b2 * (step.b1 / jnp.where(step.b2 == 0, 1, step.b2))
-        step = step._replace(b1=b1, one_minus_b1=scale * step.one_minus_b1)
+        step = step._replace(one_minus_b1=scale * step.one_minus_b1)
     else:
         step = step._replace(bias_correction=step.bias_correction / scale)
     if step.eps_in_denominator is not None:

@@ -1,4 +1,4 @@
-"""Gradients that are not finite: they propagate, count as 0, or their step is skipped."""
+"""Policies for non-finite gradients: propagate them, set them to zero, or skip the step."""
 
 import functools
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,19 +21,19 @@ GRADS_FINITE = "_optax_adamax_grads_finite"
 class HandleNonfiniteState(NamedTuple):
     """State of a transformation built with ``nonfinite="zero"`` or ``"skip_step"``."""
 
-    inner_state: Any  # the state that nonfinite="propagate" has
-    # shape=(), dtype=int32: elements set to 0, or steps skipped; stops at 2**31 - 1
+    # shape=(), dtype=int32: elements set to zero, or steps skipped; stops at 2**31 - 1
     nonfinite_count: jax.Array
+    inner_state: Any  # the state of the same transformation with nonfinite="propagate"
 
 
 def handle_nonfinite(
     nonfinite: Nonfinite, inner: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` under a policy for gradients that are not finite.
+    """Wraps `inner` in a policy for non-finite gradients.
 
     Args:
       nonfinite: the policy, see :func:`optax_adamax.scale_by_adamax`.
-      inner: the transformation to protect. Its `update` receives the argument `GRADS_FINITE`.
+      inner: the transformation to wrap. Its `update` receives the argument `GRADS_FINITE`.
 
     Returns:
       The transformation, with state :class:`HandleNonfiniteState`; `inner` itself for
@@ -45,7 +45,9 @@ def handle_nonfinite(
         return inner
 
     def init(params: optax.Params) -> HandleNonfiniteState:
-        return HandleNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32))
+        return HandleNonfiniteState(
+            nonfinite_count=jnp.zeros((), jnp.int32), inner_state=inner.init(params)
+        )
 
     def update(
         updates: optax.Updates,
@@ -60,34 +62,40 @@ def handle_nonfinite(
         u, inner_state, more = policy(update, grads, state)
         room = (jnp.iinfo(jnp.int32).max - state.nonfinite_count).astype(jnp.uint32)
         count = state.nonfinite_count + jnp.minimum(more, room).astype(jnp.int32)
-        return u, HandleNonfiniteState(inner_state, count)
+        return u, HandleNonfiniteState(nonfinite_count=count, inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _zero(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[Any, Any, jax.Array]:
     u, inner_state = update(grads, state.inner_state, **{GRADS_FINITE: jnp.asarray(True)})
-    none = jnp.zeros_like(state.nonfinite_count, jnp.uint32)
+    leaves, zero = jax.tree.leaves(grads), jnp.zeros_like(state.nonfinite_count, jnp.uint32)
+    # XLA on CPU (jaxlib 0.10.2) writes the mask to memory before it counts: the branch avoids that
+    # in steps without a non-finite element. Both branches are functions of the module, because a
+    # new function would be compiled again in every call outside of jax.jit.
+    bad = _has_nonfinite(leaves, zero)
+    return u, inner_state, jax.lax.cond(bad, _count_nonfinite, _count_nothing, leaves, zero)
 
-    def count(grads: list[jax.Array]) -> jax.Array:
-        return _total(
-            [jnp.sum(~jnp.isfinite(abs_if_complex(g)), dtype=jnp.uint32) for g in grads], like=none
-        )
 
-    # On CPU XLA writes the mask to memory before it is added up: so only where there is something.
-    leaves = jax.tree.leaves(grads)
-    return u, inner_state, jax.lax.cond(_has_nonfinite(leaves, none), count, lambda _: none, leaves)
+def _count_nonfinite(grads: list[jax.Array], zero: jax.Array) -> jax.Array:
+    counts = [jnp.sum(~jnp.isfinite(abs_if_complex(g)), dtype=jnp.uint32) for g in grads]
+    return _total(counts, like=zero)
+
+
+def _count_nothing(grads: list[jax.Array], zero: jax.Array) -> jax.Array:
+    del grads
+    return zero
 
 
 def _skip_step(update: Any, grads: Any, state: HandleNonfiniteState) -> tuple[Any, Any, jax.Array]:
     skipped = _has_nonfinite(jax.tree.leaves(grads), like=state.nonfinite_count)
 
-    def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
         return jnp.where(skipped, old, new) if jnp.ndim(old) == 0 else new
 
     u, inner_state = update(grads, state.inner_state, **{GRADS_FINITE: ~skipped})
     u = jax.tree.map(lambda u: jnp.where(skipped, 0, u), u)
-    return u, jax.tree.map(chosen, inner_state, state.inner_state), skipped.astype(jnp.uint32)
+    return u, jax.tree.map(select, inner_state, state.inner_state), skipped.astype(jnp.uint32)
 
 
 def _has_nonfinite(grads: list[jax.Array], like: jax.Array) -> jax.Array:
@@ -96,7 +104,7 @@ def _has_nonfinite(grads: list[jax.Array], like: jax.Array) -> jax.Array:
 
 
 def _total(counts: list[jax.Array], like: jax.Array) -> jax.Array:
-    """The sum of the counts, on all devices of a `jax.shard_map` over which `like` is the same."""
+    """Adds counts, over the devices of a `jax.shard_map` too unless `like` varies over them."""
     total = functools.reduce(jnp.add, counts, jnp.uint32(0))
     axes = _xla.varying_axes(total) - _xla.varying_axes(like)
     return jax.lax.psum(total, tuple(axes)) if axes else total
@@ -105,8 +113,8 @@ def _total(counts: list[jax.Array], like: jax.Array) -> jax.Array:
 def _check_state(state: Any, nonfinite: Nonfinite) -> HandleNonfiniteState:
     if not isinstance(state, HandleNonfiniteState):
         raise TypeError(
-            f"nonfinite={nonfinite!r} needs the HandleNonfiniteState that its init returns, but a "
-            f"{type(state).__name__} was given: to continue a run that had no such policy, write "
+            f"nonfinite={nonfinite!r} needs the HandleNonfiniteState that its init returns, but "
+            f"got a {type(state).__name__}. To continue a run without such a policy, write "
             f"init(params)._replace(inner_state=state)."
         )
     return state

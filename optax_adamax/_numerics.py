@@ -72,13 +72,10 @@ def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
 
 
-def clip_update(u: jax.Array, bound: jax.Array | None) -> jax.Array:
-    """Clips u to +-bound, and makes infinite elements NaN; None does neither."""
-    if bound is None:
-        return u
+def clip_symmetric(u: jax.Array, bound: jax.Array) -> jax.Array:
+    """Clips u to [-bound, bound]; NaN stays NaN."""
     # Not jnp.clip: on TPU, -bound would be one more scalar operand of the loop.
-    within = -jnp.minimum(-jnp.minimum(u, bound), bound)
-    return jnp.where(jnp.isfinite(u), within, jnp.nan)
+    return -jnp.minimum(-jnp.minimum(u, bound), bound)
 
 
 def hash_uint32(x: jax.Array) -> jax.Array:

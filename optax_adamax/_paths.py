@@ -1,4 +1,4 @@
-"""How a leaf of a tree is named: by its path, without the box that Flax may put around it."""
+"""Names of leaves: their paths without the variables that Flax wraps around arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,22 +6,23 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey
 
-# nnx.Param, linen.Partitioned and their like are nodes with this one child. nnx.Optimizer gives
-# boxed parameters to `init` and plain arrays to `update`, so that a name must not have the box.
-BOX = GetAttrKey("value")
+# nnx.Param, linen.Partitioned and similar nodes have this one child. nnx.Optimizer passes wrapped
+# parameters to `init` and plain arrays to `update`, so the name must not depend on the wrapper.
+VARIABLE_KEY = GetAttrKey("value")
 
 
 def path_name(path: tuple[Any, ...], separator: str | None = None) -> str:
-    """The name of a path: ``['dense']['kernel']``, or ``dense/kernel`` with separator "/".
+    """Returns the name of a path: ``['dense']['kernel']``, or ``dense/kernel`` with separator "/".
 
-    The trailing ``.value`` of a box is left out. Names without a separator stay unique: where
-    ``a.value`` is a leaf, ``a`` is none.
+    The trailing ``.value`` of a Flax variable is left out. Names without a separator are unique,
+    because a tree in which ``a.value`` is a leaf has no leaf ``a``.
 
+    >>> import jax
     >>> (path, _), = jax.tree_util.tree_leaves_with_path({"dense": {"kernel": 1.0}})
     >>> print(path_name(path), path_name(path, separator="/"))
     ['dense']['kernel'] dense/kernel
     """
-    while path and path[-1] == BOX:
+    while path and path[-1] == VARIABLE_KEY:
         path = path[:-1]
     if separator is None:
         return jax.tree_util.keystr(path)
@@ -31,6 +32,6 @@ def path_name(path: tuple[Any, ...], separator: str | None = None) -> str:
 def named_leaves(
     tree: Any, separator: str | None = None, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:
-    """Name and leaf of each leaf of a tree, in its order."""
+    """Returns the name and the leaf of each leaf of a tree, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(path_name(path, separator), leaf) for path, leaf in leaves]

@@ -1,5 +1,7 @@
 """The Adamax update of Kingma & Ba (2014), section 7.1, as an optax transformation."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from optax_adamax import _checks
+from optax_adamax import _checks, _tree_checks
 from optax_adamax._formats import unwrap, wrap
 from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters, Step
 from optax_adamax._leaf import update_leaf
@@ -17,7 +19,8 @@ from optax_adamax._m_formats import m_format_of
 from optax_adamax._nonfinite import GRADS_FINITE, Nonfinite, handle_nonfinite
 from optax_adamax._numerics import compute_dtype, map_real_imag, wider_dtype
 from optax_adamax._shared_scale import advance
-from optax_adamax._state import ScaleByAdamaxState, check_state
+from optax_adamax._state import ScaleByAdamaxState
+from optax_adamax._state_checks import check_state
 from optax_adamax._v_formats import v_format_of
 
 
@@ -109,7 +112,7 @@ def scale_by_adamax(
     _checks.check_ratio(b1, b2, m_format.largest_ratio)
 
     def init(params: optax.Params) -> ScaleByAdamaxState:
-        jax.tree_util.tree_map_with_path(_checks.check_parameter, params)
+        jax.tree_util.tree_map_with_path(_tree_checks.check_parameter, params)
         m = jax.tree.map(lambda p: m_format.init(p, real=False), params)
         v = jax.tree.map(lambda p: v_format.init(p, real=True), params)
         return ScaleByAdamaxState(
@@ -126,7 +129,9 @@ def scale_by_adamax(
     ) -> tuple[optax.Updates, ScaleByAdamaxState]:
         state = check_state(state, m_format, v_format)
         m, v = unwrap(state.m, m_format), unwrap(state.v, v_format)
-        _checks.check_gradients(updates, m)
+        _tree_checks.check_gradients(updates, m)
+        grads, treedef = jax.tree.flatten(updates)
+        like = grads if params is None else _tree_checks.params_like(updates, params)
         t = jnp.asarray(optax.safe_increment(state.count))
         shared = advance(state.v.phase, hyper.log2_decay) if v_format.has_shared_scale else None
         grads_finite = extra_args.get(GRADS_FINITE)
@@ -135,35 +140,26 @@ def scale_by_adamax(
         def step(dtype: np.dtype) -> Step:
             return hyper.for_step(t, shared, grads_finite, **formats, dtype=dtype)
 
-        leaves = [jax.tree.leaves(tree) for tree in (updates, m, v)]
+        leaves = zip(grads, jax.tree.leaves(m), jax.tree.leaves(v), like, strict=True)
         updated = [
-            update_leaf(jnp.asarray(g), m, v, step(compute_dtype(g, m, v)), **formats, dtype=dtype)
-            for g, m, v, dtype in zip(*leaves, _update_dtypes(updates, params), strict=True)
+            update_leaf(
+                jnp.asarray(g),
+                m,
+                v,
+                step(compute_dtype(g, m, v)),
+                **formats,
+                dtype=wider_dtype(g, p),
+            )
+            for g, m, v, p in leaves
         ]
-        u, m, v = (jax.tree.structure(updates).unflatten(x[i] for x in updated) for i in range(3))
+        u, m, v = (treedef.unflatten([leaf[i] for leaf in updated]) for i in range(3))
         phase = None if shared is None else shared.phase
         return u, ScaleByAdamaxState(t, wrap(m, m_format), wrap(v, v_format, phase))
 
     return handle_nonfinite(nonfinite, optax.GradientTransformationExtraArgs(init, update))
 
 
-def _update_dtypes(updates: optax.Updates, params: optax.Params | None) -> list[np.dtype]:
-    """Returns the wider of the dtypes of gradient and parameter, for each gradient.
-
-    Where a gradient is None, the parameter may be anything: a filtered Equinox model has functions
-    there.
-    """
-    if params is None:
-        return [jnp.result_type(g) for g in jax.tree.leaves(updates)]
-    dtypes = jax.tree.map(
-        lambda g, p: None if g is None else wider_dtype(g, p),
-        updates,
-        params,
-        is_leaf=lambda g: g is None,
-    )
-    return jax.tree.leaves(dtypes)
-
-
+@_checks.suggest_renamed_arguments
 def adamax_step(
     parameter: ArrayLike | list[float],
     grad: ArrayLike | list[float],

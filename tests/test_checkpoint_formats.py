@@ -1,4 +1,4 @@
-"""A checkpoint is restored into the format that was saved; into any other it is refused."""
+"""A checkpoint can be restored into the format that was saved, and into no other format."""
 
 import functools
 import itertools
@@ -22,13 +22,13 @@ from optax_adamax import (
 from tests.oracle.formats import FORMATS, SOME_FORMATS
 
 PAIRS = list(itertools.permutations(FORMATS, 2))
-ORBAX = re.compile("structure", re.IGNORECASE)  # what the errors of each library speak of
+ORBAX = re.compile("structure", re.IGNORECASE)  # words in the errors of either library
 FLAX = re.compile("keys|field names")
 PARAMS = {"a": np.float32([[0, 1, 2], [3, 4, 5]]), "b": {"c": np.ones((2, 3), np.float32)}}
 
 
 def is_harmless(saved, wanted):
-    """Whether the two differ in nothing but m as float32 or bfloat16, which a cast converts."""
+    """Whether two formats differ only in float32 or bfloat16 m, which a cast converts."""
     return saved[1] == wanted[1] and "int8" not in (saved[0], wanted[0])
 
 
@@ -58,7 +58,7 @@ def states():
 
 @pytest.fixture(scope="module")
 def saved(states, tmp_path_factory):
-    """Where Orbax has saved each of them."""
+    """The folders in which Orbax has saved these states."""
     folder = tmp_path_factory.mktemp("states")
     paths = {format: folder / "-".join(format) for format in FORMATS}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -79,7 +79,7 @@ def restore_pytree(path, target):
 
 
 @pytest.mark.parametrize("restore", [restore_standard, restore_pytree])
-def test_orbax_refuses_every_pair_that_differs_in_a_coded_moment(restore, states, saved):
+def test_orbax_rejects_every_pair_with_different_quantized_moments(restore, states, saved):
     for source, destination in PAIRS:
         target = jax.eval_shape(
             scale_by_adamax(m_dtype=destination[0], v_dtype=destination[1]).init, PARAMS
@@ -92,10 +92,10 @@ def test_orbax_refuses_every_pair_that_differs_in_a_coded_moment(restore, states
                 restore(saved[source], target)
 
 
-def test_flax_refuses_every_pair_that_differs_in_a_coded_moment(states):
+def test_flax_rejects_every_pair_with_different_quantized_moments(states):
     data = {format: serialization.to_bytes(states[format]) for format in FORMATS}
     for source, destination in PAIRS:
-        if is_harmless(source, destination):  # flax does not cast: what was saved comes back
+        if is_harmless(source, destination):  # Flax does not cast: it returns the saved dtypes
             restored = serialization.from_bytes(states[destination], data[source])
             assert_same_bits(restored, states[source])
         else:
@@ -104,7 +104,7 @@ def test_flax_refuses_every_pair_that_differs_in_a_coded_moment(states):
 
 
 @pytest.mark.parametrize("source, destination", [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_what_flax_restores_in_another_dtype_of_m_is_refused_until_it_is_converted(
+def test_a_state_that_flax_restored_with_another_m_dtype_must_be_converted(
     source, destination, states
 ):
     tx = scale_by_adamax(m_dtype=destination, v_dtype="uint8")
@@ -115,8 +115,8 @@ def test_what_flax_restores_in_another_dtype_of_m_is_refused_until_it_is_convert
     jax.jit(tx.update)(PARAMS, encode_state(restored, destination, "uint8"))
 
 
-def test_every_format_is_converted_from_what_was_saved(states, saved):
-    """The documented way: restore into the saved format, then one call of `encode_state`."""
+def test_every_saved_format_is_converted_to_every_other(states, saved):
+    """Tests the documented way: restore the saved format, then call `encode_state`."""
     restored = {
         form: restore_standard(saved[form], jax.eval_shape(lambda s=state: s))
         for form, state in states.items()
@@ -133,7 +133,7 @@ def test_every_format_is_converted_from_what_was_saved(states, saved):
 
 
 @pytest.mark.parametrize("wrap", [optax.chain, pack_small_leaves])
-def test_inside_of_a_chain_or_packed(wrap, tmp_path):
+def test_chains_and_packed_states_reject_other_formats(wrap, tmp_path):
     saved, other = (wrap(scale_by_adamax(m_dtype="int8", v_dtype=v)) for v in ("uint8", "bfloat16"))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", saved.init(PARAMS))
@@ -144,7 +144,7 @@ def test_inside_of_a_chain_or_packed(wrap, tmp_path):
 
 
 @pytest.mark.parametrize("source, destination", [("int8", "int16"), ("int16", "int8")])
-def test_residuals_of_another_size_are_refused(source, destination, tmp_path):
+def test_residuals_of_another_size_are_rejected(source, destination, tmp_path):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     txs = [compensate_rounding(optax.sgd(0.1), dtype) for dtype in (source, destination)]
     state, other = (tx.init(params) for tx in txs)
@@ -158,7 +158,7 @@ def test_residuals_of_another_size_are_refused(source, destination, tmp_path):
 
 
 def test_a_single_array_as_parameter(tmp_path):
-    """Flax gives a dict for the node where a leaf is wanted: `update` refuses it."""
+    """Flax returns a dict for the container if the target is a leaf; `update` rejects the dict."""
     params = np.ones(4, np.float32)
     coded, exact = scale_by_adamax(m_dtype="int8", v_dtype="uint8"), scale_by_adamax()
     with ocp.StandardCheckpointer() as checkpointer:
@@ -168,7 +168,7 @@ def test_a_single_array_as_parameter(tmp_path):
         with pytest.raises(ValueError, match=ORBAX):
             restore_standard(tmp_path / path, jax.eval_shape(other.init, params))
     data = serialization.to_bytes(coded.init(params))
-    with pytest.raises(TypeError, match="checkpoint into the structure"):
+    with pytest.raises(TypeError, match="Restore a checkpoint into the structure"):
         exact.update(params, serialization.from_bytes(exact.init(params), data))
     with pytest.raises((ValueError, AttributeError)):
         data = serialization.to_bytes(exact.init(params))

@@ -156,21 +156,24 @@ def mean_direction(m_dtype, v_dtype, b1, b2):
 
 
 @pytest.mark.parametrize(
-    "m_dtype, v_dtype, short",
+    "m_dtype, v_dtype, short, mean",
     [
-        ("bfloat16", "bfloat16", 0),
-        pytest.param("bfloat16", "uint8", 0.01, marks=pytest.mark.slow),  # m of one, v of the other
-        ("int8", "uint8", 0.0135),
+        ("bfloat16", "bfloat16", 0, 1),
+        pytest.param("bfloat16", "uint8", 0.0182, 1.0056, marks=pytest.mark.slow),
+        ("int8", "uint8", 0.0182, 1.0056),
     ],
 )
-def test_constant_gradients_under_the_bound(m_dtype, v_dtype, short):
-    """Where exact steps are at C_t, its clip takes one side of the errors: that, and no more."""
+def test_constant_gradients_under_the_bound(m_dtype, v_dtype, short, mean):
+    """Exact updates are at C_t, so the clip removes the errors on one side, and only these.
+
+    Without the clip (traced b1 and b2) the mean is that of v over the nearest code of v.
+    """
     clipped = jax.jit(lambda: mean_direction(m_dtype, v_dtype, 0.9, 0.999))()
     free = jax.jit(functools.partial(mean_direction, m_dtype, v_dtype))(
         np.float32(0.9), np.float32(0.999)
     )
     assert 1 - short - 1e-3 <= clipped <= 1 + 1e-3
-    np.testing.assert_allclose(free, 1, atol=0.005)
+    np.testing.assert_allclose(free, mean, atol=0.002)
 
 
 def check_silence(m_dtype, v_dtype):

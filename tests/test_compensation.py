@@ -1,4 +1,4 @@
-"""compensate_rounding: the inner transformation sees float32, and int16 is float32 bit for bit."""
+"""compensate_rounding: `inner` receives float32; int16 residuals reproduce float32 exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ from optax_adamax import Int8Residual, adamax, adamaxw, compensate_rounding, mas
 
 
 def inner_of(kind):
-    """Rates that are no powers of two: their products are rounded, and may be contracted."""
-    # Of products alone: a compiled cosine has other last bits.
+    """Rates that are not powers of two: their products are rounded, and may be contracted."""
+    # Piecewise constant, because a compiled cosine differs in the last bits.
     schedule = optax.piecewise_constant_schedule(3e-4, {5: 0.7, 11: 0.3})
-    if kind == "decay":  # of a power of two, for optax's own product and sum
+    if kind == "decay":  # a power of two, because optax adds a product
         return optax.chain(optax.add_decayed_weights(2.0**-10), optax.sgd(schedule))
     return {"rate": optax.sgd(3e-4), "schedule": optax.sgd(schedule)}[kind]
 
@@ -48,8 +48,8 @@ def test_compiled_eager_and_scanned_agree(kind, residual_dtype):
     jax.tree.map(np.testing.assert_array_equal, eager, scan(start))
 
 
-def test_int16_is_float32_bit_for_bit():
-    """With gradients of bfloat16, a decay and a rate that is no power of two, op by op."""
+def test_int16_equals_float32_exactly():
+    """With bfloat16 gradients and weight decay, outside of jax.jit."""
     rng, inner = np.random.default_rng(2), adamaxw(3e-4, weight_decay=0.01)
     tx = compensate_rounding(inner, "int16")
     params = jnp.asarray(rng.normal(size=300), jnp.bfloat16)
@@ -64,33 +64,34 @@ def test_int16_is_float32_bit_for_bit():
 
 
 def run_with_decay(make, params, gradients):
-    """How much of the true parameters a decay of 1e-4 takes away, in the mean."""
+    """Returns by how much a decay of 1e-4 reduces the master parameters on average."""
 
     @jax.jit
     def run(decay):
         tx = make(decay)
         step = lambda carry, g: (take(tx, *carry, g), None)  # noqa: E731
         stored, state = jax.lax.scan(step, (params, tx.init(params)), gradients)[0]
-        return stored if make is PEER else master_params(state, stored)
+        return stored if make is float32_optimizer else master_params(state, stored)
 
     with jax.numpy_dtype_promotion("standard"):
         without, decayed = (np.mean(wide(run(np.float32(decay)))) for decay in (0.0, 1e-4))
     return without - decayed
 
 
-def PEER(decay):  # noqa: N802
-    """What has float32 parameters."""
+def float32_optimizer(decay):
     return optax.adamaxw(0.01, weight_decay=decay)
 
 
-def test_decay_arrives_in_full_with_bfloat16_gradients():
-    """As a last link behind these gradients, 2 % of it arrived."""
+def test_weight_decay_is_applied_in_full_with_bfloat16_gradients():
+    """As the last transformation of a chain with these gradients, 2 % of it was applied."""
     rng = np.random.default_rng(3)
     params = rng.uniform(1, 2, 4096).astype(jnp.bfloat16)
     gradients = rng.normal(size=(300, 4096)).astype(jnp.bfloat16)
-    expected = run_with_decay(PEER, params.astype(np.float32), gradients.astype(np.float32))
+    expected = run_with_decay(
+        float32_optimizer, params.astype(np.float32), gradients.astype(np.float32)
+    )
     assert expected == pytest.approx(1e-4 * 300 * 0.01 * 1.5, rel=0.05)
-    # int8 tosses 300 coins an element: a deviation of 1.4 % of what is measured.
+    # int8 rounds 300 times per element: a deviation of 1.4 % of the result.
     for residual_dtype, tolerance in (("int16", 2e-3), ("int8", 0.05)):
 
         def make(decay, residual_dtype=residual_dtype):
@@ -99,7 +100,7 @@ def test_decay_arrives_in_full_with_bfloat16_gradients():
         assert run_with_decay(make, params, gradients) == pytest.approx(expected, rel=tolerance)
 
 
-def test_wide_parameters_pass_unchanged():
+def test_wide_parameters_have_no_residual():
     tx = compensate_rounding(optax.identity())
     params = {"w": jnp.ones(3), "b": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
     state = tx.init(params)
@@ -114,8 +115,8 @@ def test_wide_parameters_pass_unchanged():
     assert masters["w"] is params["w"]
 
 
-def test_the_inner_one_sees_float32():
-    """Gradients are widened, parameters are the true ones; float64 stays."""
+def test_inner_receives_float32_gradients_and_masters():
+    """float64 gradients are not cast."""
     seen = []
 
     def update(updates, state, params=None, **extra):
@@ -150,23 +151,27 @@ def init(params):
     ("error", "words", "call"),
     [
         (TypeError, "int8 or int16", lambda: compensate_rounding(adamax(0.1), "float32")),
+        (TypeError, "int8 or int16, but got 'int7'",
+         lambda: compensate_rounding(adamax(0.1), "int7")),
+        (TypeError, "update_dtype must be float32 or bfloat16, but got 'float16'",
+         lambda: compensate_rounding(adamax(0.1), update_dtype="float16")),
         (TypeError, r"compensate_rounding\(adamax", lambda: compensate_rounding("int8")),
-        (TypeError, "cast it to bfloat16", lambda: init(jnp.ones(2, jnp.float8_e4m3fn))),
-        (TypeError, r"\['b'\] is of dtype float16", lambda: init({"b": jnp.ones(2, "float16")})),
+        (TypeError, "Cast it to bfloat16 or float32", lambda: init(jnp.ones(2, jnp.float8_e4m3fn))),
+        (TypeError, r"\['b'\] has dtype float16", lambda: init({"b": jnp.ones(2, "float16")})),
         (ValueError, "needs the parameters", lambda: TX.update(LOW, init(LOW))),
         (TypeError, "must be a CompensateRoundingState", lambda: TX.update(LOW, (init(LOW),), LOW)),
-        (TypeError, "add them by optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
-        (TypeError, "residual is none", lambda: TX.update(WIDE, init(WIDE), LOW)),
+        (TypeError, "with optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
+        (TypeError, "holds no residual for it", lambda: TX.update(WIDE, init(WIDE), LOW)),
         (ValueError, r"shape \(3,\)", lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
-        (TypeError, "as Int8Residual, but the transformation as Int16Residual",
+        (TypeError, "as Int8Residual, but the transformation was built for Int16Residual",
          lambda: compensate_rounding(adamax(0.1), "int16").update(LOW, init(LOW), LOW)),
-        (ValueError, "no CompensateRoundingState", lambda: master_params((), LOW)),
+        (ValueError, "no CompensateRoundingState in this tuple", lambda: master_params((), LOW)),
         (ValueError, "another tree of parameters",
          lambda: master_params(init({"a": LOW}), {"b": LOW})),
-        (TypeError, "add them by optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
+        (TypeError, "with optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
         (ValueError, r"shape \(3,\)", lambda: master_params(init(LOW), jnp.ones(3, LOW.dtype))),
     ],
 )  # fmt: skip
-def test_bad_input(error, words, call):
+def test_bad_input_raises(error, words, call):
     with pytest.raises(error, match=words):
         call()

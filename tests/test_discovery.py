@@ -1,7 +1,11 @@
-"""What there is can be found from the package itself: attributes, `dir`, `help`."""
+"""The package can be explored interactively: attributes, `dir`, `help`, examples to paste."""
 
+import ast
+import builtins
+import doctest
 import importlib
 import pkgutil
+import pydoc
 import re
 import subprocess
 import sys
@@ -21,7 +25,7 @@ ROOT = Path(optax_adamax.__file__).parents[1]
 
 
 def in_a_new_process(program):
-    """Runs it where nothing has been imported before."""
+    """Runs a program in which nothing has been imported before."""
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"]
     subprocess.run(run, check=True, timeout=120)
 
@@ -41,7 +45,7 @@ def test_submodules_are_attributes(program):
     in_a_new_process(program)
 
 
-def test_submodules_are_imported_when_they_are_asked_for():
+def test_submodules_are_imported_at_first_use():
     loaded = "{name for name in sys.modules if name.startswith('optax_adamax.')}"
     in_a_new_process(
         f"import optax_adamax; dir(optax_adamax); before = {loaded}; optax_adamax.compat; "
@@ -51,7 +55,7 @@ def test_submodules_are_imported_when_they_are_asked_for():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_dir_has_the_public_names_and_submodules_alone(package):
+def test_dir_has_only_public_names_and_submodules(package):
     submodules = PACKAGES[package]
     public = set(getattr(package, "__all__", ()))
     assert set(dir(package)) - {"__version__"} == public | submodules
@@ -63,7 +67,7 @@ def test_dir_has_the_public_names_and_submodules_alone(package):
 
 
 def test_every_module_without_an_underscore_is_in_dir():
-    """`wrappers` is a folder of the source alone: its functions are in the package itself."""
+    """Except `wrappers`, whose functions are in the package itself."""
     for package in PACKAGES:
         modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
         public = {name for name in modules if not name.startswith("_")} - {"wrappers"}
@@ -71,7 +75,7 @@ def test_every_module_without_an_underscore_is_in_dir():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_name_that_is_not_there(package):
+def test_an_unknown_name_raises(package):
     with pytest.raises(
         AttributeError, match=f"module '{package.__name__}' has no attribute 'adam'"
     ):
@@ -81,7 +85,7 @@ def test_a_name_that_is_not_there(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_docstring_lists_what_there_is(package):
+def test_the_docstring_lists_every_function(package):
     listed = re.findall(r"^  ([a-z_, ]+): ", package.__doc__, re.M)
     names = {name for line in listed for name in line.split(", ")}
     functions = {
@@ -90,3 +94,67 @@ def test_the_docstring_lists_what_there_is(package):
         if isinstance(getattr(package, name), types.FunctionType)
     }
     assert names == functions | PACKAGES[package]
+
+
+MODULES = [
+    "optax_adamax",
+    "optax_adamax.sharding",
+    *(f"optax_adamax.compat.{name}" for name in ("keras", "lucid", "mlx", "optax", "torch")),
+]
+FUNCTIONS = {
+    f"{module}.{name}": getattr(importlib.import_module(module), name)
+    for module in MODULES
+    for name in importlib.import_module(module).__all__
+}
+
+
+@pytest.mark.parametrize("name", MODULES[1:])
+def test_dir_of_a_module_has_only_public_names(name):
+    module = importlib.import_module(name)
+    assert sorted(module.__all__) == dir(module)
+    assert not any(
+        isinstance(x, types.ModuleType) for x in map(module.__dict__.get, module.__all__)
+    )
+
+
+@pytest.mark.parametrize("name", ["adamax", "adamaxw", "adamax_step", "scale_by_adamax"])
+def test_help_has_a_readable_signature_and_says_where_eps_is(name):
+    function = getattr(optax_adamax, name)
+    text = pydoc.render_doc(function, renderer=pydoc.plaintext)
+    signature = next(line for line in text.splitlines() if line.startswith(f"{name}("))
+    arguments = signature.split("b1:")[1]  # before it the learning rate, whose type optax reads
+    assert "jaxlib" not in arguments and "Union" not in arguments
+    assert len(arguments) < 500
+    if name in ("adamax", "adamax_step"):  # they place it differently
+        summary = function.__doc__.split("Args:")[0]
+        assert "denominator" in summary and re.search(r"eps|varepsilon", summary)
+
+
+def undefined_names(source):
+    """The names that a program uses but neither defines nor imports."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    defined = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    defined |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    defined |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    for node in nodes:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            defined |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+    return {node.id for node in names} - defined - set(vars(builtins))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_example_runs_when_it_is_pasted_alone(name):
+    """doctest runs it with the names of its module; a reader has only the names in it."""
+    examples = doctest.DocTestParser().get_examples(FUNCTIONS[name].__doc__ or "")
+    assert undefined_names("".join(example.source for example in examples)) == set()
+
+
+def test_the_example_of_the_package_runs_when_it_is_pasted_alone():
+    for module in (optax_adamax, compat):
+        examples = doctest.DocTestParser().get_examples(module.__doc__)
+        assert examples and undefined_names("".join(x.source for x in examples)) == set()
+
+
+def test_undefined_names_are_found():
+    assert undefined_names("import jax\nx = [jax.Array for y in optax.z]") == {"optax"}

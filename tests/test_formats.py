@@ -54,7 +54,7 @@ def test_new_format_needs_decode_and_encode_only(uint16):
     back = encode_state(decode_state(state), v_dtype="uint16")
     np.testing.assert_allclose(decode_state(back).v, moments.v, rtol=2.0**-8)
     assert optax.tree.get(state, "phase") == state.v.phase
-    with pytest.raises(TypeError, match="keeps v as uint16 in a ScaledUint16"):
+    with pytest.raises(TypeError, match="stores v as uint16 in a ScaledUint16"):
         scale_by_adamax(v_dtype="uint8").update(gradients[0], state)
 
 

@@ -76,7 +76,7 @@ ALWAYS = [(name, *form) for name in ("default", "all") for form in WAYS] + [
 )
 def test_option_in_format_is_within_the_promised_error(name, m_dtype, v_dtype):
     rule, rows = RULES[name], dict(TRACED)
-    if m_dtype == "int8" and v_dtype != "float32":
+    if m_dtype == "int8":
         del rows["b2 = 0"]  # see test_core_defects.py
     traced, constant = trajectories.run(m_dtype, v_dtype, rule, rows.values(), CONSTANT.values())
     check(traced, m_dtype, v_dtype, rule, bounded=False)

@@ -1,4 +1,4 @@
-"""Many small updates of compensated parameters add up: periodic, tiny, and a hundred thousand."""
+"""Many small updates of compensated parameters accumulate without drift."""
 
 import functools
 
@@ -14,7 +14,7 @@ from optax_adamax.wrappers import _residual
 
 @residuals
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_a_thousand_updates_of_a_thousandth_of_an_ulp_are_one_ulp(residual_dtype, sign):
+def test_thousand_updates_of_a_thousandth_ulp_are_one_ulp(residual_dtype, sign):
     tx = adding(residual_dtype)
     params = jnp.asarray([1.0, 1.5, -1.0, -1.5, 100.0, 2.0**-10, 1e-3], jnp.bfloat16)
     below, above = neighbours(wide(params))
@@ -28,7 +28,7 @@ def test_a_thousand_updates_of_a_thousandth_of_an_ulp_are_one_ulp(residual_dtype
 
     new, state = run(params, tx.init(params))
     left = np.abs(wide(master_params(state, new)) - target) / np.abs(target)
-    # int16: a thousand additions in float32. int8: a thousand tosses for a quarter unit each.
+    # int16: a thousand float32 additions. int8: a thousand stochastic roundings of a quarter unit.
     allowed = 1000 * 2.0**-24 if residual_dtype == "int16" else 4 * 16 * 2.0**-15
     assert (left <= allowed).all()
 
@@ -51,9 +51,9 @@ def drifter(tx, start, steps):
 
 
 def drifts(tx, start, gradients, steps, streams=1):
-    """What becomes of the true parameter in `steps`, for every column of periodic gradients.
+    """Returns by how much the master parameters change, for each column of periodic gradients.
 
-    A stream is a run whose count starts elsewhere, and so has other thresholds.
+    A stream is a run that starts at another count, and so has other rounding bits.
     """
     period = len(gradients)
     gradients = np.pad(gradients, ((0, 144 - period), (0, 0)))
@@ -70,16 +70,16 @@ CODED = {
 
 
 def patterns(period, rng):
-    """Gradients of this period, in columns, with a mean direction that is not too small."""
+    """Returns gradients with this period, one pattern per column, whose mean is not zero."""
     columns = rng.normal(size=(period, 16)) + 0.7
     return columns.astype(np.float32)
 
 
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 7, 8, 13, 144])
-def test_the_mean_of_periodic_updates_is_right(period):
-    """In closed loop with a rounded m, whose own threshold is a hash of the count, too."""
+def test_periodic_updates_are_unbiased(period):
+    """In closed loop with a rounded m, whose rounding bits are a hash of the count, too."""
     gradients = patterns(period, np.random.default_rng(period))
-    # What int16 adds up is the exact sum of the same updates.
+    # int16 residuals hold the exact sum of the same updates.
     exact = drifts(CODED["int16"], 3.5, gradients, 5000)
     found = drifts(CODED["int8"], 3.5, gradients, 5000, streams=64)
     scale = np.sqrt(np.mean(exact**2))
@@ -91,11 +91,11 @@ def golden_walk(count, u_bits):
 
 
 @pytest.mark.parametrize(
-    "threshold", [golden_walk, lambda count, u_bits: jnp.uint32(128), lambda *_: jnp.uint32(0)]
+    "rounding_bits", [golden_walk, lambda count, u_bits: jnp.uint32(128), lambda *_: jnp.uint32(0)]
 )
-def test_mutants_of_the_threshold_are_noticed(mutant, threshold):
-    """A walk is biased by updates of its own period, and one for all steps by any."""
-    mutant(_residual, "_threshold", threshold)
+def test_mutants_of_the_rounding_bits_are_detected(mutant, rounding_bits):
+    """A golden-ratio sequence is biased by updates of its own period, a constant by all."""
+    mutant(_residual, "_rounding_bits", rounding_bits)
     int8, int16 = adding("int8"), adding("int16")
     for period in (8, 144):
         rng = np.random.default_rng(period)
@@ -103,11 +103,11 @@ def test_mutants_of_the_threshold_are_noticed(mutant, threshold):
         exact, found = (drifts(tx, 3.0, updates, 5000) for tx in (int16, int8))
         if np.sqrt(np.mean((found - exact) ** 2)) > 0.2 * np.sqrt(np.mean(exact**2)):
             return
-    pytest.fail("No pattern shows the bias.")
+    pytest.fail("The bias was not detected.")
 
 
-def test_elements_do_not_share_one_threshold():
-    """Updates of nearly equal size go up in different steps: a layer's mean does not jitter."""
+def test_elements_have_different_rounding_bits():
+    """If all elements of a layer rounded up in the same step, its mean would jitter."""
     updates = np.float32(2.0**-18 * np.linspace(1, 1.9, 4096))
     params = np.ones(4096, jnp.bfloat16)
     _, state = stepper(adding("int8"))(params, adding("int8").init(params), updates)
@@ -116,7 +116,7 @@ def test_elements_do_not_share_one_threshold():
     assert 1 / 8 < np.mean(up) < 1.9 / 8
 
 
-def test_a_hundred_thousand_small_steps():
+def test_hundred_thousand_small_steps_are_unbiased():
     steps, ones = 100_000, np.ones((1, 1), np.float32)
 
     @jax.jit
@@ -133,6 +133,6 @@ def test_a_hundred_thousand_small_steps():
     for inner in (adamax(1e-3), adamax(1e-3, m_dtype="int8", v_dtype="uint8")):
         exact = drifts(compensate_rounding(inner, "int16"), 0.0, ones, steps)
         found = drifts(compensate_rounding(inner), 0.0, ones, steps, streams=32)
-        # One run has a deviation of 0.18 %: it tosses a coin for half a unit at every step.
+        # The deviation of one run is 0.18 %: each step rounds half a unit stochastically.
         assert np.abs(found - exact).max() <= 0.01 * np.abs(exact)
         assert np.mean(found) == pytest.approx(exact, rel=1.5e-3)

@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optax_adamax._v_formats import V_FORMATS
 from tests.oracle import scenarios
 from tests.oracle.formats import SOME_FORMATS, V_DTYPES, v_error
 
 ROOT = Path(__file__).parent.parent
 # In 10^5 steps a float32 v is multiplied as often.
 V_ERROR = {dtype: v_error(dtype, frame=0) for dtype in V_DTYPES} | {"float32": 2e-3}
+
+PEAKS = {"one gradient of 1e30": 1e30, "one gradient of 3e38": 3e38}
 
 
 def check(row):
@@ -24,7 +27,7 @@ def check(row):
         return
     tolerance = V_ERROR[v_dtype]
     below = v_dtype == "uint8" and scenario == "no gradient for 10^5 steps"  # v stays at its floor
-    above = v_dtype == "uint8" and not below  # and here at its top
+    above = PEAKS.get(scenario, 0) > V_FORMATS[v_dtype].range[1]  # v saturates
     assert above or 1 - tolerance <= row["v_lowest"], row
     assert below or row["v_highest"] <= 1 + tolerance, row
     assert row["m_error"] <= {"float32": 1e-6, "bfloat16": 0.004, "int8": 0.3}[row["m_dtype"]], row
@@ -58,7 +61,7 @@ def test_as_the_readme_says():
 def test_an_outlier_is_forgotten_at_the_rate_of_b2(form):
     """v falls by b2 a step after it; in uint8 from the top of its range."""
     g = np.ones((3000, 1), np.float32)
-    g[100] = 1e30 if form[1] != "uint8" else 5e3
+    g[100] = 1e30 if form[1] != "uint8" else 1e8
     u, _, v = (np.float64(x)[:, 0] for x in scenarios.compiled(*form)(g))
     rates = np.log(v[2500] / v[200]) / 2300
     np.testing.assert_allclose(rates, np.log(0.999), rtol=0.08)

@@ -106,7 +106,7 @@ def test_states_of_vmap_are_decoded_row_by_row(m_dtype, v_dtype):
 
 def test_the_state_of_optax_is_no_state_to_encode():
     state = optax.adamax(0.1).init(jnp.zeros(3))
-    with pytest.raises(TypeError, match="There is no ScaleByAdamaxState"):
+    with pytest.raises(TypeError, match="must contain a ScaleByAdamaxState"):
         encode_state(state, "int8", "uint8")
 
 

@@ -1,8 +1,7 @@
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 """A user's program with types: pyright checks it, and every built package must run it.
 
-Where it says "pyright: ignore" the types refuse a mistake; if they no longer did, that would be
-an error too.
+"pyright: ignore" marks a mistake that the types reject. pyright also reports an unnecessary mark.
 """
 
 from typing import Any, assert_type, cast
@@ -28,7 +27,7 @@ def loss(params: Params, x: jax.Array) -> jax.Array:
 
 
 def train(tx: optax.GradientTransformationExtraArgs, params: Params, steps: int) -> Params:
-    """The true parameters after some steps."""
+    """Returns the parameters after some steps."""
 
     @jax.jit
     def step(params: Params, state: optax.OptState) -> tuple[Params, optax.OptState]:
@@ -78,6 +77,11 @@ def convert_states(params: Params) -> None:
     assert_type(state.count, jax.Array)
     floats = assert_type(optax_adamax.decode_state(state), optax_adamax.ScaleByAdamaxState)
     assert_type(optax_adamax.encode_state(floats, "bfloat16"), optax_adamax.ScaleByAdamaxState)
+    description = assert_type(
+        optax_adamax.describe_state(floats, all_processes=True), optax_adamax.StateDescription
+    )
+    assert_type(description.fits, bool)
+    assert_type(description.leaves[0].shape, tuple[int, ...])
     parameter, m, v = optax_adamax.adamax_step(1.0, 0.1, 0.0, 0.0, t=1)
     assert_type((parameter, m, v), tuple[jax.Array, jax.Array, jax.Array])
 
@@ -119,7 +123,7 @@ def compensate(params: Params) -> None:
 
 
 def mistakes() -> None:
-    """What the types refuse, and the program, too."""
+    """Makes mistakes that both the types and the program reject."""
     calls = [
         lambda: optax_adamax.adamax("1e-3"),  # pyright: ignore[reportArgumentType]
         lambda: optax_adamax.adamax(1e-3, nonfinite="ignore"),  # pyright: ignore[reportArgumentType]
@@ -132,7 +136,7 @@ def mistakes() -> None:
             call()
         except (TypeError, ValueError):
             continue
-        raise AssertionError("A mistake was not refused.")
+        raise AssertionError("A mistake was not rejected.")
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from optax_adamax import (
     repack_state,
     unpack_state,
 )
-from optax_adamax._state import dtypes_of, v_format_of
+from optax_adamax._state import dtypes_of
+from optax_adamax._v_formats import v_format_of
 from optax_adamax.compat import _arrays, _counters, _mapping
 from optax_adamax.compat._complex import Parts, is_parts, join
 from optax_adamax.compat._counters import Path

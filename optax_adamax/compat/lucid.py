@@ -19,6 +19,10 @@ from optax_adamax.compat.torch import flax_names
 __all__ = ["adamax", "dump_params", "flax_names", "load_params"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 @_arguments.without_params
 def adamax(
     lr: optax.ScalarOrSchedule = 2e-3,

@@ -19,6 +19,10 @@ from optax_adamax.compat._state import Missing, PeerMoments, PeerValue
 __all__ = ["adamax", "dump_params", "dump_state", "flax_names", "load_params", "load_state"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def adamax(
     learning_rate: optax.ScalarOrSchedule,
     betas: list[float] | tuple[float, float] = (0.9, 0.999),
@@ -131,7 +135,7 @@ def load_state(
       TypeError: an entry of the wrong type.
 
     Example:
-      >>> import numpy as np, jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np, optax
       >>> from optax_adamax.compat import mlx as compat_mlx
       >>> moments = {"m": np.ones((3, 2)), "v": np.ones((3, 2))}
       >>> peer_state = {"step": 25, "learning_rate": 0.1, "layers": [{"weight": moments}]}

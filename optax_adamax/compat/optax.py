@@ -14,6 +14,10 @@ from optax_adamax.compat._state import PeerMoments, PeerValue
 __all__ = ["adamax", "adamaxw", "dump_state", "load_state"]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def load_state(
     peer_state: optax.OptState, params: optax.Params, tx: optax.GradientTransformation
 ) -> optax.OptState:

@@ -13,6 +13,19 @@ import optax
 from optax_adamax._paths import named_leaves
 from optax_adamax.sharding import _constraints, _placement
 
+__all__ = [
+    "UnsplitLeaf",
+    "init_sharded",
+    "keep_sharded",
+    "make_update_params",
+    "state_shardings",
+    "unsplit_leaves",
+]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
+
 
 class UnsplitLeaf(NamedTuple):
     """A leaf of the state that is split less than was asked for."""

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from optax_adamax import pack_small_leaves
-from optax_adamax._state import v_format_of
+from optax_adamax._v_formats import v_format_of
 from optax_adamax.compat import keras, mlx, torch
 from optax_adamax.compat import optax as compat_optax
 

@@ -52,7 +52,7 @@ def test_each_part_of_a_partition_is_finalized():
     np.testing.assert_array_equal(final["y"], after["y"])
     with pytest.raises(ValueError, match=r"averages of \['x'\]"):
         compat_keras.finalize_variable_values({"w": params["w"], "y": params["y"]}, state)
-    with pytest.raises(TypeError, match="no ScaleByAdamaxState in this dict"):
+    with pytest.raises(TypeError, match="must contain a ScaleByAdamaxState, but this dict"):
         compat_keras.finalize_variable_values(state, params)
     with pytest.raises(ValueError, match="There are 2 AverageState"):
         compat_keras.dump_state(state, params, order=list(params), learning_rate=None)

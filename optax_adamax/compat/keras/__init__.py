@@ -12,3 +12,7 @@ __all__ = [
     "load_params",
     "load_state",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -98,7 +98,7 @@ def load_state(
       TypeError: a variable of the wrong type.
 
     Example:
-      >>> import numpy as np, jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np, optax
       >>> from optax_adamax.compat import keras as compat_keras
       >>> variables = [25, 1e-3, np.ones((2, 3)), np.ones((2, 3))]
       >>> params = {"dense": {"kernel": jnp.zeros((2, 3))}}

@@ -8,3 +8,7 @@ from optax_adamax.compat.torch._constructor import adamax
 from optax_adamax.compat.torch._state_dict import dump_state, flax_names, load_state
 
 __all__ = ["adamax", "dump_params", "dump_state", "flax_names", "load_params", "load_state"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

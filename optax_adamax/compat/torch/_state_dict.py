@@ -55,7 +55,7 @@ def load_state(
       TypeError: an entry of the wrong type.
 
     Example:
-      >>> import numpy as np, jax.numpy as jnp
+      >>> import jax.numpy as jnp, numpy as np, optax
       >>> from optax_adamax.compat import torch as compat_torch
       >>> state_dict = {
       ...     "state": {0: {"step": 25.0, "exp_avg": np.ones((3, 2)), "exp_inf": np.ones((3, 2))}},

@@ -1,0 +1,122 @@
+"""Checks of the trees of parameters and gradients that a user passes to `init` and `update`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_adamax._messages import (
+    advice_for_tree,
+    conversion,
+    describe_difference,
+    describe_value,
+    leaf_label,
+)
+
+
+def check_parameter(path: Any, parameter: Any) -> None:
+    """Checks that a parameter is a float or complex array.
+
+    Raises:
+      TypeError: the parameter is not an array, or has an integer or boolean dtype.
+    """
+    label = leaf_label("parameter", path)
+    dtype = _dtype_of(label, parameter)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"The {label} must be a float array, but its dtype is {dtype}. Cast it, freeze it with "
+            f"optax.partition and optax.set_to_zero, or leave it out: pass "
+            f"nnx.state(model, nnx.Param) or equinox.filter(model, equinox.is_inexact_array)."
+        )
+
+
+def check_gradients(gradients: Any, moments: Any) -> None:
+    """Checks that gradients belong to the parameters that the state was made for.
+
+    Args:
+      gradients: the tree given to `update`.
+      moments: the tree of m in the state.
+
+    Raises:
+      ValueError: another tree structure, or another shape.
+      TypeError: an integer gradient, or a complex gradient of a real parameter, or the reverse.
+    """
+    if jax.tree.structure(gradients) != jax.tree.structure(moments):
+        advice = advice_for_tree(
+            gradients,
+            moments,
+            "Pass zeros for a parameter without a gradient, freeze it with optax.partition and "
+            "optax.set_to_zero, or call init again with these parameters.",
+        )
+        raise ValueError(
+            f"The gradients must have the tree of the parameters given to init, but "
+            f"{describe_difference('gradient', gradients, moments)}. {advice}"
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, gradient), moment in zip(leaves, jax.tree.leaves(moments), strict=True):
+        label = leaf_label("gradient", path)
+        dtype = _dtype_of(label, gradient)
+        if jnp.shape(gradient) != jnp.shape(moment):
+            raise ValueError(
+                f"The {label} must have shape {jnp.shape(moment)}, as its parameter in init, but "
+                f"its shape is {jnp.shape(gradient)}."
+            )
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"The {label} must be a float array, but its dtype is {dtype.name}. Cast it to a "
+                f"float; integer parameters have no gradient, so leave them out."
+            )
+        if jnp.issubdtype(dtype, jnp.complexfloating) != jnp.iscomplexobj(moment):
+            kind = "complex" if jnp.iscomplexobj(moment) else "real"
+            raise TypeError(
+                f"The {label} must be {kind}, as its parameter in init, but its dtype is {dtype}."
+            )
+
+
+def params_like(gradients: Any, params: Any) -> list[Any]:
+    """Returns the parameter of each gradient. Whatever belongs to a gradient of None is ignored.
+
+    Raises:
+      ValueError: `params` has another tree than the gradients.
+      TypeError: the parameter of a gradient is not an array.
+    """
+
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    given, treedef = jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_none)
+    try:
+        found = treedef.flatten_up_to(params)
+    except ValueError:
+        raise ValueError(
+            f"The parameters must have the tree of the gradients, but "
+            f"{describe_difference('parameter', params, gradients)}. Pass the parameters that the "
+            f"gradients belong to: update(gradients, state, params)."
+        ) from None
+    pairs = [(path, p) for (path, g), p in zip(given, found, strict=True) if g is not None]
+    for path, parameter in pairs:
+        label = leaf_label("parameter", path)
+        if not jnp.issubdtype(_dtype_of(label, parameter), jnp.inexact):
+            raise TypeError(
+                f"The {label} must be a float array, but its dtype is {jnp.result_type(parameter)}."
+                f" Pass the parameters that the gradients belong to."
+            )
+    return [parameter for _, parameter in pairs]
+
+
+def _dtype_of(label: str, x: Any) -> np.dtype:
+    """Returns the dtype of a leaf.
+
+    Raises:
+      TypeError: the leaf is not an array.
+    """
+    try:
+        return jnp.result_type(x)
+    except (TypeError, ValueError):
+        advice = conversion(x) or (
+            "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
+        )
+        raise TypeError(
+            f"The {label} must be an array, but {describe_value(x)} was given. {advice}"
+        ) from None

@@ -1,0 +1,151 @@
+"""Table of states that `update` and the conversions reject; see `bad_inputs`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bad_inputs import PARAMS, REAL, gradients
+
+from optax_adamax import (
+    adamax,
+    adamaxw,
+    decode_state,
+    describe_state,
+    encode_state,
+    scale_by_adamax,
+)
+from optax_adamax.compat import optax as compat_optax
+
+A_STATE = "must be a ScaleByAdamaxState, but "
+RESTORE = "Restore a checkpoint into the structure and the dtypes that init returns"
+ORDER = "The arguments are update(gradients, state, params), in this order."
+AVERAGE = "To average states over workers, average the floats of decode_state(state)"
+SAME_MOMENTS = "optax.tree.set(tx.init(params), count=state[0].count, m=state[0].m, v=state[0].v)"
+STATES = [
+    ("of adam", lambda x: optax.adam(0.1).init(PARAMS), TypeError, A_STATE + "a tuple"),
+    ("of a chain", lambda x: adamax(0.1).init(PARAMS), TypeError, "pass it to the update of that"),
+    ("a dict, as flax restores it", lambda x: x.state._asdict(), TypeError, RESTORE),
+    ("a tuple, as JSON restores it", lambda x: tuple(x.state), TypeError, A_STATE + "a tuple"),
+    ("none", lambda x: None, TypeError, A_STATE + "None"),
+    ("the parameters", lambda x: PARAMS, TypeError, ORDER),
+    ("with a policy", lambda x: scale_by_adamax(nonfinite="skip_step").init(PARAMS), TypeError,
+     A_STATE + "a HandleNonfiniteState was given. Pass its inner_state"),
+    ("in another format", lambda x: x.state._replace(m=jax.tree.map(
+        lambda m: m.astype(jnp.bfloat16), {**x.state.m, "b": {**x.state.m["b"], "z": m_of(x)}})),
+     TypeError, "stores m as bfloat16, but the transformation was built with m_dtype=None"),
+    ("in half precision", lambda x: halved(x.state), TypeError,
+     "Convert the state with optax_adamax.encode_state(state, m_dtype=None, v_dtype=None)."),
+    ("without a count", lambda x: x.state._replace(count=None), TypeError, RESTORE),
+    ("with a float count", lambda x: x.state._replace(count=jnp.float32(3)), TypeError, AVERAGE),
+    ("with a tree as count", lambda x: x.state._replace(count=x.state.m), TypeError, RESTORE),
+    ("without v", lambda x: x.state._replace(v=None), ValueError, RESTORE),
+    ("v of another tree", lambda x: x.state._replace(v={"a": x.state.v["a"]}), ValueError, RESTORE),
+    ("v of another shape", lambda x: x.state._replace(v={**x.state.v, "a": jnp.ones(4)}),
+     ValueError, RESTORE),
+]  # fmt: skip
+
+
+def m_of(x):
+    return x.state.m["a"]
+
+
+def halved(state):
+    """A state whose real floats were cast to float16."""
+    return jax.tree.map(lambda x: x.astype(np.float16) if x.dtype == np.float32 else x, state)
+
+
+def averaged(state, *, counters):
+    """A state whose codes have become floats, and also its counters if `counters`."""
+    return jax.tree.map(lambda x: x.astype(np.float32) if counters or x.ndim else x, state)
+
+
+ROWS = [
+    (f"state: {name}", lambda x, s=state: x.plain.update(gradients(), s(x)), error, words)
+    for name, state, error, words in STATES
+]
+# The state of an alias.
+ROWS += [
+    (f"state of {name}", lambda _, tx=tx, s=state: tx.update(REAL, s(), REAL), TypeError, words)
+    for name, tx, state, words in [
+        ("a number, then a schedule", adamax(lambda t: 0.1), lambda: adamax(0.1).init(REAL),
+         "made with a number as learning_rate, but the transformation was built with a schedule"),
+        ("a schedule, then a number", adamax(0.1), lambda: adamax(lambda t: 0.1).init(REAL),
+         SAME_MOMENTS),
+        ("a number, then a schedule, of the decay", adamaxw(0.1, weight_decay=lambda t: 0.1),
+         lambda: adamaxw(0.1).init(REAL), "built with a schedule as weight_decay"),
+        ("no mask, then a mask", adamaxw(0.1, mask=True), lambda: adamaxw(0.1).init(REAL),
+         "built with a number as weight_decay and a mask"),
+        ("no decay, then decay", adamaxw(0.1), lambda: adamax(0.1).init(REAL), SAME_MOMENTS),
+        ("one transformation", adamax(0.1), lambda: adamax(0.1).init(REAL)[0],
+         "Pass the whole state of the chain"),
+        ("a policy, then none", adamax(0.1), lambda: adamax(0.1, nonfinite="zero").init(REAL),
+         "Pass its inner_state"),
+        ("parameters", adamax(0.1), lambda: REAL, ORDER),
+        ("optax", adamax(0.1), lambda: optax.adamax(0.1).init(REAL), "compat.optax.load_state"),
+    ]
+]  # fmt: skip
+ROWS += [
+    ("gradients and state in the wrong order", lambda x: x.plain.update(x.state, gradients()),
+     TypeError, ORDER),
+    ("the state after the parameters", lambda x: adamax(0.1).update(REAL, REAL, x.low_state),
+     TypeError, "a dict with the keys 'a', 'b' was given. " + ORDER),
+    ("quantized moments for float32",
+     lambda x: scale_by_adamax().update(REAL, x.low_state), TypeError,
+     "stores m as int8 in a RatioInt8, but the transformation was built with m_dtype=None"),
+    ("float32 moments for quantized ones",
+     lambda x: x.low.update(REAL, scale_by_adamax().init(REAL)), TypeError,
+     "optax_adamax.encode_state(state, m_dtype='int8', v_dtype='uint8')"),
+    ("a float phase", lambda x: x.low.update(REAL, with_phase(x.low_state, jnp.float32(0.5))),
+     TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
+    ("a signed phase", lambda x: x.low.update(REAL, with_phase(x.low_state, jnp.int32(5))),
+     TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
+    ("codes without their container",
+     lambda x: x.low.update(REAL, x.low_state._replace(v=x.low_state.v.scaled_uint8)), TypeError,
+     "must store v outside of a container as float arrays, but its dtype is uint8"),
+    ("averaged codes", lambda x: x.low.update(REAL, averaged(x.low_state, counters=False)),
+     TypeError, "int8 codes, which cannot be cast or averaged, but its dtype is float32"),
+    ("an averaged state", lambda x: x.low.update(REAL, averaged(x.low_state, counters=True)),
+     TypeError, AVERAGE),
+    ("averaged codes to convert",
+     lambda x: encode_state(averaged(x.low_state, counters=False), "int8", "uint8"),
+     TypeError, AVERAGE),
+    ("averaged codes to decode",
+     lambda x: decode_state(averaged(x.low_state, counters=True)), TypeError, AVERAGE),
+    ("averaged codes to describe",
+     lambda x: describe_state(averaged(x.low_state, counters=False)), TypeError, AVERAGE),
+    ("shapes to convert", lambda x: encode_state(jax.eval_shape(lambda: x.state), "int8"),
+     TypeError, "jax.eval_shape(lambda s: encode_state(s, m_dtype, v_dtype), state)"),
+    ("a traced state to describe", lambda x: jax.jit(lambda s: describe_state(s).bytes)(x.state),
+     TypeError, "Call it outside of jax.jit"),
+    ("a donated state to describe", lambda x: describe_state(donated(x.low_state)), ValueError,
+     "Pass the state that this function returned"),
+    ("no eps to describe with", lambda x: describe_state(x.state, eps="x"), TypeError, "eps must"),
+    ("a policy, and a state without", lambda x: x.skip.update(REAL, x.low_state), TypeError,
+     "nonfinite='skip_step' needs the HandleNonfiniteState that its init returns"),
+    ("a limit, and a state without", lambda x: x.spikes.update(REAL, x.skip_state), TypeError,
+     "limit_spikes needs the LimitSpikesState that its init returns"),
+    ("weight decay without parameters",
+     lambda x: adamaxw(0.1).update(gradients(), adamaxw(0.1).init(PARAMS)), ValueError,
+     "not passing `params`"),
+    ("encode_state to no dtype", lambda x: encode_state(x.state, "int7"), TypeError,
+     "m_dtype must be"),
+    ("encode_state of complex moments", lambda x: encode_state(x.state, "int8"), TypeError,
+     "split_real_and_imaginary"),
+    ("encode_state of optax's state", lambda x: encode_state(optax.adamax(0.1).init(REAL), "int8"),
+     TypeError, "must contain a ScaleByAdamaxState, but this tuple does not"),
+    ("optax's state", lambda x: x.plain.update(gradients(), optax.scale_by_adamax().init(PARAMS)),
+     TypeError, "optax_adamax.compat.optax.load_state(state, params, tx), which reads mu as m"),
+    ("optax's state of another optimizer", lambda x: compat_optax.load_state(
+        optax.sgd(0.1).init(REAL), REAL, adamax(0.1)), ValueError, "There is no ScaleByAdamState"),
+]  # fmt: skip
+
+
+def with_phase(state, phase):
+    return state._replace(v=state.v._replace(phase=phase))
+
+
+def donated(state):
+    copy = jax.tree.map(jnp.copy, state)
+    jax.tree.map(lambda x: x.delete(), copy)
+    assert "count=int32" in repr(copy)
+    return copy
