@@ -21,11 +21,11 @@ from optax_adamax import (
 
 # A value other than the default for each keyword, by which updates change.
 KEYWORDS = {
-    "learning_rate": optax.linear_schedule(0.3, 0.1, 3),
+    "learning_rate": lambda count: 0.3 / (1 + count),
     "b1": 0.6,
     "b2": 0.7,
     "eps": 0.5,
-    "weight_decay": optax.linear_schedule(0.5, 0.1, 3),
+    "weight_decay": lambda count: 0.5 / (1 + count),
     "mask": {"a": False, "b": True, "c": False},
     "eps_placement": "denominator",
     "bias_correction": False,
