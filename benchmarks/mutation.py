@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Copy:
             raise RuntimeError(f"The tests would import {imported}, which is not in {root}.")
 
     @contextlib.contextmanager
-    def broken(self, mutant: Mutant) -> Iterator[None]:
+    def broken(self, mutant: Mutant) -> Generator[None]:
         """Applies the mutant for a while."""
         path = self.root / mutant.file
         original = path.read_text("utf-8")

@@ -29,4 +29,13 @@ def test_int8_keeps_the_largest_ratios_of_constants(b2):
 def test_int8_refuses_constants_beyond_its_ratio(b2):
     with pytest.raises(ValueError, match="requires b1 < b2"):
         scale_by_adamax(0.9, b2, m_dtype="int8")
-    scale_by_adamax(0.9, b2, m_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("b2", [0.9, 0.5])
+def test_updates_without_a_bound_are_not_clipped(b2):
+    gradients = np.float32([[1.0, -3.0], *[[0.1, 0.1]] * 5])
+    tx = scale_by_adamax(0.9, b2, m_dtype="bfloat16", v_dtype="bfloat16")
+    start = tx.init(gradients[0])
+    step = jax.jit(lambda: jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], start, gradients))
+    expected, _ = reference.run(gradients, b2=b2)
+    np.testing.assert_allclose(step()[1], expected, rtol=0.03)

@@ -41,7 +41,9 @@ TRACED = {
     "b2 falls": Row(decaying(FALLS), b2=FALLS),
     "b1 rises": Row(decaying(0.999 * np.ones(STEPS)), b1=np.linspace(0.5, 0.98, STEPS)),
     "b1 falls": Row(decaying(0.999 * np.ones(STEPS)), b1=np.linspace(0.98, 0.5, STEPS)),
-    "both change": Row(heavy_tails(6), np.linspace(0.5, 0.95, STEPS), np.linspace(0.9, 1, STEPS)),
+    "both change": Row(
+        heavy_tails(6), np.linspace(0.5, 0.95, STEPS), np.linspace(0.9, 1, STEPS), eps=0.0
+    ),
 }
 
 LONGEST = decaying(0.999 * np.ones(STEPS))

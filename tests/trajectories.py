@@ -145,6 +145,8 @@ def check(run, m_dtype, v_dtype, rule, *, bounded, dtype=np.float32):
     untouched = np.broadcast_to(~np.any(run.g, axis=0), run.u.shape)
     assert not np.any(run.u[untouched]) and not np.any(run.m[untouched])
     assert np.all(run.v[v == 0] <= low)
+    beyond = np.abs(run.g) >= high
+    assert np.all(run.v[beyond] >= high * (1 - v_error(v_dtype)))
     m_limit = check_m(run, m_dtype, known)
     assert np.all((np.abs(run.m - m) <= m_limit)[known])
 
