@@ -2,12 +2,13 @@
 
     python -m benchmarks.accelerators_chips
 
-The leaves are those of one layer of a transformer, in float32, the state in 2 bytes. FSDP:
-parameters, gradients and state split over 256 devices; in larger topologies each group of 256
-holds them all. ZeRO-1: parameters and gradients whole, the state split; once by `keep_sharded`,
-once by `make_update_params`, and once by `out_shardings` alone. Counted are the collectives by kind
-and bytes on a device, temporaries, estimated cycles, and the bytes of the state on a device beside
-those of `state_shardings`; the same of the program of `init_sharded`. Needs libtpu (extra `tpu`).
+The leaves are those of one layer of a transformer, in float32, with 2-byte state. FSDP:
+parameters, gradients and state are sharded over 256 devices; in larger topologies each group of 256
+holds all of them. ZeRO-1: parameters and gradients are replicated, the state is sharded; once by
+`update` of `sharding.shard`, once by its `apply_gradients`, and once by `out_shardings` alone.
+Counted are the collectives by kind and bytes per device, temporaries, estimated cycles, and the
+bytes of the state per device, next to the bytes that follow from its shardings; the same for the
+program of `init`. Needs libtpu (extra `tpu`).
 """
 
 import argparse
@@ -59,19 +60,15 @@ def plain(tx: optax.GradientTransformation) -> Step:
     return step
 
 
-def measure(step: Step | None, params: Any, zero_axis: str | None, tx: Any) -> dict[str, Any]:
-    """What the compiler makes of `step(gradients, state, params)`, or of `init_sharded`."""
-    places = sharding.state_shardings(tx, params, zero_axis=zero_axis)
+def measure(step: Step | None, params: Any, zero1_axis: str | None, tx: Any) -> dict[str, Any]:
+    """Compiles and measures `step(gradients, state, params)`, or `init` for None."""
+    sharded = sharding.shard(tx, params, zero1_axis=zero1_axis)
     if step is None:
-        program = jax.jit(tx.init, out_shardings=places).lower(params).compile()
+        program = jax.jit(sharded.init).lower(params).compile()
         held = program.memory_analysis().output_size_in_bytes
     else:
-        state = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            jax.eval_shape(tx.init, params),
-            places,
-        )
-        out = jax.tree.map(lambda p: p.sharding, params), places
+        state = sharded.init(params)
+        out = jax.tree.map(lambda p: p.sharding, params), sharded.shardings
         jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=out)
         program = jitted.lower(params, state, params).compile()
         held = program.memory_analysis().argument_size_in_bytes - 2 * bytes_on_a_chip(
@@ -84,7 +81,7 @@ def measure(step: Step | None, params: Any, zero_axis: str | None, tx: Any) -> d
         "temporaries": program.memory_analysis().temp_size_in_bytes,
         "cycles": cycles if cycles < 2**62 else None,  # of the gather on 7x there is no estimate
         "state_bytes": held,
-        "state_bytes_predicted": bytes_on_a_chip(jax.eval_shape(tx.init, params), places),
+        "state_bytes_predicted": bytes_on_a_chip(sharded.init(params), sharded.shardings),
     }
 
 
@@ -108,17 +105,16 @@ def collectives(text: str, kind: str) -> dict[str, int] | None:
 
 
 def steps(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
-    """What is compiled, for parameters placed how, and the axis over which ZeRO splits."""
-    split, whole = arrays(chips, P("data")), arrays(chips, P())
-    kept = sharding.keep_sharded(tx, whole, zero_axis="data")
-    update_params = sharding.make_update_params(tx, whole, zero_axis="data")
+    """The step to compile, its parameters, and the ZeRO-1 axis."""
+    fsdp, replicated = arrays(chips, P("data")), arrays(chips, P())
+    zero1 = sharding.shard(tx, replicated, zero1_axis="data")
     return {
-        "FSDP": (plain(tx), split, None),
-        "FSDP, init_sharded": (None, split, None),
-        "ZeRO-1, out_shardings": (plain(tx), whole, "data"),
-        "ZeRO-1, keep_sharded": (plain(kept), whole, "data"),
-        "ZeRO-1, make_update_params": (update_params, whole, "data"),
-        "ZeRO-1, init_sharded": (None, whole, "data"),
+        "FSDP": (plain(tx), fsdp, None),
+        "FSDP, init": (None, fsdp, None),
+        "ZeRO-1, out_shardings": (plain(tx), replicated, "data"),
+        "ZeRO-1, update": (plain(zero1), replicated, "data"),
+        "ZeRO-1, apply_gradients": (zero1.apply_gradients, replicated, "data"),
+        "ZeRO-1, init": (None, replicated, "data"),
     }
 
 

@@ -2,19 +2,15 @@
 
     python -m benchmarks.state_bytes
 
-The shapes are Llama's, the shardings are those of `sharding.state_shardings` on a
-`jax.sharding.AbstractMesh`, and nothing is allocated. Then the time that `state_shardings` takes
-on 2,000 leaves. Takes half a minute.
+The shapes are Llama's, the shardings are those of `sharding.shard` on a
+`jax.sharding.AbstractMesh`, and nothing is allocated. Takes half a minute.
 """
 
-import functools
 import math
-import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,7 +19,6 @@ import optax_adamax
 from benchmarks import reporting
 from optax_adamax import sharding
 
-LEAVES, REPEATS = 2000, 20
 FORMATS = {
     "float32": {},
     "4 bytes": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
@@ -91,19 +86,13 @@ def transformation(name: str) -> optax.GradientTransformation:
     return optax_adamax.adamaxw(optax.cosine_decay_schedule(1e-3, 1000), **FORMATS[name])
 
 
-def state_bytes(tx: optax.GradientTransformation, params: Any, zero_axis: str | None) -> int:
+def state_bytes(tx: optax.GradientTransformation, params: Any, zero1_axis: str | None) -> int:
     """Bytes of the state of `tx` on each device."""
-    places = sharding.state_shardings(tx, params, zero_axis=zero_axis)
-    state = jax.eval_shape(tx.init, jax.tree.map(_without_sharding, params))
-
-    def on_a_device(leaf: Any, place: NamedSharding) -> int:
-        return math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(on_a_device, state, places)))
-
-
-def _without_sharding(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    state = sharding.shard(tx, params, zero1_axis=zero1_axis).init(params)
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
 
 
 def row(model: str, devices: int, name: str) -> dict[str, Any]:
@@ -118,38 +107,16 @@ def row(model: str, devices: int, name: str) -> dict[str, Any]:
         "format": name,
         "like_parameters": state_bytes(tx, params, None),
         "zero": state_bytes(tx, params, "data"),
-        "unsplit": sum(x.bytes for x in sharding.unsplit_leaves(tx, params, zero_axis="data")),
+        "unsharded": sum(x.bytes for x in sharding.shard(tx, params, "data").unsharded),
     }
-
-
-def seconds() -> dict[str, float]:
-    """Median and quartiles of the time that `state_shardings` takes on `LEAVES` leaves."""
-    mesh = AbstractMesh(MESHES[512], ("data", "model"))
-    place = NamedSharding(mesh, P(None, "model"))
-    params = [
-        jax.ShapeDtypeStruct((512, 512 + i), np.float32, sharding=place)
-        for i in range(0, 8 * LEAVES, 8)
-    ]
-    call = functools.partial(
-        sharding.state_shardings, transformation("2 bytes"), params, zero_axis="data"
-    )
-    call()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return {"leaves": LEAVES, "median": median, "low": low, "high": high}
 
 
 def main() -> None:
     """Computes every row, prints the table and writes the JSON."""
     cases = [(m, d, f) for m in MODELS for d in MESHES for f in FORMATS]
     rows = [row(*case) for case in cases]
-    taken = seconds()
     provenance = reporting.provenance("benchmarks.state_bytes", dtype="bfloat16", seeds=())
-    results = {"provenance": provenance, "rows": rows, "state_shardings_seconds": taken}
+    results = {"provenance": provenance, "rows": rows}
     reporting.write_json(reporting.RESULTS / "state_bytes.json", results)
     print("GB of state on each device     like parameters       ZeRO-1")
     for r in rows:
@@ -157,10 +124,6 @@ def main() -> None:
             f"{r['model']:5} {r['devices']:4} devices  {r['format']:8} "
             f"{r['like_parameters'] / 1e9:12.3f} {r['zero'] / 1e9:12.3f}"
         )
-    print(
-        f"state_shardings on {LEAVES} leaves: {taken['median']:.3f} s "
-        f"({taken['low']:.3f} to {taken['high']:.3f})"
-    )
 
 
 if __name__ == "__main__":

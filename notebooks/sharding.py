@@ -1,16 +1,16 @@
 # %% [markdown]
-# # Sharding: where the optimizer's state lives
+# # Sharding the optimizer state
 #
-# `optax_adamax.sharding` puts the state of any optax transformation where its parameters are,
-# splits it further over the data-parallel devices (ZeRO-1), or keeps it in host memory. On 8 CPU
-# devices, with a small network on the 1,797 real digits that ship with scikit-learn, you will see
+# `optax_adamax.sharding.shard` wraps any optax transformation and shards its state like the
+# parameters, further over the data-parallel devices (ZeRO-1), or in host memory. On 8 CPU devices,
+# with a small network on the 1,797 real digits that ship with scikit-learn, you will see
 #
-# 1. where `jax.jit(tx.init)` leaves the state, and where `init_sharded` puts it;
-# 2. ZeRO-1 before and after: each shard of each moment, and the bytes on each device;
-# 3. the step: no communication but the gather of the updates, and the updates of one device;
-# 4. the state in host memory, between the steps;
-# 5. a run on 8 devices that goes on, from its checkpoint, on 4;
-# 6. what it comes to for transformers of 8 and 70 billion parameters.
+# 1. the shardings of a state made by `jax.jit(adamax(...).init)`, and of one made by `shard`;
+# 2. ZeRO-1: each shard of each moment, and the bytes on each device;
+# 3. the step: one all-gather per parameter, and the moments of one device;
+# 4. a state in host memory between the steps;
+# 5. a run on 8 devices that continues from its checkpoint on 4;
+# 6. the size of the state for one layer of a transformer with 70 billion parameters.
 #
 # It takes half a minute on two CPU cores. `python notebooks/sharding.py` does the same.
 
@@ -41,8 +41,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 FOLDER = Path(globals().get("__file__", "sharding.ipynb")).resolve().parent
 
 # %% [markdown]
-# Eight devices: four data-parallel groups of two, each of which holds the parameters once. The
-# hidden layer is split over the two (`"model"`), biases and the last layer are whole on each.
+# Eight devices: four data-parallel groups of two. Each group holds the parameters once: the hidden
+# layers and the first bias are sharded over its two devices (`"model"`), the rest is replicated.
 
 # %%
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -75,18 +75,22 @@ def parameters(mesh):
 
 
 params = parameters(mesh)
-tx = optax_adamax.adamax(2e-3)
+adamax = optax_adamax.adamax(2e-3)
 
 # %% [markdown]
-# ## 1. Where the state is
+# ## 1. The shardings of a state
 #
-# `tx.init` makes zeros, and zeros remember nothing of the parameters. Under `jax.jit` all of them
-# are whole on one device:
+# `adamax.init` creates zeros, which do not depend on the parameters. Under `jax.jit` all of them
+# are unsharded on one device. `shard` makes them in place:
 
 # %%
-naive = jax.jit(tx.init)(params)
-beside = sharding.init_sharded(tx, params)
-zero = sharding.init_sharded(tx, params, zero_axis="data")
+like_parameters = sharding.shard(adamax, params)
+zero1 = sharding.shard(adamax, params, zero1_axis="data")
+states = {
+    "jit(adamax.init)": jax.jit(adamax.init)(params),
+    "like parameters": like_parameters.init(params),
+    "ZeRO-1": zero1.init(params),
+}
 
 
 def bytes_on_devices(tree):
@@ -98,25 +102,23 @@ def bytes_on_devices(tree):
     return [total[device.id] for device in jax.devices()]
 
 
-for name, state in (("jit(tx.init)", naive), ("init_sharded", beside), ("ZeRO-1", zero)):
-    print(f"{name:13} bytes on each device: {bytes_on_devices(state)}")
+for name, state in states.items():
+    print(f"{name:16} bytes on each device: {bytes_on_devices(state)}")
 
 # %% [markdown]
-# `init_sharded` asks `state_shardings`, which asks `optax.tree.map_params` which leaves are like
-# parameters: so it serves a whole chain, of any transformations. The rest, the step count, is on
-# every device.
+# `shard` finds the leaves that belong to parameters with `optax.tree.map_params`, so it works for a
+# whole chain of any transformations. Other leaves, such as the step count, are replicated.
 
 # %%
-places = sharding.state_shardings(tx, params, zero_axis="data")
-for path, place in jax.tree_util.tree_leaves_with_path(places):
+for path, place in jax.tree_util.tree_leaves_with_path(zero1.shardings):
     print(f"{jax.tree_util.keystr(path):12} {place.spec}")
 
 # %% [markdown]
-# ## 2. ZeRO-1, before and after
+# ## 2. ZeRO-1
 #
-# With `zero_axis="data"` each moment is split once more, over the four groups that would each have
-# held the same, along its largest dimension that is still free. The numbers are the devices that
-# hold a shard.
+# Without ZeRO-1 each of the four groups holds the same moments. With `zero1_axis="data"` each
+# moment is sharded over the groups, along its largest unsharded dimension. The numbers are the
+# devices that hold a shard.
 
 # %%
 COLOURS = plt.get_cmap("tab10").colors
@@ -143,21 +145,16 @@ def draw(ax, array, title):
     ax.set_title(title, fontsize=8)
 
 
-cases = {"jit(tx.init)": naive, "like its parameter": beside, "ZeRO-1": zero}
 fig = plt.figure(figsize=(9, 5.2), layout="constrained")
 left, right = fig.subfigures(1, 2, width_ratios=[3, 2])
-for row, (case, state) in zip(left.subplots(3, 4), cases.items(), strict=True):
+for row, (case, state) in zip(left.subplots(3, 4), states.items(), strict=True):
     for ax, name in zip(row, ("w1", "w2", "w3", "b1"), strict=True):
         draw(ax, state[0].m[name], f"m[{name!r}]  {SHAPES[name][0]}")
     row[0].set_ylabel(case, fontsize=9)
 
 low_bit = optax_adamax.adamax(2e-3, m_dtype="int8", v_dtype="uint8")
-bars = {
-    "jit(tx.init)": naive,
-    "like its parameter": beside,
-    "ZeRO-1": zero,
-    "ZeRO-1, 2 bytes": sharding.init_sharded(low_bit, params, zero_axis="data"),
-}
+low_bit_zero1 = sharding.shard(low_bit, params, zero1_axis="data")
+bars = {**states, "ZeRO-1, 2 bytes": low_bit_zero1.init(params)}
 ax = right.subplots()
 for offset, (case, state) in enumerate(bars.items()):
     ax.bar(np.arange(8) + (offset - 1.5) / 5, bytes_on_devices(state), width=0.2, label=case)
@@ -167,20 +164,21 @@ fig.savefig(FOLDER / "sharding.png", dpi=150)
 plt.show()
 
 # %% [markdown]
-# A leaf without such a dimension stays as it is. The report says which, and how many bytes of it
-# each device holds (`b3`, of 10 elements, stands here as an example):
+# A leaf without such a dimension is not sharded further. `unsharded` lists these leaves, their
+# bytes on each device, and the reason (`b3`, of 10 elements, is an example):
 
 # %%
-odd = {**structs(mesh), "b3": jax.ShapeDtypeStruct((10,), jnp.float32, sharding=places[0].count)}
-for leaf in sharding.unsplit_leaves(tx, odd, zero_axis="data"):
+replicated = NamedSharding(mesh, P())
+odd = {**structs(mesh), "b3": jax.ShapeDtypeStruct((10,), jnp.float32, sharding=replicated)}
+for leaf in sharding.shard(adamax, odd, zero1_axis="data").unsharded:
     print(leaf)
 
 # %% [markdown]
 # ## 3. The step
 #
-# Without ZeRO a jitted step keeps the state beside the parameters by itself. With ZeRO,
-# `keep_sharded` says where the state stays and where the updates go. The optimizer adds nothing to
-# the communication of the step but the gather of the updates.
+# `apply_gradients` returns the new parameters and the new state. The optimizer adds nothing to the
+# communication of the step except ZeRO-1's all-gather, one for each parameter whose moments are
+# sharded further: `w1`, `w2`, `w3` and `b2`.
 
 # %%
 digits = load_digits()
@@ -206,8 +204,8 @@ def make_step(tx):
     @functools.partial(jax.jit, donate_argnums=1)
     def step(params, state, x, y):
         value, gradients = jax.value_and_grad(loss)(params, x, y)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        params, state = tx.apply_gradients(gradients, state, params)
+        return params, state, value
 
     return step
 
@@ -218,46 +216,46 @@ def collectives(function, *arguments):
     return Counter(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all)\(", text))
 
 
-kept = sharding.keep_sharded(tx, params, zero_axis="data")
-where = jax.tree.map(lambda p: p.sharding, params)
-gradients_alone = jax.jit(jax.value_and_grad(loss), out_shardings=(None, where))
+param_shardings = jax.tree.map(lambda p: p.sharding, params)
+gradients_alone = jax.jit(jax.value_and_grad(loss), out_shardings=(None, param_shardings))
 first = batch(0, mesh)
 print("gradients alone   ", dict(collectives(gradients_alone, params, *first)))
-print("a step            ", dict(collectives(make_step(tx), params, beside, *first)))
-print("a step with ZeRO-1", dict(collectives(make_step(kept), params, zero, *first)))
+for name, tx in (("like parameters", like_parameters), ("ZeRO-1", zero1)):
+    found = collectives(make_step(tx), params, tx.init(params), *first)
+    print(f"a step, {name:15}", dict(found))
 
 # %% [markdown]
-# The arithmetic is elementwise, so the same gradients give the same moments, however they are
-# split. (They may differ in their last bit: XLA on CPU contracts `b1 * m + (1 - b1) * g` to one
-# fused multiply-add in some programs, and in others not.)
+# The arithmetic is elementwise, so the same gradients give the same moments under every sharding.
+# (The last bit can differ: XLA on CPU contracts `b1 * m + (1 - b1) * g` to one fused multiply-add
+# in some programs and not in others.)
 
 # %%
 gradients = [jax.grad(loss)(params, *batch(t, mesh)) for t in range(5)]
 alone = jax.tree.map(np.asarray, gradients)
-states = {"1 device": tx.init(params), "8 devices": beside, "8 devices, ZeRO-1": zero}
+reference, sharded, sharded_zero1 = (tx.init(params) for tx in (adamax, like_parameters, zero1))
 for t in range(5):
-    states["1 device"] = jax.jit(tx.update)(alone[t], states["1 device"])[1]
-    states["8 devices"] = jax.jit(tx.update)(gradients[t], states["8 devices"])[1]
-    states["8 devices, ZeRO-1"] = jax.jit(kept.update)(gradients[t], states["8 devices, ZeRO-1"])[1]
-reference = jax.tree.leaves(states["1 device"])
-for name, state in states.items():
+    reference = jax.jit(adamax.update)(alone[t], reference)[1]
+    sharded = jax.jit(like_parameters.update)(gradients[t], sharded)[1]
+    sharded_zero1 = jax.jit(zero1.update)(gradients[t], sharded_zero1)[1]
+reference = jax.tree.leaves(reference)
+for name, state in (("like parameters", sharded), ("ZeRO-1", sharded_zero1)):
     leaves = zip(jax.tree.leaves(state), reference, strict=True)
     apart = max(np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in leaves)
-    print(f"{name:18} largest difference from the state of one device: {apart:.0e}")
+    print(f"{name:15} largest difference from the state of one device: {apart:.0e}")
     assert apart < 1e-8
 
 # %% [markdown]
 # ## 4. Host memory
 #
-# With `memory_kind="pinned_host"` the state rests in the memory of the host, and `keep_sharded`
-# moves it to the devices and back within the step. The step donates it, or it would be there twice.
+# With `memory_kind="pinned_host"` the state is in host memory between the steps. Each step moves it
+# to the devices and back. The step donates the state; otherwise it would exist twice.
 
 
 # %%
 def train(tx, params, steps, **options):
     """Losses, parameters and state of a training run."""
-    state = sharding.init_sharded(tx, params, **options)
-    step = make_step(sharding.keep_sharded(tx, params, **options))
+    tx = sharding.shard(tx, params, **options)
+    state, step = tx.init(params), make_step(tx)
     losses = []
     for t in tqdm(range(steps)):
         params, state, value = step(params, state, *batch(t, params["w1"].sharding.mesh))
@@ -266,7 +264,7 @@ def train(tx, params, steps, **options):
 
 
 STEPS = 60
-options = {"zero_axis": "data", "memory_kind": "pinned_host"}
+options = {"zero1_axis": "data", "memory_kind": "pinned_host"}
 losses, _, on_host = train(low_bit, params, STEPS, **options)
 kinds = Counter(leaf.sharding.memory_kind for leaf in jax.tree.leaves(on_host))
 print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}; leaves of the state in {dict(kinds)}")
@@ -275,26 +273,21 @@ assert set(kinds) == {"pinned_host"} and losses[-1] < losses[0] / 5
 # %% [markdown]
 # ## 5. From 8 devices to 4
 #
-# `state_shardings` also says where a checkpoint is to be restored to. Half of the devices, another
-# mesh, no ZeRO: the run goes on.
+# `init` of shapes returns shapes with shardings, the target for restoring a checkpoint. The run
+# continues on half of the devices, on another mesh, without ZeRO-1.
 
 # %%
-losses, params_8, state_8 = train(tx, params, STEPS, zero_axis="data")
+losses, params_8, state_8 = train(adamax, params, STEPS, zero1_axis="data")
 fewer = jax.make_mesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
-places_4 = sharding.state_shardings(tx, structs(fewer))
-target = {
-    "params": structs(fewer),
-    "state": jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_8, places_4
-    ),
-}
+on_fewer = sharding.shard(adamax, structs(fewer))
+target = {"params": structs(fewer), "state": on_fewer.init(structs(fewer))}
 with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(Path(folder) / "step", {"params": params_8, "state": state_8})
     checkpointer.wait_until_finished()
     restored = checkpointer.restore(Path(folder) / "step", target)
 
 params_4, state_4 = restored["params"], restored["state"]
-step_8, step_4 = make_step(kept), make_step(tx)
+step_8, step_4 = make_step(zero1), make_step(on_fewer)
 for t in range(STEPS, STEPS + 5):
     params_8, state_8, on_8 = step_8(params_8, state_8, *batch(t, mesh))
     params_4, state_4, on_4 = step_4(params_4, state_4, *batch(t, fewer))
@@ -304,9 +297,9 @@ for t in range(STEPS, STEPS + 5):
 # %% [markdown]
 # ## 6. At scale
 #
-# Nothing needs to be allocated to ask: shapes on an abstract mesh are enough. This is one layer of
+# Shapes on an abstract mesh are enough to compute sizes; nothing is allocated. This is one layer of
 # a transformer of 70 billion parameters on 512 devices, 64 data-parallel groups of 8.
-# `python -m benchmarks.state_bytes` computes the whole model, and others.
+# `python -m benchmarks.state_bytes` computes whole models.
 
 # %%
 large = AbstractMesh((64, 8), ("data", "model"))
@@ -323,13 +316,11 @@ layer = {
     name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(large, spec))
     for name, (shape, spec) in layer.items()
 }
-plain = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), layer)
-for name, transformation in (("8 bytes", tx), ("2 bytes", low_bit)):
-    state = jax.eval_shape(transformation.init, plain)
-    for zero_axis in (None, "data"):
-        places = sharding.state_shardings(transformation, layer, zero_axis=zero_axis)
-        shards = jax.tree.map(
-            lambda x, s: int(np.prod(s.shard_shape(x.shape))) * x.dtype.itemsize, state, places
+for name, transformation in (("8 bytes", adamax), ("2 bytes", low_bit)):
+    for zero1_axis in (None, "data"):
+        state = sharding.shard(transformation, layer, zero1_axis=zero1_axis).init(layer)
+        total = sum(
+            int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+            for x in jax.tree.leaves(state)
         )
-        total = sum(jax.tree.leaves(shards))
-        print(f"{name} a parameter, zero_axis={zero_axis!r}: {total / 1e6:8.2f} MB a device")
+        print(f"{name} per parameter, {zero1_axis=}: {total / 1e6:8.2f} MB per device")

@@ -177,8 +177,7 @@ def decode_scaled(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.
     # A state made by `jax.vmap` has one phase per row.
     phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
     w = v_format.decode(codes)
-    # The largest floats may have been rounded up, beyond float32 in units of v.
-    return jnp.minimum(w * (1 / _shared_scale.scale_from_phase(phase)), jnp.finfo(w.dtype).max)
+    return w * (1 / _shared_scale.scale_from_phase(phase))
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:

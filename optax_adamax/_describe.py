@@ -112,11 +112,10 @@ def describe_state(
       >>> gradients = {"b": jnp.array([0.0, 0.25]), "w": jnp.full((2, 2), 1e30)}
       >>> _, state = tx.update(gradients, tx.init(params), params)
       >>> description = describe_state(state)
-      >>> print(str(description).split("bytes")[0])  # doctest: +ELLIPSIS
-      leaf   shape     m/v     v min     v max  no gradient
-      b       (2,)  i8/u8       0.25      0.25          50%
-      w     (2, 2)  i8/u8  ...                            0
-      20
+      >>> for line in str(description).splitlines()[:2]:
+      ...     print(line)
+      leaf   shape    m/v     v min     v max  no gradient
+      b       (2,)  i8/u8      0.25      0.25          50%
       >>> description.leaves[1].saturated_fraction
       1.0
       >>> print(description.leaves[1].advice)  # doctest: +ELLIPSIS

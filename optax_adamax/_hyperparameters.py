@@ -79,7 +79,7 @@ class Hyperparameters:
         _checks.check_choice("eps_placement", eps_placement, ("max", "denominator"))
         _checks.check_flag("bias_correction", bias_correction)
         _checks.check_flag("nesterov", nesterov)
-        known = _checks.concrete_value(b1), _checks.concrete_value(b2)
+        known_b1, known_b2 = _checks.concrete_value(b1), _checks.concrete_value(b2)
         return cls(
             b1=b1,
             one_minus_b1=1 - b1,
@@ -89,7 +89,7 @@ class Hyperparameters:
             eps_placement=eps_placement,
             bias_correction=bias_correction,
             nesterov=nesterov,
-            is_bounded=None not in known and known[0] < known[1],
+            is_bounded=known_b1 is not None and known_b2 is not None and known_b1 < known_b2,
         )
 
     @functools.partial(jax.jit, static_argnames=("m_format", "v_format", "dtype"))

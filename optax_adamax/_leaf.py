@@ -54,14 +54,14 @@ def _moments(
     g: jax.Array, m: jax.Array, v: jax.Array, step: Step, m_format: MFormat, v_format: VFormat
 ) -> tuple[jax.Array, jax.Array]:
     """m_t = b1 m_{t-1} + (1 - b1) g_t and v_t = max(b2 v_{t-1}, |g_t| + eps), as stored."""
-    dtype, quantized_m = step.b1.dtype, m_format.is_quantized
+    dtype, quantized = step.b1.dtype, m_format.is_quantized or v_format.is_quantized
     g = _gradient(g, step)
     bits = _xla.add_above_packed(step.rounding_bits, float32_bits(jnp.abs(g)))
     b2 = _xla.unpack(bits, step.b2) if v_format.has_shared_scale else step.b2
 
     b2_v = b2 * upcast(v_format.decode(v), dtype)
     m_prev = m_format.decode(m, b2_v)  # times b2 if m is stored as a ratio to v; see Step.b1
-    m_t = _xla.add_products(step.b1, m_prev, step.one_minus_b1, g, step.t, exactly=quantized_m)
+    m_t = _xla.add_products(step.b1, m_prev, step.one_minus_b1, g, step.t, exactly=quantized)
     v_t = jnp.maximum(b2_v, step.scale * (jnp.abs(g) + step.eps_in_max))
 
     new_v = _unless_skipped(v_format.encode(v_t), v, step)
@@ -74,19 +74,18 @@ def _update(
     g: jax.Array, m: jax.Array, v: jax.Array, step: Step, m_format: MFormat, v_format: VFormat
 ) -> jax.Array:
     """u_t = m_t / ((1 - b1^t) v_t), from the moments as stored."""
-    quantized_m = m_format.is_quantized
+    quantized = m_format.is_quantized or v_format.is_quantized
     v_t = upcast(v_format.decode(v), step.b1.dtype)
     bias_correction, eps = step.bias_correction, step.eps_in_denominator
     u = m_format.ratio(m, v_t, bias_correction, eps)
     if step.nesterov_b1 is not None:
         g = quotient(_gradient(g, step), v_t, bias_correction, eps)
-        u = _xla.add_products(
-            step.nesterov_b1, u, step.one_minus_b1, g, step.t, exactly=quantized_m
-        )
+        u = _xla.add_products(step.nesterov_b1, u, step.one_minus_b1, g, step.t, exactly=quantized)
     if step.bound is None:
         return u
-    # An infinite gradient must not become a finite update; a quantized m is NaN then.
-    return clip_symmetric(u if quantized_m else jnp.where(jnp.isinf(u), jnp.nan, u), step.bound)
+    if not m_format.is_quantized:  # an infinite m must not give a finite update
+        u = jnp.where(jnp.isinf(u), jnp.nan, u)
+    return clip_symmetric(u, step.bound)
 
 
 def _gradient(g: jax.Array, step: Step) -> jax.Array:

@@ -201,9 +201,9 @@ ROWS += [
      "hyperparam_dtype=jnp.float32"),
     ("a decay mask of another structure",
      lambda _: adamaxw(0.1, mask={"a": True, "c": True}).init(REAL), ValueError, "key"),
-    ("a mesh axis that does not exist", lambda _: sharding.init_sharded(
-        scale_by_adamax(), on_devices(REAL), zero_axis="model"), ValueError,
-     "zero_axis is 'model', but the mesh of the parameters has the axes ('x',)"),
+    ("a mesh axis that does not exist", lambda _: sharding.shard(
+        scale_by_adamax(), on_devices(REAL), zero1_axis="model"), ValueError,
+     "zero1_axis is 'model', but the mesh of the parameters has the axes ('x',)"),
 ]  # fmt: skip
 
 

@@ -52,20 +52,20 @@ def test_average_of_master_parameters_is_in_float32():
     assert jax.tree.structure(of_masters) == jax.tree.structure(parameters())
 
 
-@pytest.mark.parametrize("zero_axis", [None, "data"])
-def test_residuals_are_sharded_like_parameters(zero_axis):
+@pytest.mark.parametrize("zero1_axis", [None, "data"])
+def test_residuals_are_sharded_like_parameters(zero1_axis):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = P("data") if zero_axis is None else P()
+    place = P("data") if zero1_axis is None else P()
     tx = optimizer()
     params, sequence = jax.device_put((parameters(), gradients()), NamedSharding(mesh, place))
-    state = sharding.init_sharded(tx, params, zero_axis=zero_axis)
+    sharded = sharding.shard(tx, params, zero1_axis=zero1_axis)
+    state = sharded.init(params)
     residual = state.residual.int8["a"]
     assert residual.addressable_shards[0].data.size == residual.size // 8
-    kept = sharding.keep_sharded(tx, params, zero_axis=zero_axis)
-    found = run(kept, params, sequence, state)
+    found = run(sharded, params, sequence, state)
     assert_equal(found, expected())
     assert found[1].residual.int8["a"].sharding.is_equivalent_to(residual.sharding, 2)
-    if zero_axis is None:
+    if zero1_axis is None:
         eager = tx.init(params).residual.int8["a"]
         assert eager.sharding.is_equivalent_to(params["a"].sharding, 2)
 

@@ -184,3 +184,13 @@ def test_a_number_becomes_a_schedule_during_a_run_and_back(before, after, format
         strict=True,
     ):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_parameters_of_filtered_gradients_are_ignored():
+    """An unfiltered Equinox model has functions and integers where the gradient is None."""
+    tx = scale_by_adamax()
+    g = {"w": np.ones(2, np.float32), "activation": None, "step": None}
+    unfiltered = {"w": np.ones(2, jnp.bfloat16), "activation": jax.nn.relu, "step": 3}
+    u, _ = tx.update(g, tx.init(g), unfiltered)
+    assert u["activation"] is None and u["step"] is None
+    np.testing.assert_allclose(u["w"], 1, rtol=1e-6)

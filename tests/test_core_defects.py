@@ -126,3 +126,19 @@ def test_branch_for_tpu_stores_the_same_v(mutant, m_dtype, v_dtype):
 
 def choose_tpu(*arguments, default=None, **branches):
     return branches.get("tpu", default)(*arguments)
+
+
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+def test_state_made_by_vmap_is_decoded_row_by_row(v_dtype):
+    """There is one phase of the shared scale per row."""
+    tx = scale_by_adamax(m_dtype="int8", v_dtype=v_dtype)
+    b2, g = np.float32([0.5, 0.8, 0.9]), np.float32(np.random.default_rng(0).normal(size=(3, 3)))
+
+    def step(g, b2):
+        return scale_by_adamax(0.0, b2, m_dtype="int8", v_dtype=v_dtype).update(g, tx.init(g))[1]
+
+    state = jax.jit(jax.vmap(step))(g, b2)
+    assert len(np.unique(state.v.phase)) == 3
+    rows = [decode_state(jax.tree.map(lambda x, i=i: x[i], state)) for i in range(3)]
+    found, expected = decode_state(state), jax.tree.map(lambda *x: np.stack(x), *rows)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

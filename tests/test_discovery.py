@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 import optax_adamax
-from optax_adamax import compat
+from optax_adamax import compat, sharding
 
 PACKAGES = {
     optax_adamax: {"compat", "sharding"},
     compat: {"keras", "lucid", "mlx", "optax", "torch"},
+    sharding: set(),
 }
 ROOT = Path(optax_adamax.__file__).parents[1]
 
@@ -33,12 +34,12 @@ def in_a_new_process(program):
 @pytest.mark.parametrize(
     "program",
     [
-        "import optax_adamax; optax_adamax.sharding.keep_sharded",
+        "import optax_adamax; optax_adamax.sharding.shard",
         "import optax_adamax; optax_adamax.compat.torch.adamax(lr=0.1)",
         pytest.param(  # the import of the next one, the attribute of the one before
             "from optax_adamax import compat; compat.torch.adamax(lr=0.1)", marks=pytest.mark.slow
         ),
-        "from optax_adamax import compat, sharding; compat.keras, sharding.keep_sharded",
+        "from optax_adamax import compat, sharding; compat.keras, sharding.shard",
     ],
 )
 def test_submodules_are_attributes(program):

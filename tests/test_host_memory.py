@@ -1,4 +1,4 @@
-"""A state in the memory of the host is converted there and back, as one on the device is."""
+"""Conversion of a state in host memory: the result is in host memory and has the same bits."""
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,12 @@ CONVERSIONS = {
     "decoded": decode_state,
     "float32": encode_state,
     "other codes": lambda state: encode_state(state, "bfloat16", "bfloat16"),
-    "the codes of v kept": lambda state: encode_state(state, "bfloat16", "uint8"),
+    "v in the same codes": lambda state: encode_state(state, "bfloat16", "uint8"),
     "the same": lambda state: encode_state(state, "int8", "uint8"),
 }
 
 
-def coded_state():
+def quantized_state():
     v = jnp.array([[0.5, 3.0], [1e-6, 70.0]])
     floats = ScaleByAdamaxState(jnp.int32(3), {"w": -0.3 * v}, {"w": v})
     return (encode_state(floats, "int8", "uint8"), ())
@@ -44,42 +44,42 @@ def assert_same_bits(got, wanted):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("conversion", CONVERSIONS)
-def test_conversion_stays_in_host_memory(conversion, kind):
+def test_converted_state_is_in_host_memory(conversion, kind):
     convert = CONVERSIONS[conversion]
-    converted = convert(on_host(coded_state(), kind))
+    converted = convert(on_host(quantized_state(), kind))
     assert kinds_of(converted) == {kind}
-    assert_same_bits(converted, convert(coded_state()))
+    assert_same_bits(converted, convert(quantized_state()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_floats_in_host_memory_are_encoded_there(kind):
-    floats = decode_state(coded_state())
+def test_encoded_floats_are_in_host_memory(kind):
+    floats = decode_state(quantized_state())
     encoded = encode_state(on_host(floats, kind), "int8", "uint8")
     assert kinds_of(encoded) == {kind}
     assert_same_bits(encoded, encode_state(floats, "int8", "uint8"))
 
 
 @HOST_MEMORY
-def test_conversion_of_host_memory_under_jit():
-    hosted = on_host(coded_state(), "pinned_host")
+def test_jitted_conversion_is_in_host_memory():
+    hosted = on_host(quantized_state(), "pinned_host")
     decoded = jax.jit(decode_state)(hosted)
     assert kinds_of(decoded) == {"pinned_host"}
-    assert_same_bits(decoded, decode_state(coded_state()))
+    assert_same_bits(decoded, decode_state(quantized_state()))
 
 
-def test_a_state_of_numpy_arrays_is_converted():
-    """As a checkpoint that was read without a target has it."""
-    read = jax.tree.map(np.asarray, coded_state())
-    assert_same_bits(decode_state(read), decode_state(coded_state()))
+def test_numpy_state_is_converted():
+    """Checkpoints restored without a target contain NumPy arrays."""
+    read = jax.tree.map(np.asarray, quantized_state())
+    assert_same_bits(decode_state(read), decode_state(quantized_state()))
     assert_same_bits(
-        encode_state(read, "bfloat16", "bfloat16"), CONVERSIONS["other codes"](coded_state())
+        encode_state(read, "bfloat16", "bfloat16"), CONVERSIONS["other codes"](quantized_state())
     )
 
 
-def test_a_converted_state_is_trained_on():
+def test_converted_state_can_be_trained():
     tx = adamax(0.1, m_dtype="bfloat16", v_dtype="bfloat16")
     params = {"w": jnp.ones((2, 2))}
-    state = encode_state(on_host(coded_state(), "pinned_host"), "bfloat16", "bfloat16")
+    state = encode_state(on_host(quantized_state(), "pinned_host"), "bfloat16", "bfloat16")
     back = jax.device_put(state, params["w"].sharding)
     updates, _ = tx.update(params, back, params)
     assert bool(jnp.all(updates["w"] != 0))

@@ -11,9 +11,6 @@ import numpy as np
 import optax
 import optax.tree
 import pytest
-from flax_boxes import nnx, unboxed
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from optax_adamax import (
     adamax,
@@ -144,28 +141,6 @@ def test_vmap():
     same(packed(stacked), jax.jit(jax.vmap(functools.partial(updates, tx)))(stacked))
 
 
-def test_layout_follows_from_shapes_and_dtypes():
-    tx = pack_small_leaves(adamax(0.1), 12)
-    params = MIXED | {"large": full(13)}
-    state = jax.jit(tx.init)(params)
-    m = optax.tree.get(state, "m")
-    sizes = {name: buffer.size for name, buffer in m.buffers.items()}
-    assert sizes == {"bfloat16": 9, "float16": 5, "float32": 5 + 4}
-    alone = {
-        "['complex']",
-        "['empty'][0]",
-        "['empty'][1]",
-        "['NumPy scalar']",
-        "['Python float']",
-        "['large']",
-    }
-    assert set(m.unpacked) == alone
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
-    for other in (tx.init(shapes), tx.init(params)):
-        same(other, state)
-    assert jax.tree.structure(jax.eval_shape(tx.init, shapes)) == jax.tree.structure(state)
-
-
 def test_inner_init_sees_the_values():
     tx = pack_small_leaves(optax.contrib.schedule_free(optax.sgd(0.1), 0.1), MAX_SIZE)
     z = optax.tree.get(tx.init(PARAMS), "z")
@@ -182,37 +157,6 @@ def test_gradients_of_another_dtype():
     assert jax.tree.structure(state) == jax.tree.structure(start)
     with pytest.raises(TypeError, match="bfloat16 and float32: cast them to one dtype"):
         tx.update(g | {"b": params["b"]}, state, params)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda g: g | {"f": g["a"]}, r"lacks \[\] and has \[\"\['f'\]\"\]"),
-        (lambda g: {k: x for k, x in g.items() if k != "a"}, r"lacks \[\"\['a'\]\"\] and has \[\]"),
-        (lambda g: g | {"d": g["d"].reshape(3, 2, 2)}, r"\['d'\] has shape \(3, 2, 2\), but"),
-        (lambda g: g | {"a": full(4)}, r"\['a'\] has shape \(4,\), but .* \(4, 3\)"),
-    ],
-)
-def test_refuses_gradients_of_another_tree(change, message):
-    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
-    state = jax.eval_shape(tx.init, PARAMS)
-    with pytest.raises(ValueError, match=message):
-        tx.update(change(gradient(PARAMS, 0)), state, PARAMS)
-    with pytest.raises(ValueError, match=message):
-        tx.update(gradient(PARAMS, 0), state, change(PARAMS))
-
-
-def test_refuses_what_it_cannot_take():
-    with pytest.raises(TypeError, match="max_size must be an integer, but 2\\.5"):
-        pack_small_leaves(adamax(0.1), 2.5)
-    with pytest.raises(ValueError, match="max_size must be at least 0, but -1"):
-        pack_small_leaves(adamax(0.1), -1)
-    with pytest.raises(TypeError, match="must be a PackedState, but a tuple"):
-        pack_small_leaves(adamax(0.1)).update(FEW, adamax(0.1).init(FEW))
-    with pytest.raises(TypeError, match="must be a float array, but its dtype is int32"):
-        pack_small_leaves(adamax(0.1)).init({"i": np.ones(3, np.int32)})
-    with pytest.raises(TypeError, match="must be an array, but 'relu' was given"):
-        pack_small_leaves(adamax(0.1)).init({"i": "relu"})
 
 
 WRAPPERS = {
@@ -312,54 +256,6 @@ def test_refuses_a_state_of_other_parameters_or_of_another_format():
     half = optax.tree.set(unpacked, count=jnp.zeros((), jnp.int16))
     with pytest.raises(ValueError, match=r"count has shape and dtype \(\), int16, but in `like`"):
         repack_state(half, state)
-
-
-@functools.cache
-def expected_of(shapes):
-    """The first updates of leaves of these shapes, on one device."""
-    host = {name: np.full(shape, 2.0, np.float32) for name, shape in shapes}
-    return jax.jit(adamax(0.1).update)(host, adamax(0.1).init(host))[0]
-
-
-@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("compiler", [jax.jit, lambda f: f])
-def test_sharded_leaves(axis_type, compiler):
-    mesh = jax.make_mesh((4,), ("x",), (axis_type,), devices=jax.devices()[:4])
-    specs = {"large": P("x"), "split": P("x"), "columns": P(None, "x"), "whole": P(), "other": P()}
-    shapes = {"large": (80,), "split": (8,), "columns": (2, 4), "whole": (8,), "other": (4, 2)}
-    host = {name: np.full(shape, 2.0, np.float32) for name, shape in shapes.items()}
-    params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in host.items()}
-    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
-    with jax.set_mesh(mesh):
-        state = tx.init(params)
-        updates, state = compiler(tx.update)(params, state, params)
-        assert jax.eval_shape(tx.init, params).layout == state.layout == tx.init(host).layout
-    expected = expected_of(tuple(shapes.items()))
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
-    m = optax.tree.get(state, "m")
-    assert m.unpacked["['large']"].sharding.spec == P("x")
-    if axis_type == AxisType.Explicit:
-        assert m.buffers["float32"].sharding.is_fully_replicated
-        for name, x in updates.items():
-            assert x.sharding.is_equivalent_to(params[name].sharding, x.ndim)
-
-
-def test_boxes_of_flax_do_not_matter():
-    """nnx.Optimizer gives boxed parameters to init and arrays to update."""
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    boxed = nnx.state(model, nnx.Param)
-    arrays = unboxed(boxed)
-    tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
-    assert tx.init(boxed).layout == tx.init(arrays).layout
-    update = jax.jit(tx.update)
-    expected, _ = jax.jit(adamax(0.1).update)(arrays, adamax(0.1).init(arrays))
-    same(update(arrays, tx.init(boxed), arrays)[0], expected)
-    same(unboxed(update(boxed, tx.init(arrays))[0]), expected)
-    unpacked, wanted = unpack_state(tx.init(arrays), boxed), adamax(0.1).init(boxed)
-    assert jax.tree.structure(unpacked) == jax.tree.structure(wanted)
-    same(unboxed(unpacked), unboxed(wanted))
-    nnx.Optimizer(model, tx, wrt=nnx.Param).update(model, boxed)
-    same(unboxed(nnx.state(model, nnx.Param)), jax.tree.map(np.add, arrays, expected))
 
 
 def test_one_kernel_serves_all_leaves_of_a_size():

@@ -90,11 +90,14 @@ def move(params: Params) -> None:
     moments: dict[str, Any] = {"step": 3, "exp_avg": np.ones((4, 4)), "exp_inf": np.ones((4, 4))}
     bias = {"step": 3, "exp_avg": np.ones(4), "exp_inf": np.ones(4)}
     state_dict = {"state": {0: moments, 1: bias}, "param_groups": [{"params": [0, 1]}]}
-    names: dict[compat_torch.Key, compat_torch.Entry] = {"fc.weight": ("w", (1, 0)), "fc.bias": "b"}
-    tx, order = compat_torch.adamax(), ["fc.weight", "fc.bias"]
-    state = compat_torch.load_state(state_dict, params, tx, names, order=order)
+    layout: dict[compat_torch.Key, compat_torch.Entry] = {
+        "fc.weight": ("w", (1, 0)),
+        "fc.bias": "b",
+    }
+    tx, names = compat_torch.adamax(), ["fc.weight", "fc.bias"]
+    state = compat_torch.load_state(state_dict, params, tx, layout, names=names)
     groups: list[dict[str, Any]] = [{"params": [0, 1]}]
-    back = compat_torch.dump_state(state, params, groups, names, order=order)
+    back = compat_torch.dump_state(state, params, groups, layout, names=names)
     assert_type(back, dict[str, Any])
     assert back["state"][0]["step"] == 3
 
@@ -102,12 +105,14 @@ def move(params: Params) -> None:
 def shard(params: Params) -> None:
     mesh = jax.make_mesh((1,), ("data",))
     params = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-    tx = optax_adamax.adamax(1e-2)
-    state = sharding.init_sharded(tx, params, zero_axis="data")
-    kept = sharding.keep_sharded(tx, params, zero_axis="data")
-    assert_type(kept, optax.GradientTransformationExtraArgs)
-    jax.jit(kept.update)(params, state)
-    for leaf in sharding.unsplit_leaves(tx, params, zero_axis="data"):
+    tx = assert_type(
+        sharding.shard(optax_adamax.adamax(1e-2), params, zero1_axis="data"),
+        sharding.ShardedTransformation,
+    )
+    chained: optax.GradientTransformationExtraArgs = tx
+    state = chained.init(params)
+    params, state = jax.jit(tx.apply_gradients)(params, state, params)
+    for leaf in tx.unsharded:
         assert_type(leaf.path, str)
         assert_type(leaf.bytes, int)
 

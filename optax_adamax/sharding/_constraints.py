@@ -1,10 +1,10 @@
-"""Puts the leaves of a tree where they belong, within a jitted function.
+"""Moves the leaves of a tree to given shardings, inside a jitted function.
 
-Shardings are found by the names of leaves, because Flax nnx boxes the leaves of some trees and not
-those of others (see `optax_adamax._paths`).
+Shardings are looked up by the names of leaves, because Flax nnx boxes the leaves of some trees and
+not of others (see `optax_adamax._paths`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,38 +17,29 @@ ByName = Mapping[str, NamedSharding]
 
 
 def constrain(tree: Any, shardings: ByName) -> Any:
-    """Gives traced arrays their shardings, on axes of either type."""
-    return _map(
-        lambda *lists: [_constrain(*pair) for pair in zip(*lists, strict=True)], tree, shardings
-    )
+    """Shards traced arrays over axes of either type."""
+    wanted = jax.tree.leaves(select(shardings, tree))
+    leaves = [_constrain(x, s) for x, s in zip(jax.tree.leaves(tree), wanted, strict=True)]
+    return jax.tree.structure(tree).unflatten(leaves)
 
 
 def move(tree: Any, shardings: ByName) -> Any:
     """Moves arrays between the memory of the host and of the devices."""
-    return _map(jax.device_put, tree, shardings)
+    return jax.device_put(tree, select(shardings, tree))
 
 
-def on_device(sharding: NamedSharding) -> NamedSharding:
-    return NamedSharding(sharding.mesh, sharding.spec)
+def select(shardings: ByName, tree: Any) -> Any:
+    """A tree like `tree` with the sharding of each leaf."""
+    return jax.tree.structure(tree).unflatten([shardings[name] for name, _ in named_leaves(tree)])
 
 
-def _map(
-    function: Callable[[list[Any], list[NamedSharding]], list[Any]], tree: Any, shardings: ByName
-) -> Any:
-    named = named_leaves(tree)
-    unknown = [name for name, _ in named if name not in shardings]
-    if unknown:
-        raise ValueError(
-            f"keep_sharded was given parameters with the leaves {list(shardings)}, but here are "
-            f"{unknown}. Call it with the parameters that are trained."
-        )
-    moved = function([leaf for _, leaf in named], [shardings[name] for name, _ in named])
-    return jax.tree.structure(tree).unflatten(moved)
+def on_device(shardings: ByName) -> ByName:
+    """The same shardings in the default memory of the devices."""
+    return {name: NamedSharding(s.mesh, s.spec) for name, s in shardings.items()}
 
 
 def _constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    # JAX 0.10 has no one call for both: reshard takes explicit axes only, and
-    # with_sharding_constraint automatic ones only.
+    # In JAX 0.10, reshard accepts explicit axes only, and with_sharding_constraint automatic ones.
     types = sharding.mesh.axis_types
     if AxisType.Explicit in types:
         x = jax.sharding.reshard(x, _only(sharding, AxisType.Explicit))

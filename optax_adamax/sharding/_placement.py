@@ -1,8 +1,8 @@
-"""Where each leaf of a state belongs: what `optax_adamax.sharding` decides, leaf by leaf."""
+"""Derives the sharding of each state leaf from the shardings of the parameters."""
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,174 +11,127 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from optax_adamax._paths import named_leaves, path_name
-from optax_adamax.wrappers.packing import (
-    PackedState,
-    PackedTree,
-    is_packed_state,
-    is_packed_tree,
-)
+from optax_adamax.wrappers.packing import PackedState
+
+
+class UnshardedLeaf(NamedTuple):
+    """A state leaf that is sharded less than :func:`shard` was asked to."""
+
+    path: str  # in the form of jax.tree_util.keystr, without a box of Flax
+    bytes: int  # per device
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
-class LeafSharding:
-    """Where one leaf of the state belongs; no pytree node, so that a tree can have it as leaf."""
+class LeafPlacement:
+    """Sharding of one state leaf; not a pytree, so that trees can have it as a leaf."""
 
     sharding: NamedSharding
-    bytes: int  # on each device
-    reason: str | None  # why it is not split as asked
+    bytes: int  # per device
+    reason: str | None = None  # why it is sharded less than asked
 
 
-def leaf_shardings(
+@dataclasses.dataclass(frozen=True)
+class _LeafMatch:
+    leaf: jax.ShapeDtypeStruct
+    parameter: jax.ShapeDtypeStruct | None = None
+
+
+def place_state(
     tx: optax.GradientTransformation,
-    params: optax.Params,
-    zero_axis: str | None,
+    described: Any,
+    zero1_axes: tuple[str, ...],
     memory_kind: str | None,
 ) -> Any:
-    """A tree like the state, with a `LeafSharding` for each leaf."""
-    described = describe(params)
-    mesh = _mesh(described, zero_axis)
+    """A tree like the state of `tx`, with a `LeafPlacement` for each leaf."""
     if memory_kind is not None and not isinstance(memory_kind, str):
         raise TypeError(
             f"memory_kind must be a string such as 'pinned_host', but {memory_kind!r} was given."
         )
+    mesh = jax.tree.leaves(described)[0].sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
 
-    def find(match: _Match) -> LeafSharding:
+    def place(match: _LeafMatch) -> LeafPlacement:
         if match.parameter is not None:
-            return _leaf_sharding(match.leaf, match.parameter, zero_axis, memory_kind)
-        reason = None
-        if match.packed is None:
-            reason = "it belongs to no parameter" if match.leaf.ndim else None
-        elif zero_axis is not None or any(axes(e) for p in match.packed for e in p.sharding.spec):
-            reason = "it is a buffer of pack_small_leaves, which is whole on each device"
-        return LeafSharding(replicated, match.leaf.size * match.leaf.dtype.itemsize, reason)
+            return place_leaf(match.leaf, match.parameter, zero1_axes, memory_kind)
+        reason = "it belongs to no parameter" if match.leaf.ndim else None
+        return LeafPlacement(replicated, _bytes(match.leaf.shape, match.leaf), reason)
 
-    return jax.tree.map(find, _match(tx, described))
+    return jax.tree.map(place, _match_leaves(tx, described))
 
 
-def split_params(
-    tx: optax.GradientTransformation, params: optax.Params, zero_axis: str | None
-) -> dict[str, NamedSharding]:
-    """Where gradients, parameters and updates are while the state is updated, by name."""
-    described = describe(params)
-    _mesh(described, zero_axis)
-    packed = {
-        at.path
-        for node in jax.tree.leaves(_abstract_state(tx, described), is_leaf=is_packed_state)
-        if is_packed_state(node)
-        for layout in node.layout
-        for at in layout
-        if at.buffer
-    }
-    return {
-        name: _leaf_sharding(p, p, None if name in packed else zero_axis, None).sharding
-        for name, p in named_leaves(described)
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Match:
-    leaf: jax.ShapeDtypeStruct
-    parameter: jax.ShapeDtypeStruct | None = None
-    packed: tuple[jax.ShapeDtypeStruct, ...] | None = None  # of a buffer, its parameters
-
-
-def _match(tx: optax.GradientTransformation, described: Any) -> Any:
-    """A tree like the state, with the parameter that each leaf is like."""
-    state = _abstract_state(tx, described)
-    try:
-        matched = optax.tree.map_params(
-            lambda params: _without_packed_states(tx.init(params)),
-            _match_leaf,
-            _without_packed_states(state),
-            described,
-            transform_non_params=_Match,
-            is_leaf=_is_matched,
-        )
-    except Exception as error:
-        raise TypeError(
-            "optax.tree.map_params cannot tell which leaves of this state are like parameters: "
-            "the init of the transformation does more than map over the tree that it is given "
-            "(optax.lbfgs and optax.sm3 are such). Write its shardings by hand."
-        ) from error
-    return jax.tree.map(
-        lambda node, inner: PackedState(node.layout, inner) if is_packed_state(node) else inner,
-        state,
-        matched,
-        is_leaf=is_packed_state,
-    )
-
-
-def _match_leaf(leaf: Any, parameter: Any) -> Any:
-    if isinstance(leaf, optax.MaskedNode):
-        return leaf
-    if not is_packed_tree(leaf):
-        return _Match(leaf, parameter)
-    by_name = dict(named_leaves(parameter))  # all of them: a PackedTree stands for the whole tree
-    packed = tuple(p for name, p in by_name.items() if name not in leaf.unpacked)
-    return PackedTree(
-        unpacked={name: _Match(x, by_name[name]) for name, x in leaf.unpacked.items()},
-        buffers={name: _Match(x, packed=packed) for name, x in leaf.buffers.items()},
-    )
-
-
-def _is_matched(node: Any) -> bool:
-    # optax.masked and optax.partition leave a node where a parameter is not theirs.
-    return isinstance(node, optax.MaskedNode) or is_packed_tree(node)
-
-
-def _abstract_state(tx: optax.GradientTransformation, described: Any) -> Any:
-    if not callable(getattr(tx, "init", None)):
-        raise TypeError(f"tx must be an optax transformation, but {tx!r} was given.")
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), described)
-    return jax.eval_shape(tx.init, shapes)
-
-
-def _without_packed_states(state: Any) -> Any:
-    """A `PackedState` differs in its key from that of optax's placeholder."""
-    return jax.tree.map(
-        lambda node: node.inner_state if is_packed_state(node) else node,
-        state,
-        is_leaf=is_packed_state,
-    )
-
-
-def _leaf_sharding(
+def place_leaf(
     leaf: jax.ShapeDtypeStruct,
     parameter: jax.ShapeDtypeStruct,
-    zero_axis: str | None,
+    zero1_axes: tuple[str, ...],
     memory_kind: str | None,
-) -> LeafSharding:
-    """Where a leaf of the state in the place of `parameter` belongs."""
+) -> LeafPlacement:
+    """Placement of a state leaf that belongs to `parameter`."""
     own: NamedSharding = parameter.sharding
     spec, reason = own.spec, None
     if leaf.shape != parameter.shape:
         spec = PartitionSpec()
-        reason = f"its shape is {leaf.shape}, its parameter's {parameter.shape}"
-    if zero_axis is not None:
-        split = _split(leaf.shape, spec, zero_axis, own.mesh.shape[zero_axis])
-        if split is None:
-            reason = reason or f"no free dimension of {leaf.shape} is divided by {zero_axis!r}"
-        else:
-            spec, reason = split, None
+        reason = f"its shape is {leaf.shape}, but the shape of its parameter is {parameter.shape}"
+    if zero1_axes:
+        extended = _add_axes(leaf.shape, spec, zero1_axes, own.mesh.shape)
+        if extended is not None:
+            spec, reason = extended, None
+        elif reason is None:
+            names = " and ".join(map(repr, zero1_axes))
+            reason = f"no unsharded dimension of {leaf.shape} is divisible by {names}"
     kind = own.memory_kind if memory_kind is None else memory_kind
     sharding = NamedSharding(own.mesh, spec, memory_kind=kind)
-    size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return LeafSharding(sharding, size, reason)
+    return LeafPlacement(sharding, _bytes(sharding.shard_shape(leaf.shape), leaf), reason)
 
 
-def _split(
-    shape: tuple[int, ...], spec: PartitionSpec, axis: str, size: int
+def _add_axes(
+    shape: tuple[int, ...], spec: PartitionSpec, zero1_axes: tuple[str, ...], sizes: Any
 ) -> PartitionSpec | None:
-    """`spec` split further over `axis`, or None where no dimension is free for it."""
+    """`spec` with the ZeRO-1 axes on the largest possible dimension, or None if there is none."""
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    if any(axis in axes(entry) for entry in entries):
+    used = {axis for entry in entries for axis in axes(entry)}
+    added = tuple(axis for axis in zero1_axes if axis not in used)
+    if not added:
         return spec
-    free = [d for d, n in enumerate(shape) if not axes(entries[d]) and n and n % size == 0]
+    count = math.prod(sizes[axis] for axis in added)
+    free = [d for d, n in enumerate(shape) if not axes(entries[d]) and n and n % count == 0]
     if not free:
         return None
-    entries[max(free, key=lambda d: shape[d])] = axis
+    name, *others = added
+    entries[max(free, key=lambda d: shape[d])] = added if others else name
     return PartitionSpec(*entries)
+
+
+def _bytes(shape: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _match_leaves(tx: optax.GradientTransformation, described: Any) -> Any:
+    """A tree like the state, with the parameter that each leaf belongs to."""
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), described)
+    state = jax.eval_shape(tx.init, shapes)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedState))
+    if any(isinstance(node, PackedState) for node in nodes):
+        raise TypeError(
+            "The transformation contains pack_small_leaves, which is meant for one CPU and whose "
+            "buffers cannot be sharded. Give shard the transformation without pack_small_leaves."
+        )
+    try:
+        return optax.tree.map_params(
+            tx,
+            lambda leaf, p: leaf if isinstance(leaf, optax.MaskedNode) else _LeafMatch(leaf, p),
+            state,
+            described,
+            transform_non_params=_LeafMatch,
+            # optax.masked and optax.partition leave this node for parameters of others.
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )
+    except Exception as error:
+        raise TypeError(
+            "optax.tree.map_params cannot find the leaves of this state that belong to parameters: "
+            "the init of the transformation does more than map over its argument (as in "
+            "optax.lbfgs and optax.sm3). Shard its state with shardings of your own."
+        ) from error
 
 
 def axes(entry: Any) -> tuple[str, ...]:
@@ -191,53 +144,58 @@ def axes(entry: Any) -> tuple[str, ...]:
 def describe(params: optax.Params) -> Any:
     """A tree of `jax.ShapeDtypeStruct`, each with a NamedSharding on the one mesh of `params`."""
     described = jax.tree_util.tree_map_with_path(_describe_leaf, params)
-    meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(described)}
+    meshes: dict[Mesh | AbstractMesh, str] = {}
+    for name, leaf in named_leaves(described):
+        meshes.setdefault(leaf.sharding.mesh, f"params{name}")
     if not meshes:
         raise ValueError("params has no leaf: give the parameters, or their shapes and shardings.")
     if len(meshes) > 1:
-        first: dict[Mesh | AbstractMesh, str] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(described):
-            first.setdefault(leaf.sharding.mesh, leaf_name(path))
-        found = "; ".join(f"{name} on {mesh}" for mesh, name in first.items())
+        found = "; ".join(f"{name} on {mesh}" for mesh, name in meshes.items())
         raise ValueError(
             f"The parameters are on {len(meshes)} meshes: {found}. Put them all on one with "
-            f"jax.device_put(params, NamedSharding(mesh, spec)), or make one state for each mesh."
+            f"jax.device_put(params, NamedSharding(mesh, spec)), or shard one transformation for "
+            f"each mesh."
         )
     return described
 
 
 def _describe_leaf(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    name = f"params{path_name(path)}"
     if isinstance(leaf, Tracer):
-        raise TypeError(f"{leaf_name(path)} is traced: call this outside of jax.jit.")
+        raise TypeError(f"{name} is traced: call shard outside of jax.jit.")
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
-        (device,) = sharding.device_set
-        alone = Mesh(np.array(device), ())
-        sharding = NamedSharding(alone, PartitionSpec(), memory_kind=sharding.memory_kind)
+        mesh = Mesh(np.array(*sharding.device_set), ())
+        sharding = NamedSharding(mesh, PartitionSpec(), memory_kind=sharding.memory_kind)
     if not isinstance(sharding, NamedSharding):
         found = f"a {type(sharding).__name__}" if sharding is not None else "no sharding"
         raise TypeError(
-            f"{leaf_name(path)} is a {type(leaf).__name__} with {found}: place it first with "
+            f"{name} is a {type(leaf).__name__} with {found}: place it first with "
             f"jax.device_put(params, NamedSharding(mesh, spec)), or give a "
             f"jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))."
         )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _mesh(described: Any, zero_axis: str | None) -> Mesh | AbstractMesh:
-    mesh = jax.tree.leaves(described)[0].sharding.mesh
-    if zero_axis is not None and not isinstance(zero_axis, str):
+def validate_axes(zero1_axis: Any, described: Any) -> tuple[str, ...]:
+    """The names of the ZeRO-1 axes, none for None."""
+    if zero1_axis is None:
+        return ()
+    names = zero1_axis if isinstance(zero1_axis, tuple) else (zero1_axis,)
+    if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"zero_axis must be the name of one mesh axis, but {zero_axis!r} was given."
+            f"zero1_axis must be the name of a mesh axis or a tuple of names, but {zero1_axis!r} "
+            f"was given."
         )
-    if zero_axis is not None and zero_axis not in mesh.axis_names:
+    mesh = jax.tree.leaves(described)[0].sharding.mesh
+    if not mesh.axis_names:
         raise ValueError(
-            f"zero_axis is {zero_axis!r}, but the mesh of the parameters has the axes "
-            f"{mesh.axis_names}: name one of these."
+            f"zero1_axis is {zero1_axis!r}, but the parameters are not on a mesh. Put them on one "
+            f"with jax.device_put(params, NamedSharding(mesh, spec))."
         )
-    return mesh
-
-
-def leaf_name(path: Any) -> str:
-    """How messages name a parameter."""
-    return f"params{path_name(path)}"
+    if not set(names) <= set(mesh.axis_names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"zero1_axis is {zero1_axis!r}, but the mesh of the parameters has the axes "
+            f"{mesh.axis_names}: name one or several of these, each once."
+        )
+    return names

@@ -1,8 +1,8 @@
-"""Leaves of a tree as one flat array, and back.
+"""Concatenates the leaves of a tree into one flat array, and slices it again.
 
-What is to do well is compiling: a slice at an offset that XLA knows is a kernel of its own for each
-leaf, ten milliseconds of compiling each on CPU. `cut` hides the offsets, and one kernel serves all
-leaves of a size.
+The aim is a short compile time: XLA compiles one kernel per slice at a constant offset, ten
+milliseconds each on CPU. `slice_leaves` hides the offsets, so that all leaves of a size share one
+kernel.
 """
 
 import functools
@@ -13,12 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 
-def join(leaves: list[Any]) -> Any:
-    """One flat array of all leaves, arrays or shapes, whole on each device."""
+def concatenate_leaves(leaves: list[Any]) -> Any:
+    """One flat array of all leaves, which are arrays or shapes."""
     dtypes = {jnp.result_type(x) for x in leaves}
     if len(dtypes) > 1:
         raise TypeError(
@@ -32,29 +31,15 @@ def join(leaves: list[Any]) -> Any:
 
 @jax.jit
 def _concatenate(leaves: list[ArrayLike]) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(reshard_like(x, None)) for x in leaves])
-
-
-def reshard_like(x: Any, like: Any) -> Any:
-    """`x` split over explicit axes of a mesh as `like` is, or not split at all."""
-    axes = _explicit_axes(like)
-    if _explicit_axes(x) == axes:
-        return x
-    mesh = jax.typeof(like if axes else x).sharding.mesh
-    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-
-def _explicit_axes(x: Any) -> tuple[Any, ...]:
-    spec = jax.typeof(x).sharding.spec if isinstance(x, jax.Array) else ()
-    return tuple(spec) if any(entry is not None for entry in spec) else ()
+    return jnp.concatenate([jnp.ravel(x) for x in leaves])
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
-def cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """The arrays of these shapes that follow each other in `flat`, equal sizes together."""
+def slice_leaves(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """The arrays of these shapes, which follow each other in `flat`, sorted by size."""
     sizes = [math.prod(shape) for shape in shapes]
     base = math.isqrt(max(Counter(sizes).values())) + 1
-    flat, digits = _with_digits(flat, base)
+    flat, digits = _hide_offsets(flat, base)
     start, leaves = 0, []
     for size, run in itertools.groupby(shapes, math.prod):
         for row, shape in enumerate(run):
@@ -65,18 +50,18 @@ def cut(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]
     return leaves
 
 
-def _with_digits(flat: jax.Array, base: int) -> tuple[jax.Array, list[jax.Array]]:
-    """`flat` and the numbers below `base`; on CPU in a form into which XLA does not see.
+def _hide_offsets(flat: jax.Array, base: int) -> tuple[jax.Array, list[jax.Array]]:
+    """`flat` and the numbers below `base`, which XLA on CPU does not treat as constants.
 
-    It does not look into a branch, and does not ask whether both are the same: it computes `flat`
-    once, instead of a piece in each kernel, and does not know the numbers. Seen in jaxlib 0.10.2.
-    On a GPU a branch would make the host wait.
+    XLA CPU (jaxlib 0.10.2) neither looks into a branch nor compares the two branches. So it
+    computes `flat` once instead of a part in each kernel, and does not know the numbers. On a GPU,
+    a branch would make the host wait.
     """
 
-    def known(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def constant(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         return flat, [jnp.int32(i) for i in range(base)]
 
     def hidden(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        return jax.lax.cond(flat[0] == 0, known, known, flat)
+        return jax.lax.cond(flat[0] == 0, constant, constant, flat)
 
-    return jax.lax.platform_dependent(flat, cpu=hidden, default=known)
+    return jax.lax.platform_dependent(flat, cpu=hidden, default=constant)

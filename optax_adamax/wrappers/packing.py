@@ -1,93 +1,76 @@
-"""Many small leaves as few buffers.
+"""Packs the state of many small leaves into few buffers, for one CPU.
 
-A jitted step of a thousand leaves spends its time on handing over buffers: parameter, m and v of
-each leaf, in and out. Here those of the state become a few. How leaves are joined and cut is in
-`_buffers`.
+A jitted step of a thousand leaves is bound by per-buffer overhead: parameter, m and v of each leaf
+are passed in and out. Packing reduces the buffers of the state to a few. `_buffers` concatenates
+and slices the leaves.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_adamax._paths import named_leaves
-from optax_adamax.wrappers import _buffers
+from optax_adamax.wrappers import _buffers, _layout
 
 
 class PackedTree(NamedTuple):
-    """A tree like the parameters, as the inner transformation of `pack_small_leaves` sees it."""
+    """A tree like the parameters, in the form that `inner` of `pack_small_leaves` receives."""
 
     unpacked: dict[str, Any]  # the leaves that are not packed, by their paths
-    buffers: dict[
-        str, Any
-    ]  # by dtype, one-dimensional: the small leaves in the order of their sizes
-
-
-class PackedLeaf(NamedTuple):
-    """Where a leaf is kept."""
-
-    path: str  # as jax.tree_util.keystr writes it, without a box of Flax
-    shape: tuple[int, ...]
-    buffer: str  # its key in PackedTree.buffers, or "" for a leaf in PackedTree.unpacked
-
-
-Layout = tuple[PackedLeaf, ...]
+    buffers: dict[str, Any]  # by dtype, one-dimensional: the small leaves, sorted by size
 
 
 class PackedState(NamedTuple):
     """State of `pack_small_leaves`."""
 
-    # One key and no leaf: where each leaf of the parameters is kept. A key, because keys are the
-    # one thing beside arrays that every checkpoint format keeps.
-    layout: dict[Layout, None]
+    # One key without a value: path, shape and buffer of each parameter in JSON. A key, because
+    # checkpoints compare keys, and a string, because JAX exports and Flax saves only string keys.
+    layout: dict[str, Any]
     inner_state: optax.OptState  # for parameters in the form of a PackedTree
 
 
 def pack_small_leaves(
     inner: optax.GradientTransformation, max_size: int = 1024
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the state of small leaves in a few flat buffers; the results are the same bit for bit.
+    """Stores the state of small leaves in a few flat buffers; the results are the same bit for bit.
 
-    For models of hundreds of small parameters, as scales and biases are, where a step on CPU spends
-    more time on passing buffers than on arithmetic. (It is for CPU. On TPU, as its compiler has it,
-    the step of a GPT-2 is of more loops with it, not of fewer; a thousand leaves of 64 elements
-    take a tenth of the time to compile.) In ``update`` the gradients (and the parameters, if given)
-    of the small leaves are joined to one flat array for each dtype of the parameters, and the
-    updates of `inner` are cut up again. (The bits are the same for the same gradients. Where XLA
-    fuses ``update`` with what computes them, it may contract a product and a sum in one program and
-    not in the other.)
+    It is meant for one CPU and for models of hundreds of small parameters, such as scales and
+    biases, whose steps are bound by per-buffer overhead. (On TPU, according to compiler estimates,
+    packing increases the number of loops in a GPT-2 step; a thousand leaves of 64 elements compile
+    in a tenth of the time.) ``update`` concatenates the gradients of the small leaves, and their
+    parameters if given, into one flat array per dtype of the parameters, and slices the updates of
+    `inner`. (The same gradients give the same bits. If XLA fuses ``update`` with the computation of
+    the gradients, it may contract a product and a sum in one program and not in the other.)
 
-    Which leaves are packed, and where, follows from the paths, shapes and dtypes of the parameters
-    alone: not from their sharding, nor from a box of Flax around them. So a checkpoint fits as long
-    as these and `max_size` are the same; :func:`unpack_state` and :func:`repack_state` carry a
-    state over a change. The buffers are whole on each device: a small leaf that is split over
-    devices is gathered in each step. :mod:`optax_adamax.sharding` knows them.
+    Which leaves are packed, and in which order, follows from the paths, shapes and dtypes of the
+    parameters and from `max_size` alone. A checkpoint fits as long as these are the same;
+    :func:`unpack_state` and :func:`repack_state` convert a state after a change.
+    :func:`optax_adamax.sharding.shard` does not accept this transformation.
 
     `inner` must be elementwise, as :func:`adamax` and :func:`adamaxw` are in every storage
-    format. It sees a :class:`PackedTree` in place of the parameters: norms of leaves (LARS,
-    LAMB, adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of `adamaxw`)
-    mean nothing there. Put them around this transformation, or beside it in a chain. Nor can
-    :func:`optax.tree.map_params` map over this state: unpack it first.
+    format. It receives a :class:`PackedTree` instead of the parameters, so that norms of leaves
+    (LARS, LAMB, adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of
+    `adamaxw`) do not work inside. Put them around this transformation, or next to it in a chain.
+    :func:`optax.tree.map_params` cannot map over this state: unpack it first.
 
-    Left alone, whatever their size, are leaves of other numbers than real floats, and leaves of one
-    element, which XLA does not always round as it rounds arrays.
+    Leaves that are not real floats, and leaves of one element, are never packed. (XLA does not
+    always round scalars as it rounds arrays.)
 
     Args:
       inner: an elementwise optax transformation.
-      max_size: number of elements up to which a leaf is small. On CPU, packing leaves of more than
+      max_size: largest number of elements of a small leaf. On CPU, packing leaves of more than
         about 4,000 costs more than it saves (`benchmarks/packing.py`).
 
     Returns:
       The transformation, with state :class:`PackedState`.
 
     Raises:
-      ValueError: max_size < 0; from ``update``, gradients whose tree or shapes are not those of
-        the parameters given to ``init``.
-      TypeError: max_size is no integer; from ``update``, a state that is none of this
-        transformation, or gradients of several dtypes for one buffer.
+      ValueError: max_size < 0; from ``update``, gradients whose tree or shapes differ from the
+        parameters given to ``init``; a small leaf that is sharded over explicit mesh axes.
+      TypeError: max_size is not an integer; from ``update``, a state of another transformation, or
+        gradients of several dtypes for one buffer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,8 +92,8 @@ def pack_small_leaves(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> PackedState:
-        layout = _layout(params, max_size)
-        return PackedState({layout: None}, inner.init(_packed(params, layout)))
+        layout = _layout.choose(params, max_size)
+        return PackedState({_layout.encode(layout): None}, inner.init(_pack(params, layout)))
 
     def update(
         updates: optax.Updates,
@@ -120,34 +103,33 @@ def pack_small_leaves(
     ) -> tuple[optax.Updates, PackedState]:
         if not isinstance(state, PackedState):
             raise TypeError(
-                f"The state must be a PackedState, but a {type(state).__name__} was given: take "
-                f"the one that the init of pack_small_leaves returns."
+                f"The state must be a PackedState, but a {type(state).__name__} was given: give "
+                f"the state that the init of pack_small_leaves returned."
             )
-        (layout,) = state.layout
-        gradients = _packed(updates, layout)
-        parameters = None if params is None else _packed(params, layout)
+        layout = _layout_of(state)
+        gradients = _pack(updates, layout)
+        parameters = None if params is None else _pack(params, layout)
         packed, inner_state = inner.update(gradients, state.inner_state, parameters, **extra_args)
-        found = jax.tree.map(_buffers.reshard_like, _unpacked(packed, updates, layout), updates)
-        return found, PackedState(state.layout, inner_state)
+        return _unpack(packed, updates, layout), PackedState(state.layout, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
-    """The state without packing: what the same transformation without `pack_small_leaves` keeps.
+    """Converts a packed state to the state of the same transformation without packing.
 
-    It takes a state over a change of `max_size`, of the package, or to what does not know packing::
+    Use it after a change of `max_size` or of the package::
 
         state = repack_state(unpack_state(old, params), like=tx.init(params))
 
     Args:
       state: a state with any number of :class:`PackedState` in it, or with none.
-      params: the parameters that it belongs to; only the tree and its paths are used.
+      params: the parameters of the state; only the tree and its paths are used.
 
     Returns:
-      The state, with the inner state of each :class:`PackedState` in its place, and in that a tree
-      like `params` for each :class:`PackedTree`. Parameters that do not belong to it (as in
-      `optax.masked`) are ``optax.MaskedNode()`` there, as in the unpacked state.
+      The state, with the inner state of each :class:`PackedState` in its place, and a tree like
+      `params` in place of each :class:`PackedTree`. Parameters that the state does not have
+      (as in `optax.masked`) are ``optax.MaskedNode()`` there, as in the unpacked state.
 
     Raises:
       ValueError: the state is packed for parameters that are not in `params`.
@@ -165,35 +147,35 @@ def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
     def unpack(node: Any) -> Any:
         if not isinstance(node, PackedState):
             return node
-        (layout,) = node.layout
+        layout = _layout_of(node)
         unknown = [at.path for at in layout if at.path not in names]
         if unknown:
             raise ValueError(
                 f"The state is packed for {unknown}, which are not in params. Give the parameters "
-                f"that it was initialized for."
+                f"that init received."
             )
         return jax.tree.map(
-            lambda x: _unpacked(x, params, layout) if is_packed_tree(x) else x,
+            lambda x: _unpack(x, params, layout) if _is_packed_tree(x) else x,
             node.inner_state,
-            is_leaf=is_packed_tree,
+            is_leaf=_is_packed_tree,
         )
 
-    return jax.tree.map(unpack, state, is_leaf=is_packed_state)
+    return jax.tree.map(unpack, state, is_leaf=_is_packed_state)
 
 
 def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
-    """The state in the layout of another: the inverse of :func:`unpack_state`.
+    """Packs a state in the layout of another state: the inverse of :func:`unpack_state`.
 
     Args:
       state: a state without packing.
-      like: the packed state whose layout it shall have, of arrays or of shapes:
+      like: a packed state with the layout to use, of arrays or of shapes:
         ``tx.init(params)``, or ``jax.eval_shape(tx.init, params)``.
 
     Returns:
       A state of the structure of `like`.
 
     Raises:
-      ValueError: the two states are not of the same transformation, or not for the same parameters.
+      ValueError: the two states belong to different transformations or parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -208,16 +190,16 @@ def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
     def repack(target: Any, node: Any) -> Any:
         if not isinstance(target, PackedState):
             return node
-        (layout,) = target.layout
+        layout = _layout_of(target)
         inner_state = jax.tree.map(
-            lambda t, x: _packed(x, layout) if is_packed_tree(t) else x,
+            lambda t, x: _pack(x, layout) if _is_packed_tree(t) else x,
             target.inner_state,
             node,
-            is_leaf=is_packed_tree,
+            is_leaf=_is_packed_tree,
         )
         return PackedState(target.layout, inner_state)
 
-    repacked = jax.tree.map(repack, like, state, is_leaf=is_packed_state)
+    repacked = jax.tree.map(repack, like, state, is_leaf=_is_packed_state)
     _check_like(repacked, like)
     return repacked
 
@@ -225,85 +207,52 @@ def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
 def _check_like(state: optax.OptState, like: optax.OptState) -> None:
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError(
-            f"The state is not of the transformation that `like` is of. It would be "
-            f"{jax.tree.structure(state)}, but `like` is {jax.tree.structure(like)}."
+            f"The state belongs to another transformation than `like`: its structure is "
+            f"{jax.tree.structure(state)}, but `like` has {jax.tree.structure(like)}."
         )
     for (path, leaf), wanted in zip(named_leaves(state), jax.tree.leaves(like), strict=True):
         found = jnp.shape(leaf), jnp.result_type(leaf)
         if found != (wanted.shape, wanted.dtype):
             raise ValueError(
                 f"{path} has shape and dtype {found[0]}, {found[1]}, but in `like` "
-                f"{wanted.shape}, {wanted.dtype}. Give `like` for the same parameters, and convert "
-                f"the state with encode_state before, if the formats differ."
+                f"{wanted.shape}, {wanted.dtype}. Give `like` for the same parameters. If the "
+                f"storage formats differ, first convert the state with encode_state."
             )
 
 
-def is_packed_state(node: Any) -> bool:
+def _is_packed_state(node: Any) -> bool:
     return isinstance(node, PackedState)
 
 
-def is_packed_tree(node: Any) -> bool:
+def _is_packed_tree(node: Any) -> bool:
     return isinstance(node, PackedTree)
 
 
-def _layout(params: optax.Params, max_size: int) -> Layout:
-    def kept(path: str, leaf: Any) -> PackedLeaf:
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:  # no array, which is for `inner` to judge
-            return PackedLeaf(path, (), "")
-        packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
-        return PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
-
-    return tuple(kept(*item) for item in named_leaves(params))
+def _layout_of(state: PackedState) -> _layout.Layout:
+    (text,) = state.layout
+    return _layout.decode(text)
 
 
-def _order(layout: Layout) -> dict[str, list[int]]:
-    """The leaves of each buffer, as indices into the layout: equal sizes stand together."""
-    order: dict[str, list[int]] = {}
-    for index in sorted(range(len(layout)), key=lambda i: math.prod(layout[i].shape)):
-        order.setdefault(layout[index].buffer, []).append(index)
-    order.pop("", None)
-    return order
-
-
-def _packed(tree: Any, layout: Layout) -> Any:
-    leaves = _checked_leaves(tree, layout)
+def _pack(tree: Any, layout: _layout.Layout) -> Any:
+    leaves = _layout.validated_leaves(tree, layout)
     if not layout:  # the placeholder of optax.tree.map_params is such a tree
         return tree
-    order = _order(layout)
+    order = _layout.order(layout)
     return PackedTree(
         unpacked={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
-        buffers={name: _buffers.join([leaves[i] for i in order[name]]) for name in order},
+        buffers={
+            name: _buffers.concatenate_leaves([leaves[i] for i in order[name]]) for name in order
+        },
     )
 
 
-def _checked_leaves(tree: Any, layout: Layout) -> list[Any]:
-    given = dict(named_leaves(tree))
-    known = {at.path: at.shape for at in layout}
-    if list(given) != list(known):
-        missing = [path for path in known if path not in given]
-        surplus = [path for path in given if path not in known]
-        raise ValueError(
-            f"The tree is not the one that the state was initialized for: it lacks {missing} and "
-            f"has {surplus} beside it. Give zeros for a parameter without a gradient, freeze it by "
-            f"optax.set_to_zero in optax.partition, or call init again with these parameters."
-        )
-    for path, leaf in given.items():
-        if np.shape(leaf) != known[path]:
-            raise ValueError(
-                f"The leaf {path or 'given'} has shape {np.shape(leaf)}, but the state was "
-                f"initialized for shape {known[path]}."
-            )
-    return list(given.values())
-
-
-def _unpacked(packed: Any, like: Any, layout: Layout) -> Any:
+def _unpack(packed: Any, like: Any, layout: _layout.Layout) -> Any:
     if not layout:
         return packed
     found = {at.path: packed.unpacked[at.path] for at in layout if not at.buffer}
-    for name, indices in _order(layout).items():
-        leaves = _buffers.cut(packed.buffers[name], tuple(layout[i].shape for i in indices))
+    for name, indices in _layout.order(layout).items():
+        shapes = tuple(layout[i].shape for i in indices)
+        leaves = _buffers.slice_leaves(packed.buffers[name], shapes)
         found.update(zip((layout[i].path for i in indices), leaves, strict=True))
     leaves = [found.get(name, optax.MaskedNode()) for name, _ in named_leaves(like)]
     return jax.tree.structure(like).unflatten(leaves)

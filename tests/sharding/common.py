@@ -1,4 +1,4 @@
-"""What the tests of sharding share: meshes, parameters, gradients, and how two runs compare."""
+"""Meshes, parameters, gradients and comparisons that the sharding tests share."""
 
 import contextlib
 import functools
@@ -29,13 +29,13 @@ FORMATS = {
 # powers of two are exact, so that it makes no difference here.
 EXACT_PRODUCTS = {"learning_rate": 2.0**-4, "b1": 0.5}
 
-# Of the placing of a state two formats show all: float32 has no nodes and no scalars but the count,
-# two bytes have every kind. The others are in every run where arithmetic is looked at.
+# Two formats cover the placement of a state: float32 has no container and no scalar but the count,
+# two bytes have every kind of leaf. Tests of the arithmetic run the others too.
 SEVERAL = {name: pytest.mark.slow if name in ("3 bytes", "4 bytes") else () for name in FORMATS}
 each_format = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=mark) for name, mark in SEVERAL.items()]
 )
-# Where others look at float32 too: two bytes have all that it has, and more.
+# For tests that need one format: two bytes have every kind of leaf.
 fewest_bits = pytest.mark.parametrize(
     "name", [pytest.param(x, marks=() if x == "2 bytes" else pytest.mark.slow) for x in FORMATS]
 )
@@ -43,7 +43,7 @@ fewest_bits = pytest.mark.parametrize(
 
 @functools.cache
 def exact_adamaxw(name):
-    """An optimizer with exact products that keeps its state in the format `name`."""
+    """An optimizer with exact products and a state in the format `name`."""
     return optax_adamax.adamaxw(**EXACT_PRODUCTS, weight_decay=2.0**-6, **FORMATS[name])
 
 
@@ -54,12 +54,12 @@ AXIS_TYPES = {
     "mixed": (AUTO, EXPLICIT),
 }
 
-# Where the state is kept, as arguments of init_sharded and keep_sharded.
+# Where the state is stored, as arguments of shard.
 OPTIONS = {
     "like parameters": {},
-    "zero": {"zero_axis": "data"},
+    "zero": {"zero1_axis": "data"},
     "host": {"memory_kind": "pinned_host"},
-    "zero and host": {"zero_axis": "data", "memory_kind": "pinned_host"},
+    "zero and host": {"zero1_axis": "data", "memory_kind": "pinned_host"},
 }
 
 HOST_MEMORY = pytest.mark.skipif(
@@ -110,15 +110,14 @@ def structs(mesh):
 
 
 def struct(x, sharding):
-    """The shape and dtype of `x`, to be placed as `sharding` says."""
+    """The shape and dtype of `x` with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def state_structs(tx, params, **options):
     """The state of `tx` as shapes with shardings."""
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
-    places = sharding.state_shardings(tx, params, **options)
-    return jax.tree.map(struct, jax.eval_shape(tx.init, shapes), places)
+    shapes = jax.tree.map(lambda p: struct(p, p.sharding), params)
+    return sharding.shard(tx, shapes, **options).init(shapes)
 
 
 def random_like(tree, seed):
@@ -170,7 +169,7 @@ def train(tx, params, state, **jit_options):
 
 @functools.cache
 def on_one_device(name):
-    """History and state of `train` in a format on one device, without anything of `sharding`."""
+    """History and state of `train` in a format on one device, without `sharding`."""
     params = random_like(structs(mesh_of(shape=(1, 1))), 99)
     tx = exact_adamaxw(name)
     return train(tx, params, jax.jit(tx.init)(params))[:2]

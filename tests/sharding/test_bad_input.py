@@ -1,4 +1,4 @@
-"""Bad input is refused with what was given, why it cannot be, and what to write."""
+"""Bad input raises an error that says what was given, why it is invalid, and what to write."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,6 @@ from optax_adamax import sharding
 from sharding.common import mesh_of, structs
 
 TX = optax_adamax.adamax(1e-3)
-FUNCTIONS = {
-    "state_shardings": sharding.state_shardings,
-    "unsplit_leaves": sharding.unsplit_leaves,
-    "init_sharded": sharding.init_sharded,
-    "keep_sharded": sharding.keep_sharded,
-    "make_update_params": sharding.make_update_params,
-}
 
 
 def on(mesh, *spec):
@@ -55,76 +48,126 @@ CASES = {
     ),
     "axis": (
         good,
-        {"zero_axis": "fsdp"},
+        {"zero1_axis": "fsdp"},
         ValueError,
-        r"zero_axis is 'fsdp', but .* axes \('data', 'model'\): name one",
+        r"zero1_axis is 'fsdp', but .* axes \('data', 'model'\): name one",
     ),
-    "axes": (
+    "one axis of two": (
         good,
-        {"zero_axis": ("data", "model")},
-        TypeError,
-        r"zero_axis must be the name of one mesh axis, but \('data', 'model'\)",
+        {"zero1_axis": ("data", "fsdp")},
+        ValueError,
+        r"zero1_axis is \('data', 'fsdp'\), but .* axes \('data', 'model'\): name one",
     ),
+    "an axis twice": (
+        good,
+        {"zero1_axis": ("data", "data")},
+        ValueError,
+        r"zero1_axis is \('data', 'data'\), but .* each once",
+    ),
+    **{
+        f"axis {bad!r}": (good, {"zero1_axis": bad}, TypeError, "a mesh axis or a tuple of names")
+        for bad in ((), 0, ["data"], ("data", 1))
+    },
     "axis without mesh": (
         lambda: jnp.ones(3),
-        {"zero_axis": "data"},
+        {"zero1_axis": "data"},
         ValueError,
-        r"zero_axis is 'data', but .* axes \(\)",
+        r"zero1_axis is 'data', but the parameters are not on a mesh. .*jax.device_put",
+    ),
+    "memory kind": (
+        good,
+        {"memory_kind": "tape"},
+        ValueError,
+        r"memory kinds: device, pinned_host.*Got memory kind: tape",
+    ),
+    "memory kind of another type": (
+        good,
+        {"memory_kind": 1},
+        TypeError,
+        "memory_kind must be a string such as 'pinned_host', but 1",
     ),
 }
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_bad_parameters_and_axes(function, case):
+def test_bad_arguments_raise(case):
     params, kwargs, exception, message = CASES[case]
-    if function == "init_sharded" and case == "struct":
-        message = "a ShapeDtypeStruct, from which no state can be made: give the parameters"
     with pytest.raises(exception, match=message):
-        FUNCTIONS[function](TX, params(), **kwargs)
+        sharding.shard(TX, params(), **kwargs)
 
 
-@pytest.mark.parametrize("function", ["state_shardings", "init_sharded", "keep_sharded"])
-def test_bad_memory_kind(function):
-    with pytest.raises(
-        ValueError, match=r"memory kinds: device, pinned_host.*Got memory kind: tape"
-    ):
-        FUNCTIONS[function](TX, good(), memory_kind="tape")
-    with pytest.raises(
-        TypeError, match="memory_kind must be a string such as 'pinned_host', but 1"
-    ):
-        FUNCTIONS[function](TX, good(), memory_kind=1)
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-def test_no_transformation(function):
-    with pytest.raises(TypeError, match="tx must be an optax transformation, but 'adamax'"):
-        FUNCTIONS[function]("adamax", good())
+@pytest.mark.parametrize("tx", ["adamax", TX.init, None])
+def test_a_value_that_is_not_a_transformation_raises(tx):
+    with pytest.raises(TypeError, match="tx must be an optax transformation, but "):
+        sharding.shard(tx, good())
 
 
 @pytest.mark.parametrize("tx", [optax.lbfgs(), optax.sm3(1e-3)])
-def test_state_that_optax_cannot_read(tx):
+def test_a_state_that_optax_cannot_map_raises(tx):
     params = {name: structs(mesh_of())[name] for name in ("wide", "bias")}
-    with pytest.raises(TypeError, match=r"optax.tree.map_params cannot tell.*by hand") as caught:
-        sharding.state_shardings(tx, params)
+    with pytest.raises(
+        TypeError, match=r"optax.tree.map_params cannot find.*of your own"
+    ) as caught:
+        sharding.shard(tx, params)
     assert caught.value.__cause__ is not None
 
 
-def test_errors_of_the_transformation_itself_come_through():
+WRAPPERS = {
+    "alone": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "masked": lambda tx: optax.masked(tx, {"w": True}),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("zero1_axis", [None, "data"])
+def test_a_packed_state_raises(wrapper, zero1_axis):
+    packed = WRAPPERS[wrapper](optax_adamax.pack_small_leaves(TX))
+    with pytest.raises(TypeError, match="pack_small_leaves, which is meant for one CPU"):
+        sharding.shard(packed, good(), zero1_axis=zero1_axis)
+
+
+def test_errors_of_the_transformation_are_passed_on():
     params = jax.ShapeDtypeStruct((8,), np.int32, sharding=NamedSharding(mesh_of(), P()))
-    with pytest.raises(TypeError, match="dtype int32, which Adamax cannot train"):
-        sharding.state_shardings(TX, params)
+    with pytest.raises(TypeError, match="must be a float array, but its dtype is int32"):
+        sharding.shard(TX, params)
 
 
-def test_traced_parameters():
+def test_traced_parameters_raise():
     @jax.jit
     def inside(params):
-        sharding.state_shardings(TX, params)
+        sharding.shard(TX, params)
 
-    with pytest.raises(TypeError, match=r"params\['w'\] is traced: call this outside of jax.jit"):
+    with pytest.raises(TypeError, match=r"params\['w'\] is traced: call shard outside of jax.jit"):
         inside(good())
 
 
-def test_init_needs_arrays():
-    with pytest.raises(TypeError, match=r"params\['bias'\] is a ShapeDtypeStruct.*call state_shar"):
-        sharding.init_sharded(TX, structs(mesh_of()))
+OTHER = {
+    "another name": (
+        {"b": np.ones((8, 4), np.float32)},
+        r"\['b'\] of shape \(8, 4\).*no such leaf",
+    ),
+    "another shape": (
+        {"w": np.ones((4, 8), np.float32)},
+        r"\['w'\] of shape \(4, 8\).*a leaf of shape \(8, 4\). Call shard with",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_parameters_raise(case):
+    other, message = OTHER[case]
+    tx = sharding.shard(TX, good(), zero1_axis="data")
+    with pytest.raises(ValueError, match=f"init received a leaf {message}"):
+        tx.init(other)
+    for function in (tx.update, tx.apply_gradients):
+        with pytest.raises(ValueError, match=f"update received a leaf {message}"):
+            function(other, tx.init(good()), good())
+
+
+def test_the_state_of_another_transformation_raises():
+    tx = sharding.shard(TX, good(), zero1_axis="data")
+    state = optax.adam(1e-3).init(good())
+    with pytest.raises(ValueError, match=r"a leaf \[0\].mu\['w'\], which the state of this"):
+        tx.update(good(), state, good())

@@ -1,4 +1,4 @@
-"""The plain transformation under shard_map and pmap: the specs serve, the bits are the same."""
+"""The plain transformation inside shard_map and pmap, with the specs of `shard`: the same bits."""
 
 from functools import partial
 
@@ -43,8 +43,9 @@ def test_shard_map(name, types):
     mesh = mesh_of(AXIS_TYPES[types])
     params = random_like(structs(mesh), 99)
     tx = exact_adamaxw(name)
-    state = sharding.init_sharded(tx, params)
-    specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(tx, params))
+    sharded = sharding.shard(tx, params)
+    state = sharded.init(params)
+    specs = jax.tree.map(lambda s: s.spec, sharded.shardings)
     of_params = jax.tree.map(lambda p: p.sharding.spec, params)
     update = jax.shard_map(
         tx.update,
@@ -66,7 +67,7 @@ def integers(params, devices=8):
 
 @fewest_bits
 def test_zero_by_hand_under_shard_map(name):
-    """What keep_sharded leaves to XLA, written out: scatter the gradients, gather the updates."""
+    """Scatters the gradients and gathers the updates, which `shard` leaves to XLA."""
     mesh = mesh_of(shape=(8, 1))
     params = {
         "w": jax.device_put(np.ones((16, 3), np.float32), NamedSharding(mesh, P())),
@@ -74,8 +75,9 @@ def test_zero_by_hand_under_shard_map(name):
     }
     axis = {"w": 0, "u": 1}
     tx = transformation(name)
-    state = sharding.init_sharded(tx, params, zero_axis="data")
-    specs = jax.tree.map(lambda s: s.spec, sharding.state_shardings(tx, params, zero_axis="data"))
+    sharded = sharding.shard(tx, params, zero1_axis="data")
+    state = sharded.init(params)
+    specs = jax.tree.map(lambda s: s.spec, sharded.shardings)
 
     @jax.jit
     @partial(
@@ -138,5 +140,5 @@ def test_the_state_of_parameters_stacked_by_pmap():
     params = jax.pmap(lambda x: x * 2)(np.ones((8, 3), np.float32))
     if not isinstance(params.sharding, NamedSharding):
         pytest.skip("JAX 0.7 returns arrays with a PmapSharding, which has no mesh")
-    state = sharding.init_sharded(optax.trace(0.9), params)
+    state = sharding.shard(optax.trace(0.9), params).init(params)
     assert state.trace.sharding.is_equivalent_to(params.sharding, 2)

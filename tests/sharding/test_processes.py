@@ -58,7 +58,7 @@ def run_beside_one_device(layout, folder, **config):
     return run(*places, runs, folder / "together", **config), alone
 
 
-@pytest.mark.slow  # test_keep_sharded.py has it in every run, without a process of its own
+@pytest.mark.slow  # test_update.py runs it without a process of its own
 def test_one_process(tmp_path):
     results, alone = run_beside_one_device("one process", tmp_path)
     for name, result in results.items():

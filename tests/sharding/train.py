@@ -18,24 +18,23 @@ def loss(params, x, y):
 
 def train(steps):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
-    whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    init = jax.jit(lambda: {"w": jnp.zeros((8, 1)), "b": jnp.zeros(1)}, out_shardings=whole)
+    replicated, sharded = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    init = jax.jit(lambda: {"w": jnp.zeros((8, 1)), "b": jnp.zeros(1)}, out_shardings=replicated)
     params = init()
-    tx = adamax(0.05, m_dtype="int8", v_dtype="uint8")
-    state = sharding.init_sharded(tx, params, zero_axis="data")
-    update_params = sharding.make_update_params(tx, params, zero_axis="data")
+    tx = sharding.shard(adamax(0.05, m_dtype="int8", v_dtype="uint8"), params, zero1_axis="data")
+    state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x, y):
         error, gradients = jax.value_and_grad(loss)(params, x, y)
-        params, state = update_params(gradients, state, params)
+        params, state = tx.apply_gradients(gradients, state, params)
         return params, state, error
 
     rng = np.random.default_rng(jax.process_index())  # each process reads its own data
     for _ in range(steps):
         x = rng.normal(size=(16, 8)).astype(np.float32)
         y = x.sum(axis=1, keepdims=True) + 1
-        batch = [jax.make_array_from_process_local_data(split, part) for part in (x, y)]
+        batch = [jax.make_array_from_process_local_data(sharded, part) for part in (x, y)]
         params, state, error = step(params, state, *batch)
     return error
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_adamax
 from optax_adamax import sharding
-from sharding.common import AUTO, mesh_of, state_structs
+from sharding.common import AUTO, mesh_of
 
 INTERVAL = 64  # steps from one checkpoint to the next
 SIZES = (64, 256, 256, 8)
@@ -88,21 +88,15 @@ def main(folder, steps):
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = mesh_of((AUTO, AUTO), (2, 1))
-    target = {
-        "params": shapes(mesh),
-        "state": state_structs(TX, shapes(mesh), zero_axis="data"),
-    }
+    tx = sharding.shard(TX, shapes(mesh), zero1_axis="data")
+    target = {"params": shapes(mesh), "state": tx.init(shapes(mesh))}
     try_torn(folder, target)
-    tx = sharding.keep_sharded(TX, shapes(mesh), zero_axis="data")
     options = ocp.CheckpointManagerOptions(max_to_keep=2, save_interval_steps=INTERVAL)
     with ocp.CheckpointManager(folder, options=options) as manager:
         now = manager.latest_step()
         if now is None:
             now, params = 0, first_parameters(mesh)
-            tree = {
-                "params": params,
-                "state": sharding.init_sharded(tx, params, zero_axis="data"),
-            }
+            tree = {"params": params, "state": tx.init(params)}
         else:
             tree = manager.restore(now, args=ocp.args.StandardRestore(target))
         start = now
@@ -111,8 +105,8 @@ def main(folder, steps):
         @jax.jit
         def step(tree, x):
             gradients = jax.grad(loss)(tree["params"], x)
-            updates, state = tx.update(gradients, tree["state"], tree["params"])
-            return {"params": optax.apply_updates(tree["params"], updates), "state": state}
+            params, state = tx.apply_gradients(gradients, tree["state"], tree["params"])
+            return {"params": params, "state": state}
 
         writing = None
         while now < steps:

@@ -31,8 +31,8 @@ def count_up(x):
 def main(folder):
     jax.config.update("jax_num_cpu_devices", 8)
     params = random_like({"wide": structs(mesh_of())["wide"]}, 0)
-    tx = exact_adamaxw("2 bytes")
-    state = jax.tree.map(count_up, sharding.init_sharded(tx, params))
+    tx = sharding.shard(exact_adamaxw("2 bytes"), params)
+    state = jax.tree.map(count_up, tx.init(params))
     tree = {"params": params, "state": state}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "saved", tree)

@@ -43,8 +43,8 @@ def connect(config, index):
         )
 
 
-def whole(tree):
-    """NumPy arrays of a tree that is spread over processes."""
+def gathered(tree):
+    """NumPy arrays of a tree of arrays that span processes."""
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
@@ -62,8 +62,8 @@ def train(name, options, config):
         place = NamedSharding(mesh, P(None, "model"))
         shapes["complex"] = jax.ShapeDtypeStruct((8, 6), np.complex64, sharding=place)
     params = random_like(shapes, 99)
-    tx = sharding.keep_sharded(transformation(name, config), params, **OPTIONS[options])
-    state = sharding.init_sharded(tx, params, **OPTIONS[options])
+    tx = sharding.shard(transformation(name, config), params, **OPTIONS[options])
+    state = tx.init(params)
 
     step, history = step_of(tx), []
     for t in range(STEPS):
@@ -80,7 +80,7 @@ def main(config, index):
         history, params, state = train(name, options, config)
         if "checkpoint" in config:
             save(Path(config["checkpoint"]) / name, {"params": params, "state": state})
-        result = whole((history, params, state))
+        result = gathered((history, params, state))
         if index == 0:
             (Path(config["out"]) / f"{name}.pickle").write_bytes(pickle.dumps(result))
     if config["processes"] > 1:

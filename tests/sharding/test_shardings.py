@@ -1,11 +1,11 @@
-"""Where each leaf belongs: any optax transformation, ZeRO-1, memory kinds, the report."""
+"""`shardings` and `unsharded`: any optax transformation, ZeRO-1, memory kinds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_adamax
@@ -63,7 +63,7 @@ TRANSFORMATIONS = {
 
 
 def owner(path, state_leaf, params):
-    """The parameter that a leaf of the state stands for, told from its path and shape alone."""
+    """The parameter that a state leaf belongs to, from its path and shape alone."""
     for name, p in params.items():
         if jax.tree_util.keystr(path).endswith(f"[{name!r}]"):
             assert state_leaf.shape == p.shape
@@ -72,11 +72,11 @@ def owner(path, state_leaf, params):
 
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
-@pytest.mark.parametrize("zero_axis", [None, "data"])
-def test_any_transformation(name, zero_axis):
+@pytest.mark.parametrize("zero1_axis", [None, "data"])
+def test_any_transformation(name, zero1_axis):
     params = real_structs(mesh_of())
     tx = TRANSFORMATIONS[name]
-    got = sharding.state_shardings(tx, params, zero_axis=zero_axis)
+    got = sharding.shard(tx, params, zero1_axis=zero1_axis).shardings
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     state = jax.eval_shape(tx.init, shapes)
     assert jax.tree.structure(got) == jax.tree.structure(state)
@@ -87,7 +87,7 @@ def test_any_transformation(name, zero_axis):
         owners.add(parameter)
         wanted = P()
         if parameter is not None:
-            wanted = ZERO[parameter] if zero_axis else PARAMETERS[parameter][2]
+            wanted = ZERO[parameter] if zero1_axis else PARAMETERS[parameter][2]
         assert place.mesh == mesh_of()
         assert place.is_equivalent_to(NamedSharding(mesh_of(), wanted), leaf.ndim), path
     masked_out = {"bias"} if name == "masked" else set()
@@ -99,8 +99,8 @@ def test_any_transformation(name, zero_axis):
 def test_formats(name, types):
     mesh = mesh_of(AXIS_TYPES[types])
     tx = optax_adamax.scale_by_adamax(**FORMATS[name])
-    got = sharding.state_shardings(tx, structs(mesh), zero_axis="data")
-    # A coded moment stands in a node, whose first field is the tree.
+    got = sharding.shard(tx, structs(mesh), zero1_axis="data").shardings
+    # The first field of the container of a quantized moment is the tree.
     moments = [x if isinstance(x, dict) else x[0] for x in (got.m, got.v)]
     for moment in moments:
         for parameter, spec in ZERO.items():
@@ -120,7 +120,7 @@ def test_arrays_and_structs_and_abstract_meshes_agree():
         lambda p: jax.device_put(np.zeros(p.shape, p.dtype), p.sharding), structs(mesh)
     )
     found = [
-        sharding.state_shardings(tx, params, zero_axis="data")
+        sharding.shard(tx, params, zero1_axis="data").shardings
         for params in (arrays, structs(mesh), structs(abstract))
     ]
     specs = [jax.tree.map(lambda s: s.spec, shardings) for shardings in found]
@@ -135,14 +135,14 @@ def test_arrays_and_structs_and_abstract_meshes_agree():
         ((8, 4), P(), P("data", None)),  # the largest
         ((4, 8), P(), P(None, "data")),
         ((8, 8), P(), P("data", None)),  # the first of equals
-        ((9, 4), P(), P(None, "data")),  # the largest is not divided
-        ((8, 4), P("model"), P("model", "data")),  # the largest is not free
+        ((9, 4), P(), P(None, "data")),  # the largest is not divisible
+        ((8, 4), P("model"), P("model", "data")),  # the largest is sharded already
         ((8, 6), P("model"), None),  # nothing left
-        ((8, 4), P(("model", "data")), P(("model", "data"))),  # split over it already
+        ((8, 4), P(("model", "data")), P(("model", "data"))),  # sharded over it already
         ((8, 4), P(None, "data"), P(None, "data")),
         ((2, 4, 16), P(None, None, "model"), P(None, "data", "model")),
         ((0, 3), P(), None),
-        ((0, 4), P(), P(None, "data")),
+        ((0, 4), P(), P(None, "data")),  # an empty dimension is not sharded
         ((3,), P(), None),
         ((), P(), None),
     ],
@@ -151,81 +151,108 @@ def test_arrays_and_structs_and_abstract_meshes_agree():
 def test_the_dimension_of_zero(shape, spec, wanted, axis_type):
     mesh = mesh_of((axis_type, axis_type))
     params = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec))
-    tx = optax.trace(0.9)
-    got = sharding.state_shardings(tx, params, zero_axis="data").trace.spec
-    report = sharding.unsplit_leaves(tx, params, zero_axis="data")
-    assert got == (spec if wanted is None else wanted)
-    assert len(report) == (wanted is None)
+    tx = sharding.shard(optax.trace(0.9), params, zero1_axis="data")
+    assert tx.shardings.trace.spec == (spec if wanted is None else wanted)
+    assert len(tx.unsharded) == (wanted is None)
 
 
-def test_report():
-    tx = optax_adamax.scale_by_adamax()
-    report = sharding.unsplit_leaves(tx, structs(mesh_of()), zero_axis="data")
+@pytest.mark.parametrize(
+    ("shape", "spec", "wanted"),
+    [
+        ((16, 4), P(), P(("data", "model"), None)),
+        ((4, 8), P(), P(None, ("data", "model"))),
+        ((12, 4), P(), None),  # 12 is divisible by 4 and by 2, not by 8
+        ((8, 4), P("data"), P("data", "model")),  # sharded over one of them already
+        ((8, 5), P("model"), None),
+        ((8, 4), P("data", "model"), P("data", "model")),
+        ((8, 4), P(("data", "model")), P(("data", "model"))),
+    ],
+)
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT])
+def test_two_zero1_axes_shard_one_dimension(shape, spec, wanted, axis_type):
+    mesh = mesh_of((axis_type, axis_type))
+    params = jax.ShapeDtypeStruct(shape, np.float32, sharding=NamedSharding(mesh, spec))
+    tx = sharding.shard(optax.trace(0.9), params, zero1_axis=("data", "model"))
+    assert tx.shardings.trace.spec == (spec if wanted is None else wanted)
+    assert len(tx.unsharded) == (wanted is None)
+
+
+def test_unsharded_gives_path_bytes_and_reason():
+    inner = optax_adamax.scale_by_adamax()
+    report = sharding.shard(inner, structs(mesh_of()), zero1_axis="data").unsharded
     assert [leaf[:2] for leaf in report] == [(".m['bias']", 24), (".v['bias']", 24)]
-    assert "(6,)" in report[0].reason
-    assert "'data'" in report[0].reason
-    assert sharding.unsplit_leaves(tx, structs(mesh_of())) == []
+    assert report[0].reason == "no unsharded dimension of (6,) is divisible by 'data'"
+    assert sharding.shard(inner, structs(mesh_of())).unsharded == ()
 
 
-def test_report_counts_the_bytes_of_one_device():
+def test_unsharded_counts_the_bytes_of_one_device():
     mesh = mesh_of()
     params = jax.ShapeDtypeStruct((6, 10), np.float32, sharding=NamedSharding(mesh, P("model")))
-    (leaf,) = sharding.unsplit_leaves(optax.trace(0.9), params, zero_axis="data")
+    (leaf,) = sharding.shard(optax.trace(0.9), params, zero1_axis="data").unsharded
     assert leaf.bytes == 6 * 10 * 4 // 2
 
 
 def test_leaves_of_another_shape():
-    """optax.adafactor keeps rows and columns where the parameters are."""
+    """optax.adafactor stores rows and columns in the place of parameters."""
     mesh = mesh_of()
     params = {"w": structs(mesh)["wide"]}
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=8)
     replicated = NamedSharding(mesh, P())
-    got = sharding.state_shardings(tx, params)[0]
+    sharded = sharding.shard(tx, params)
+    got = sharded.shardings[0]
     assert (got.v_row["w"], got.v_col["w"], got.v["w"]) == (replicated,) * 3
-    report = {leaf.path: leaf for leaf in sharding.unsplit_leaves(tx, params)}
+    report = {leaf.path: leaf for leaf in sharded.unsharded}
     assert report["[0].v_col['w']"].bytes == 40 * 4
-    assert "its parameter's (24, 40)" in report["[0].v_col['w']"].reason
-    got = sharding.state_shardings(tx, params, zero_axis="data")[0]
+    assert "the shape of its parameter is (24, 40)" in report["[0].v_col['w']"].reason
+    sharded = sharding.shard(tx, params, zero1_axis="data")
+    got = sharded.shardings[0]
     assert (got.v_row["w"].spec, got.v_col["w"].spec) == (P("data"), P("data"))
-    report = sharding.unsplit_leaves(tx, params, zero_axis="data")
-    assert [(leaf.path, leaf.bytes) for leaf in report] == [("[0].v['w']", 4)]
+    assert [(leaf.path, leaf.bytes) for leaf in sharded.unsharded] == [("[0].v['w']", 4)]
 
 
-def test_arrays_of_no_parameter_are_reported():
+def test_arrays_of_no_parameter_are_unsharded():
     def init(params):
         return {"table": jnp.zeros(64), "count": jnp.zeros((), jnp.int32)}
 
     tx = optax.GradientTransformation(init, lambda g, s, p=None: (g, s))
     params = structs(mesh_of())
-    for zero_axis in (None, "data"):
-        assert sharding.unsplit_leaves(tx, params, zero_axis=zero_axis) == [
-            ("['table']", 256, "it belongs to no parameter")
-        ]
+    for zero1_axis in (None, "data"):
+        (leaf,) = sharding.shard(tx, params, zero1_axis=zero1_axis).unsharded
+        assert leaf == ("['table']", 256, "it belongs to no parameter")
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host", "unpinned_host"])
 def test_memory_kind(kind):
     params = structs(mesh_of())
     tx = optax_adamax.adamax(1e-3)
-    got = sharding.state_shardings(tx, params, zero_axis="data", memory_kind=kind)
+    got = sharding.shard(tx, params, zero1_axis="data", memory_kind=kind).shardings
     assert {s.memory_kind for s in jax.tree.leaves(got)} == {kind}
     specs = jax.tree.map(lambda s: s.spec, got)
-    on_device = sharding.state_shardings(tx, params, zero_axis="data")
+    on_device = sharding.shard(tx, params, zero1_axis="data").shardings
     assert specs == jax.tree.map(lambda s: s.spec, on_device)
 
 
-def test_memory_kind_is_that_of_the_parameters():
-    place = NamedSharding(mesh_of(), P("data"), memory_kind="pinned_host")
+@pytest.mark.parametrize(
+    "place",
+    [
+        NamedSharding(mesh_of(), P("data"), memory_kind="pinned_host"),
+        SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
+    ],
+    ids=["mesh", "one device"],
+)
+def test_state_has_the_memory_kind_of_its_parameters(place):
     params = jax.ShapeDtypeStruct((8, 4), np.float32, sharding=place)
-    got = sharding.state_shardings(optax_adamax.scale_by_adamax(), params)
-    assert (got.m, got.v) == (place, place)
+    got = sharding.shard(optax_adamax.scale_by_adamax(), params).shardings
+    for moment in (got.m, got.v):
+        assert moment.memory_kind == "pinned_host" and moment.is_equivalent_to(place, 2)
     assert got.count.memory_kind == "device"
 
 
 @HOST_MEMORY
 def test_parameters_on_one_device():
     params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
-    state = sharding.init_sharded(optax_adamax.scale_by_adamax(), params, memory_kind="pinned_host")
+    tx = sharding.shard(optax_adamax.scale_by_adamax(), params, memory_kind="pinned_host")
+    state = tx.init(params)
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.device_set == {jax.devices()[0]}
         assert leaf.sharding.memory_kind == "pinned_host"
