@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 TABLES = Path(__file__).parent / "mutants"
 NOT_COPIED = (".git", ".*cache", ".hypothesis", ".venv*", "venv", "__pycache__", "build", "dist")
 # This test fails for every mutant, because the text of the mutant is gone.
-CHECK = "tests/test_benchmarks.py::test_texts_of_mutants_are_found"
+CHECK = "tests/test_mutation.py::test_texts_of_mutants_are_found"
 WORKERS = 2
 SECONDS = 1800  # a test run that takes longer counts as failed
 PASSED, FAILED = 0, 1  # exit statuses of pytest

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
+from benchmarks.learning_rate_summary import span, summary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
+PAGES += [
+    ROOT / "docs" / "guide" / f"{name}.md"
+    for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
+]
 Row = Iterable[object]
 
 
@@ -137,6 +142,46 @@ def compensation(results: dict[str, Any]) -> str:
     return table(header, rows)
 
 
+def bfloat16_costs(results: dict[str, Any]) -> str:
+    """Shows bytes, temporary bytes and step time of each way to store parameters."""
+    rows = [
+        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.text(row["ratio"])]
+        for name, row in results["step"]["rows"].items()
+    ]
+    return table(["parameters", "bytes per parameter", "temporary bytes", "step time"], rows)
+
+
+def learning_rate(results: dict[str, Any]) -> str:
+    """Shows the lowest loss of each optimizer, its rate, and the rates nearly as good."""
+    rows = []
+    for name, found in _summaries(results):
+        best = min(row["loss"] for row in found.values())
+        cells = []
+        for row in found.values():
+            loss = f"{row['loss']:.4g}"
+            loss = f"**{loss}**" if row["loss"] == best else loss
+            cells.append(f"{loss} at {row['rate']:g}<br>good: {span(row['good_rates'])}")
+        rows.append([name, *cells])
+    return table(["task, gradients", *found], rows)
+
+
+def largest_update(results: dict[str, Any]) -> str:
+    """Shows the largest update over the learning rate, in all runs of an optimizer and task."""
+    rows = []
+    for name, found in _summaries(results):
+        shown = {k: row["largest_update"] for k, row in found.items() if "sgd" not in k}
+        rows.append([name, *(f"{x:.3f}" for x in shown.values())])
+    return table(["task, gradients", *shown], rows)
+
+
+def _summaries(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    return [
+        (f"{name}, {noise}", summary(task, noise))
+        for name, task in results["tasks"].items()
+        for noise in results["noises"]
+    ]
+
+
 def state_bytes(results: dict[str, Any]) -> str:
     """Gigabytes of state a device, like the parameters and with ZeRO-1."""
     rows: dict[tuple[str, int], list[str]] = {}
@@ -189,6 +234,17 @@ def reliability_costs(results: dict[str, Any]) -> str:
     return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
 
 
+def nonfinite_costs(results: dict[str, Any]) -> str:
+    """Shows step time and temporary bytes of each policy, a column per storage format."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in _formats(results):
+        extra = f"{row['temporary_bytes'] / results['parameters']:.1f}"
+        name = f"{row['m_dtype']}, {row['v_dtype']}"
+        cells.setdefault(row["policy"], {})[name] = f"{timing.text(row['ratio'])}; {extra}"
+    header = next(iter(cells.values()))
+    return table(["policy", *header], [[name, *row.values()] for name, row in cells.items()])
+
+
 def fuzz(results: dict[str, Any]) -> str:
     """How much of the state machine was run."""
     seeds = results["provenance"]["seeds"]
@@ -197,9 +253,13 @@ def fuzz(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bfloat16_costs": bfloat16_costs,
     "compensation": compensation,
     "dtypes": dtypes,
+    "largest_update": largest_update,
+    "learning_rate": learning_rate,
     "low_bit": low_bit,
+    "nonfinite_costs": nonfinite_costs,
     "overhead": overhead,
     "packing": packing,
     "peers": peers,
@@ -210,6 +270,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reliability": reliability,
     "reliability_costs": reliability_costs,
     "reliability_long": reliability_long,
+}
+# The file of a table, if it has another name.
+FILES = {
+    "bfloat16_costs": "compensation",
+    "largest_update": "learning_rate",
+    "nonfinite_costs": "reliability_costs",
 }
 
 
@@ -226,7 +292,8 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        file = ROOT / "benchmarks" / "results" / f"{FILES.get(name, name)}.json"
+        results = json.loads(file.read_text("utf-8"))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,53 +114,67 @@ def test_a_step_is_that_of_the_transformation():
     np.testing.assert_array_equal(step.carry[0], np.full(3, -1.0))
 
 
-def test_texts_of_mutants_are_found():
-    from benchmarks import mutation
+def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
+    from benchmarks import learning_rate, learning_rate_figure, reporting, update_docs
+    from benchmarks.tasks import Task
 
-    assert mutation.problems(mutation.read(mutation.TABLES), mutation.ROOT) == []
+    monkeypatch.setattr(reporting, "FIGURES", tmp_path)
+
+    def loss(params, key):
+        return jnp.sum((params["w"] - jax.random.normal(key, (4,))) ** 2)
+
+    task = Task(
+        description="a quadratic",
+        steps=3,
+        seeds=2,
+        init=lambda key: {"w": 3 + jax.random.normal(key, (4,))},
+        loss=loss,
+        train_loss=lambda params: jnp.sum(params["w"] ** 2),
+        held_out_loss=lambda params: jnp.sum(params["w"] ** 2),
+    )
+    adamax = learning_rate.OPTIMIZERS[learning_rate.ADAMAX]._replace(rates=(0.1, 1e30))
+    with tqdm(disable=True) as progress:
+        found = learning_rate.measure(task, {learning_rate.ADAMAX: adamax}, progress)
+    row = found["own gradients"][learning_rate.ADAMAX]
+    assert np.shape(row["held_out_loss"]) == (2, 2)
+    assert max(row["held_out_loss"][0]) < found["initial_loss"] < min(row["held_out_loss"][1])
+    assert 0.9 < row["largest_update"][0] <= 1.01
+
+    rows = {noise: dict.fromkeys(learning_rate.OPTIMIZERS, row) for noise in learning_rate.NOISES}
+    tasks = dict.fromkeys(("one", "other"), found | rows)
+    results = {"noises": learning_rate.NOISES, "tasks": tasks}
+    learning_rate_figure.draw(results)
+    assert (tmp_path / "learning_rate.png").exists()
+    assert "| one, noise added | " in update_docs.learning_rate(results)
+    assert "sgd" not in update_docs.largest_update(results)
 
 
-TABLE = """
-file = "optax_adamax/__init__.py"
-tests = ["tests/test_it.py"]
-[[mutants]]
-why = "adds 2"
-text = "x + 1"
-replacement = "x + 2"
-[[mutants]]
-why = "adds the other way round"
-text = "x + 1"
-replacement = "1 + x"
-[[mutants]]
-why = "doubles"
-text = "2 * x"
-replacement = "x * 2"
-equivalent = "the product of two numbers has no order"
-[[mutants]]
-why = "fails another test"
-text = "3 * x"
-replacement = "4 * x"
-"""
+def test_noise_has_the_tails_of_student_t_and_the_scale_of_the_gradient():
+    from benchmarks import learning_rate
+
+    zeros = {"w": np.zeros(100_000, np.float32).reshape(100, 1000)}
+    gradients = {"w": zeros["w"] + np.float32([3, -3] * 500)}
+    noise = learning_rate.with_noise(gradients, jax.random.key(0), 2.0)["w"] - gradients["w"]
+    t = np.sort(np.abs(np.asarray(noise)).ravel()) / 6
+    # P(|t| > x) = 1 - x / sqrt(2 + x**2) with two degrees of freedom.
+    for x in (0.5, 1.0, 5.0, 50.0):
+        expected = 1 - x / np.sqrt(2 + x**2)
+        assert np.mean(t > x) == pytest.approx(expected, rel=0.3, abs=3e-3 * expected**0.5)
+    np.testing.assert_array_equal(
+        learning_rate.with_noise(zeros, jax.random.key(0), 1.0)["w"], zeros["w"]
+    )
 
 
-@pytest.mark.slow  # six runs of pytest
-def test_mutants_are_caught_survive_or_are_equivalent(tmp_path):
-    from benchmarks import mutation
+def test_good_rates_lack_a_twentieth_of_the_decrease():
+    from benchmarks.learning_rate_summary import span, summary
 
-    for name, text in {
-        "optax_adamax/__init__.py": "def f(x):\n    return x + 1 + 2 * x + 3 * x\n",
-        "tests/test_it.py": "from optax_adamax import f\n\ndef test_f():\n    assert f(0) == 1\n",
-        "tests/test_more.py": "from optax_adamax import f\n\ndef test_f():\n    assert f(1) == 7\n",
-        "table.toml": TABLE,
-    }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    mutants = mutation.read(tmp_path)
-    found = mutation.summary(mutants, mutation.run(mutants, tmp_path))
-    kinds = {"caught": 1, "caught elsewhere": 1, "survived": 1, "equivalent": 1}
-    assert found["total"] == found["modules"]["__init__"] == kinds
-    assert [row["why"] for row in found["survived"]] == ["adds the other way round"]
-    assert mutation.problems(mutants, tmp_path) == []
-    (tmp_path / "optax_adamax/__init__.py").write_text("x + 1, x + 1, 2 * x")
-    wrong = mutation.problems(mutants, tmp_path)
-    assert ["2 times" in wrong[0], "2 times" in wrong[1], "0 times" in wrong[2]] == [True] * 3
+    losses = {"a": [[3.0], [1.0], [1.09]], "b": [[np.nan], [1.2], [1.11]]}
+    rows = {
+        name: {"rates": [1, 2, 3], "held_out_loss": x, "largest_update": [1.0, 2.0, 1.5]}
+        for name, x in losses.items()
+    }
+    found = summary({"initial_loss": 3.0, "noise": rows}, "noise")
+    assert (found["a"]["loss"], found["a"]["rate"], found["a"]["good_rates"]) == (1.0, 2, [2, 3])
+    assert (found["b"]["loss"], found["b"]["rate"], found["b"]["good_rates"]) == (1.11, 3, [])
+    assert found["b"]["largest_update"] == 2.0
+    assert [span(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]
