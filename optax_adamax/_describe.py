@@ -40,7 +40,7 @@ class LeafDescription:
     v_max: float  # largest v of these elements
     underflow_fraction: float  # elements with v at or below the lower end of the format's range
     saturated_fraction: float  # elements with v at or above the upper end of the format's range
-    m_saturated_fraction: float  # elements with |m| / v at the largest ratio of the format
+    m_saturated_fraction: float  # elements with m at the largest ratio to v of its format
     no_gradient_fraction: float  # elements whose gradients were zero, or too small for the format
     nonfinite_fraction: float  # elements whose m or v is not finite
     advice: str  # another format to use; "" if the format fits

@@ -95,7 +95,7 @@ class Bfloat16M(MFormat):
 
 
 class RatioInt8(NamedTuple):
-    """m as int8 codes of the ratio m / v: a sign, 4 exponent bits and 3 mantissa bits."""
+    """m as int8 codes of m / v, with a sign, 4 exponent bits and 3 mantissa bits."""
 
     ratio_int8: Any  # tree like the parameters, int8
 

@@ -74,7 +74,7 @@ class Bfloat16V(VFormat):
 
 
 class ScaledUint8(NamedTuple):
-    """v as uint8 codes with a shared scale: 6 exponent bits and 2 mantissa bits."""
+    """v as uint8 codes of s v, with a shared scale s, 6 exponent bits and 2 mantissa bits."""
 
     scaled_uint8: Any  # tree like the parameters, uint8
     phase: jax.Array  # shape=(), dtype=uint32: log2 of the scale plus 1, in units of 2**-32

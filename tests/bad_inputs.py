@@ -100,6 +100,7 @@ HYPERPARAMETERS = [
     (dict(nesterov="no"), TypeError, "nesterov must be True or False"),
     (dict(m_dtype="float33"), TypeError, "m_dtype must be"),
     (dict(m_dtype=jnp.zeros(())), TypeError, "m_dtype='float32'"),
+    (dict(v_dtype=np.zeros(3)), TypeError, "but an array of shape (3,) and dtype float64 was"),
     (dict(m_dtype="int16"), ValueError, "m_dtype must be"),
     (dict(v_dtype="complex64"), ValueError, "the dtype of the real part"),
     (

@@ -25,14 +25,15 @@ class ProbeGradientsState(NamedTuple):
 class GradientRange(NamedTuple):
     """The gradients of one step, compared with the range of a storage format of v.
 
-    Fractions are of all elements that are finite and not zero, in [0, 1].
+    Sizes are absolute values of elements. Fractions are of all elements that are finite and not
+    zero, in [0, 1].
     """
 
     step: int  # 1 in the first step
-    smallest: float  # smallest |g| that is finite and not zero; inf without such an element
-    largest: float  # largest finite |g|
-    underflow_fraction: float  # elements with |g| + eps below the range: updates are too short
-    saturated_fraction: float  # elements with |g| + eps above the range: updates are too long
+    smallest: float  # smallest size that is finite and not zero; inf without such an element
+    largest: float  # largest finite size
+    underflow_fraction: float  # elements with size + eps below the range: updates are too short
+    saturated_fraction: float  # elements with size + eps above the range: updates are too long
     nonfinite_count: int  # elements that are NaN or infinite
     v_dtype: str
     range: tuple[float, float]  # of v in the storage format
