@@ -30,6 +30,7 @@ def adamax(
 
     The first four arguments are as in :func:`optax.adamax`. By default, eps is added in the
     maximum, as in optax and PyTorch. (:func:`adamax_step` adds it in the denominator.)
+
     .. math::
 
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
