@@ -1,15 +1,17 @@
 # %% [markdown]
-# # Adamax with two bytes of state a parameter
+# # Adamax with two bytes of state per parameter
 #
-# Adamax keeps a first moment m and a decaying maximum v for each parameter: 8 bytes in float32.
-# `adamax(..., m_dtype="int8", v_dtype="uint8")` keeps them in 2. You will see
+# Adamax stores a first moment m and a decaying maximum v for each parameter: 8 bytes in float32.
+# `adamax(..., m_dtype="int8", v_dtype="uint8")` stores them in 2. You will see
 #
-# 1. why rounding v to bfloat16 after each step does not work: v never decays;
-# 2. what is stored instead: v in a moving frame, in which it does not have to decay;
-# 3. the codes: 256 values for v, 255 for m, how far off they are, and what keeps m from stalling;
-# 4. the bytes of a compiled train step, and the loss, side by side.
+# 1. why v never decays if it is rounded to bfloat16 after each step;
+# 2. how a shared scale makes the stored numbers independent of the decay;
+# 3. the codes, 256 for v and 255 for m, their errors, and how stochastic rounding lets m decay;
+# 4. the bytes of a compiled train step, and the loss, for several storage formats;
+# 5. how `describe_state` checks whether a format fits your gradients.
 #
-# It takes less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the same.
+# It runs for less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the
+# same.
 
 # %%
 import functools
@@ -34,23 +36,23 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 subplots = functools.partial(plt.subplots, layout="constrained", dpi=110)
 
 # %% [markdown]
-# ## Why naive bfloat16 is stuck
+# ## Why v never decays in naive bfloat16
 #
-# In a step without a large gradient v decays by b2 = 0.999, so by 0.1 %. bfloat16 has 7 bits of
-# mantissa: neighbours are 0.4 to 0.8 % apart, and half of that is more than the decay. So 0.999 v
-# rounds back to v, whatever v is.
+# In a step without a large gradient, v decays by the factor b2 = 0.999, that is, by 0.1 %.
+# bfloat16 has 7 mantissa bits: neighbouring numbers are 0.4 to 0.8 % apart. Half of this distance
+# exceeds the decay, so 0.999 v rounds back to v, for every v.
 
 # %%
-octave = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
+mantissas = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
 for b2 in (0.999, 0.998, 0.99):
-    decayed = jnp.asarray(b2 * octave).astype(jnp.bfloat16).astype(jnp.float32)
-    stuck = int((decayed == octave).sum())
-    print(f"{b2} v rounds back to v for {stuck:3} of {len(octave)} mantissas")
+    decayed = jnp.asarray(b2 * mantissas).astype(jnp.bfloat16).astype(jnp.float32)
+    stuck = int((decayed == mantissas).sum())
+    print(f"{b2} v rounds back to v for {stuck:3} of {len(mantissas)} mantissas")
 
 # %% [markdown]
-# What that does: one outlier of size 1, then gradients of 0.001. The true v forgets the outlier and
-# Adamax steps again by its learning rate; with naive rounding v is 1 for ever, and every later
-# step is a thousandth of what it should be.
+# The next example has one outlier of size 1, followed by gradients of 0.001. The exact v decays
+# until updates are equal to the learning rate again. With naive rounding, v is 1 permanently, and
+# every later update is a thousand times too small.
 
 
 # %%
@@ -59,7 +61,7 @@ def naive_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     def store(state):
         def rounded(x):
-            # Not a cast there and back, which XLA may leave out.
+            # XLA may remove a cast to bfloat16 and back, but not reduce_precision.
             floats = jnp.issubdtype(x.dtype, jnp.floating)
             return jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16) if floats else x
 
@@ -76,7 +78,7 @@ def naive_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def follow(tx: optax.GradientTransformation, gradients: np.ndarray):
-    """The updates of one parameter, and the state after each step."""
+    """Returns the updates of one parameter, and the state after each step."""
 
     def step(state, g):
         update, state = tx.update(g, state)
@@ -101,32 +103,33 @@ left.plot(steps, low_bit_v, color=BLUE, lw=4, alpha=0.5)
 left.plot(steps, exact_v, "k--", lw=1.2)
 left.set(yscale="log", xlabel="step", ylabel="v")
 left.set_title("v after one outlier", loc="left")
-left.text(8900, 1.12, "naive bfloat16: 1 for ever", color=ORANGE, ha="right", va="bottom")
-left.text(3900, 0.03, "uint8 in the frame\n(dashed: exact)", color=BLUE)
+left.text(8900, 1.12, "naive bfloat16: 1 permanently", color=ORANGE, ha="right", va="bottom")
+left.text(3900, 0.03, "uint8 with shared scale\n(dashed: exact)", color=BLUE)
 left.set_ylim(6e-4, 2)
 right.plot(steps, naive_updates, color=ORANGE, lw=2)
 right.plot(steps, low_bit_updates, color=BLUE, lw=4, alpha=0.5)
 right.plot(steps, exact_updates, "k--", lw=1.2)
-right.set(yscale="log", xlabel="step", ylabel="step / learning rate", ylim=(6e-4, 2))
-right.set_title("The steps that follow from it", loc="left")
+right.set(yscale="log", xlabel="step", ylabel="update / learning rate", ylim=(6e-4, 2))
+right.set_title("Updates", loc="left")
 right.text(8900, 0.0012, "naive bfloat16: a thousandth", color=ORANGE, ha="right")
 fig.savefig(FOLDER / "low_bit_state_stuck.png")
-print(f"last step / learning rate: exact {exact_updates[-1]:.3f}", end=", ")
+print(f"last update / learning rate: exact {exact_updates[-1]:.3f}", end=", ")
 print(f"2 bytes {low_bit_updates[-1]:.3f}, naive bfloat16 {naive_updates[-1]:.4f}")
 
 # %% [markdown]
-# ## What the frame does
+# ## The shared scale
 #
 # $v_t = \max(b_2 v_{t-1}, |g_t|)$ is the largest of $b_2^{t-k} |g_k|$, and a maximum commutes with
-# a common factor. So the decay is divided out. What is stored is $w = v s$, where the scale $s$
-# grows by $1/b_2$ a step, and is folded back by a half whenever it would leave [1/2, 1]:
+# a common factor. So the decay can be moved to a scale. The state stores $w = v s$. The scale $s$
+# grows by $1/b_2$ in each step and is halved before it reaches 1:
 #
-# - a gradient that sets a new maximum is rounded once, when it enters;
-# - between the folds the stored number does not change at all, while v decays;
-# - at a fold it is halved, which is exact in bfloat16, and six codes less in uint8.
+# - A gradient that sets a new maximum is rounded once.
+# - While $s$ grows, the stored number does not change, and v decays exactly.
+# - When $s$ is halved, w is halved, too. This is exact in bfloat16, and subtracts four from a uint8
+#   code.
 #
-# The scale is the same for all parameters: one 32-bit phase in the state, which counts the
-# fraction of an octave and wraps around. Here with b2 = 0.99, so that it folds every 69 steps.
+# All parameters share the scale. The state stores $\log_2 s + 1$ as one 32-bit number, the phase,
+# which wraps around when $s$ is halved. In this example b2 = 0.99, so this happens every 69 steps.
 
 # %%
 b2 = 0.99
@@ -135,42 +138,44 @@ gradients = np.float32(0.02 * rng.standard_t(2, 330))
 gradients[[0, 95, 240]] = 1.0, 0.8, 1.3
 tx = optax_adamax.scale_by_adamax(b2=b2, m_dtype="int8", v_dtype="uint8")
 _, states = follow(tx, gradients)
-kept = jax.vmap(lambda state: decode_state(state).v)(states)
+decoded = jax.vmap(lambda state: decode_state(state).v)(states)
 exact = np.zeros(len(gradients))
 for t, g in enumerate(np.abs(gradients)):
     exact[t] = max(b2 * exact[t - 1], g)
 t = np.arange(1, len(gradients) + 1)
 phase = states.v.phase / 2.0**32
-folds = t[1:][np.diff(phase) < 0]
+halvings = t[1:][np.diff(phase) < 0]
 
 fig, axes = subplots(3, 1, figsize=(10, 7.6), sharex=True, height_ratios=(3, 2, 3))
 axes[0].vlines(t, 0.004, np.abs(gradients), color="#B9C0C6", lw=1.2)
 axes[0].plot(t, exact, "k--", lw=1.2)
-axes[0].plot(t, kept, color=BLUE, lw=4, alpha=0.5)
+axes[0].plot(t, decoded, color=BLUE, lw=4, alpha=0.5)
 axes[0].set(yscale="log", ylim=(0.01, 2.5), ylabel="v")
-axes[0].text(150, 0.7, "from the stored code\n(dashed: exact)", color=BLUE)
-axes[0].set_title("v decays; a large gradient sets it anew (bars: |g|)", loc="left")
+axes[0].text(150, 0.7, "decoded\n(dashed: exact)", color=BLUE)
+axes[0].set_title("v decays until a larger gradient replaces it (bars: |g|)", loc="left")
 axes[1].plot(t, phase, color=GREEN, lw=2)
-axes[1].set_title("The phase of the frame, one number for all parameters", loc="left")
-axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="octaves")
+axes[1].set_title("The phase, one number for all parameters", loc="left")
+axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="log2(s) + 1")
 axes[2].step(t, states.v.scaled_uint8.astype(int), where="mid", color=BLUE, lw=2)
-axes[2].set_title("What is stored: w = v s does not decay, it is halved at a fold", loc="left")
-axes[2].set_yticks((162, 168, 174, 180), ("162: 1/8", "168: 1/4", "174: 1/2", "180: 1"))
-axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(160, 181), ylabel="code: w")
+axes[2].set_title(
+    "The stored code of w = v s changes at a new maximum, and when s is halved", loc="left"
+)
+axes[2].set_yticks((124, 128, 132, 136), ("124: 1/8", "128: 1/4", "132: 1/2", "136: 1"))
+axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(122.5, 137), ylabel="code: w")
 for panel in axes:
-    panel.vlines(folds, 0, 1, transform=panel.get_xaxis_transform(), color=GREY, lw=0.6, ls=":")
-fig.savefig(FOLDER / "low_bit_state_frame.png")
-worst = np.abs(np.log2(np.float64(kept) / exact)).max()
-print(f"{len(folds)} folds; v is off by at most {worst:.4f} octaves", end=", ")
-print(f"the bound is log2(1 + 1/12) = {np.log2(13 / 12):.4f}")
+    panel.vlines(halvings, 0, 1, transform=panel.get_xaxis_transform(), color=GREY, lw=0.6, ls=":")
+fig.savefig(FOLDER / "low_bit_state_scale.png")
+worst = np.abs(np.float64(decoded) / exact - 1).max()
+print(f"{len(halvings)} halvings; the largest relative error of v is {worst:.3f}", end=", ")
+print("the bound is 1/8 = 0.125")
 
 # %% [markdown]
 # ## The code of v
 #
-# The code of w is cut from the bits of the float, after one multiplication of its mantissa: six
-# values in each octave, equally spaced in it. 256 codes reach over 42 octaves, and code 0 is the
-# floor, not zero. A float is rounded to the nearest code, so it is off by at most 1/12 of the
-# octave's lower end, and the error stays what it was when the maximum was set.
+# uint8 stores w as an unsigned float with 6 exponent bits and 2 mantissa bits (E6M2): four equally
+# spaced values between neighbouring powers of two, over 64 powers of two. Code 0 is the smallest
+# value, not zero. A number is rounded to the nearest code, so its relative error is at most 1/8.
+# The error does not grow while v decays.
 
 
 # %%
@@ -180,74 +185,74 @@ def state_of(m, v) -> ScaleByAdamaxState:
 
 v_codes = jnp.arange(256, dtype=jnp.uint8)
 v_values = decode_state(state_of(jnp.zeros(256), ScaledUint8(v_codes, jnp.uint32(0)))).v
-print(f"after a fold, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
+print(f"for s = 1/2, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
 
 v = jnp.exp2(jnp.linspace(-1, 2, 4001))
 rounded = decode_state(encode_state(state_of(jnp.zeros_like(v), v), v_dtype="uint8")).v
-octaves_off = np.log2(np.float64(rounded) / np.float64(v))
+relative_error = np.float64(rounded) / np.float64(v) - 1
 
 # %% [markdown]
 # ## The code of m
 #
-# v bounds m: |m| is at most 1.01 v at the usual decay rates. So m needs no scale of its own, and
-# its code is one of m / v: a sign, and eight values in each of sixteen octaves, which become
-# equally spaced near zero.
+# v bounds m: for constant b1 = 0.9 and b2 = 0.999, |m| is at most 1.01 v. So int8 m needs no scale
+# and stores the ratio m / v: a sign, 4 exponent bits and 3 mantissa bits. Codes are equally spaced
+# near zero.
 #
-# When the gradients stop, m must die away: 0.9 m, 0.81 m, ... With rounding to the nearest code it
-# does not. Once 0.9 m rounds back to m it stays, and so does the step. `optax_adamax` rounds up
-# or down by a threshold that is a hash of the step count and of the gradient, so that the mean over
-# the steps is right. It takes no random numbers, so a resumed run repeats it.
+# After the last gradient m must decay: 0.9 m, 0.81 m, ... With rounding to nearest, m stops
+# decaying once 0.9 m rounds back to m, and updates continue. `optax_adamax` uses stochastic
+# rounding, which is unbiased. Its random bits come from a hash of the step count and of the
+# gradient, so a resumed run repeats them.
 
 # %%
 ratio_codes = jnp.arange(1, 128, dtype=jnp.int8)
 ratios = decode_state(state_of(RatioInt8(ratio_codes), jnp.ones(127))).m
 
-silence = np.zeros(200, np.float32)
-silence[0] = 1
-_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), silence)
-hashed = jax.vmap(lambda state: decode_state(state).m)(states)
+impulse = np.zeros(200, np.float32)
+impulse[0] = 1
+_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), impulse)
+stochastic = jax.vmap(lambda state: decode_state(state).m)(states)
 nearest = [0.1]
-for _ in silence[1:]:
+for _ in impulse[1:]:
     state = state_of(jnp.float32(0.9 * nearest[-1]), jnp.float32(1))
     nearest.append(float(decode_state(encode_state(state, m_dtype="int8")).m))
-after = np.arange(len(silence))
-true_m = 0.1 * 0.9**after
+after = np.arange(len(impulse))
+exact_m = 0.1 * 0.9**after
 
 fig, ((values, errors), (ratio, stall)) = subplots(2, 2, figsize=(11, 8))
 values.plot(v_values, v_codes, ".", color=BLUE, markersize=4)
 values.set(xscale="log", xlabel="v", ylabel="code", yticks=(0, 64, 128, 192, 255))
 values.set_title("uint8 v: the codes", loc="left")
-bound = np.log2(13 / 12)
-errors.plot(v, octaves_off, color=BLUE, lw=1.2)
-errors.axhline(bound, color=GREY, ls=":")
-errors.axhline(-bound, color=GREY, ls=":")
-errors.text(0.5, bound + 0.004, "log2(1 + 1/12)", color=GREY)
+errors.plot(v, relative_error, color=BLUE, lw=1.2)
+errors.axhline(1 / 8, color=GREY, ls=":")
+errors.axhline(-1 / 8, color=GREY, ls=":")
+errors.text(0.5, 0.13, "1/8", color=GREY)
 errors.set_xscale("log", base=2)
 errors.set_xticks((0.5, 1, 2, 4), ("1/2", "1", "2", "4"))
-errors.set(xlabel="v", ylabel="octaves off", ylim=(-0.15, 0.15))
-errors.set_title("uint8 v: what rounding does", loc="left")
+errors.set(xlabel="v", ylabel="relative error", ylim=(-0.15, 0.15))
+errors.set_title("uint8 v: rounding errors", loc="left")
 ratio.plot(ratio_codes, ratios, ".", color=BLUE, markersize=4)
 ratio.set(yscale="log", xlabel="code (negative codes mirror these)", ylabel="m / v")
 ratio.set(xticks=(1, 32, 64, 96, 127))
 ratio.set_title("int8 m: the codes", loc="left")
 stall.plot(after, nearest, color=ORANGE, lw=2)
-stall.plot(after, hashed, color=BLUE, lw=2)
-stall.plot(after, true_m, "k--", lw=1.2)
+stall.plot(after, stochastic, color=BLUE, lw=2)
+stall.plot(after, exact_m, "k--", lw=1.2)
 stall.set_yscale("symlog", linthresh=2**-16, linscale=0.3)
 stall.text(199, 2e-4, "rounded to nearest: stuck", color=ORANGE, ha="right")
-stall.text(199, 1.2e-6, "hashed threshold\n(dashed: exact)", color=BLUE, ha="right")
-stall.set(xlabel="steps without a gradient", ylabel="m")
-stall.set_title("int8 m: when the gradients stop", loc="left")
+stall.text(199, 1.2e-6, "stochastic rounding\n(dashed: exact)", color=BLUE, ha="right")
+stall.set(xlabel="steps after the last gradient", ylabel="m")
+stall.set_title("int8 m: decay after the last gradient", loc="left")
 fig.savefig(FOLDER / "low_bit_state_codes.png")
-print(f"m after {after[-1]} steps: exact {true_m[-1]:.1e}", end=", ")
-print(f"hashed threshold {hashed[-1]:.1e}, nearest {nearest[-1]:.1e}")
+print(f"m after {after[-1]} steps: exact {exact_m[-1]:.1e}", end=", ")
+print(f"stochastic rounding {stochastic[-1]:.1e}, nearest {nearest[-1]:.1e}")
 
 # %% [markdown]
-# ## Bytes and loss, side by side
+# ## Bytes and loss
 #
-# A perceptron on the 1,797 real digits that ship with scikit-learn, at the learning rate 0.002
-# that the paper proposes, with the same start and the same batches for each format. The bytes are
-# read off the compiled train step: what it overwrites in place, less the parameters.
+# This example trains a perceptron on the 1,797 real digits that ship with scikit-learn, with the
+# learning rate of the paper, 0.002. All formats start from the same parameters and use the same
+# batches. The bytes of the state are the bytes that the compiled train step overwrites in place,
+# minus the parameters.
 
 # %%
 digits = load_digits()
@@ -281,8 +286,8 @@ def train_step(tx, params, state, key):
     return optax.apply_updates(params, updates), state, loss
 
 
-def bytes_a_parameter(tx: optax.GradientTransformation) -> float:
-    """Bytes of state that one compiled train step overwrites in place, for each parameter."""
+def bytes_per_parameter(tx: optax.GradientTransformation) -> float:
+    """Returns the bytes of state per parameter that a compiled train step overwrites in place."""
     params = init_params(jax.random.key(0))
     step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
     memory = step.lower(params, tx.init(params), jax.random.key(0)).compile().memory_analysis()
@@ -291,7 +296,7 @@ def bytes_a_parameter(tx: optax.GradientTransformation) -> float:
 
 
 def train(tx: optax.GradientTransformation, seed: jax.Array):
-    """The loss of each step, and that of the trained parameters on all images."""
+    """Returns the loss of each step, and the loss of the trained parameters on all images."""
     start, batches = jax.random.split(jax.random.key(seed))
     params = init_params(start)
 
@@ -304,17 +309,17 @@ def train(tx: optax.GradientTransformation, seed: jax.Array):
     return losses, cross_entropy(params, images, labels)
 
 
-state_bytes = {name: bytes_a_parameter(tx) for name, tx in FORMATS.items()}
+state_bytes = {name: bytes_per_parameter(tx) for name, tx in FORMATS.items()}
 curves, final = {}, {}
 for name, tx in tqdm(FORMATS.items()):
     curves[name], final[name] = jax.jit(jax.vmap(functools.partial(train, tx)))(SEEDS)
 
 deviation = np.std(final["float32"], ddof=1)
-print(f"{'state (m, v)':20} {'bytes a parameter':>17} {'final loss':>11}   gap to float32")
+print(f"{'state (m, v)':20} {'bytes per parameter':>19} {'final loss':>11}   gap to float32")
 for name in FORMATS:
     gap = np.mean(final[name] - final["float32"])
-    print(f"{name:20} {state_bytes[name]:17.3f} {np.mean(final[name]):11.5f}   {gap:+.5f}")
-print(f"(means of {len(SEEDS)} seeds, between which the float32 loss deviates by {deviation:.5f})")
+    print(f"{name:20} {state_bytes[name]:19.3f} {np.mean(final[name]):11.5f}   {gap:+.5f}")
+print(f"(means of {len(SEEDS)} seeds; standard deviation of the float32 loss: {deviation:.5f})")
 
 # %%
 COLORS = dict(zip(FORMATS, ("k", GREEN, BLUE, ORANGE), strict=True))
@@ -328,7 +333,7 @@ for place, name in enumerate(FORMATS):
 left.set_yticks(-np.arange(len(FORMATS)), FORMATS)
 left.tick_params(left=False)
 left.set(xlabel="bytes", xlim=(0, 9))
-left.set_title("State a parameter", loc="left")
+left.set_title("State per parameter", loc="left")
 blocks = np.arange(1, STEPS // 50 + 1) * 50
 for name in ("bfloat16, bfloat16", "int8, uint8", "naive bfloat16", "float32"):
     mean = np.mean(curves[name], 0).reshape(-1, 50).mean(1)
@@ -340,18 +345,18 @@ right.set_title("Training loss, mean of three seeds", loc="left")
 fig.savefig(FOLDER / "low_bit_state_loss.png")
 
 # %% [markdown]
-# The same question for four tasks, each at the learning rate that suits it, with more seeds and
-# with losses on held-out data, is answered by `python -m benchmarks.quality`.
+# `python -m benchmarks.quality` makes this comparison for four tasks, each at its best learning
+# rate, with more seeds and held-out data.
 
 # %% [markdown]
 # ## Does the format fit my gradients?
 #
-# uint8 holds v from 2e-9 to 6.1e3. `describe_state` says, for each leaf, where in this range v is,
-# and what to write where it is not.
+# uint8 represents v from 1.2e-10 to 9.4e8. `describe_state` reports for each leaf the range of v,
+# the elements outside the format's range, and a remedy.
 
 # %%
 rng = np.random.default_rng(0)
-sizes = {"tiny": 1e-10, "small": 1e-6, "usual": 1e-2, "large": 1e3, "huge": 1e6}
+sizes = {"tiny": 1e-11, "small": 1e-6, "usual": 1e-2, "large": 1e3, "huge": 1e8}
 leaves = {name: jnp.zeros(1000) for name in sizes}
 tx = optax_adamax.adamax(1e-3, eps=0.0, m_dtype="int8", v_dtype="uint8")
 state = tx.init(leaves)
@@ -362,21 +367,21 @@ description = optax_adamax.describe_state(state, eps=0.0)
 print(description)
 
 # %%
-fig, (spans, shares) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
+fig, (spans, fractions) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
 by_path = {leaf.path: leaf for leaf in description.leaves}
 names = list(sizes)
 found = [by_path[name] for name in names]
 for row, leaf in enumerate(found):
     spans.plot([leaf.v_min, leaf.v_max], [row, row], color=BLUE, lw=8, solid_capstyle="butt")
-    shares.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
-    shares.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
-spans.axvspan(2**-29, 6144, color=GREY, alpha=0.15)
-spans.text(2**-28, -0.75, "range of uint8", color=GREY, va="center")
+    fractions.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
+    fractions.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
+spans.axvspan(2**-33, 1.75 * 2**29, color=GREY, alpha=0.15)
+spans.text(2**-32, -0.75, "range of uint8", color=GREY, va="center")
 spans.set_yticks(range(len(names)), names)
-spans.set(xscale="log", xlabel="v, least to largest", ylim=(-1, len(names) - 0.5))
+spans.set(xscale="log", xlabel="v, smallest to largest", ylim=(-1, len(names) - 0.5))
 spans.set_title("v of each leaf", loc="left")
-shares.text(99, 0.22, "at the bottom", color=GREEN, ha="right", va="bottom")
-shares.text(99, len(names) - 1.22, "at the top", color=ORANGE, ha="right", va="top")
-shares.set(xlabel="% of elements")
-shares.set_title("Out of the range", loc="left")
+fractions.text(99, 0.22, "underflow", color=GREEN, ha="right", va="bottom")
+fractions.text(99, len(names) - 1.22, "saturated", color=ORANGE, ha="right", va="top")
+fractions.set(xlabel="% of elements")
+fractions.set_title("Elements outside the range", loc="left")
 fig.savefig(FOLDER / "low_bit_state_fit.png")
