@@ -158,7 +158,7 @@ axes[1].set_title("The phase, one number for all parameters", loc="left")
 axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="log2(s) + 1")
 axes[2].step(t, states.v.scaled_uint8.astype(int), where="mid", color=BLUE, lw=2)
 axes[2].set_title(
-    "The stored code of w = v s changes at a new maximum, and when s is halved", loc="left"
+    "The code of w = v s changes only at a new maximum or when s is halved", loc="left"
 )
 axes[2].set_yticks((124, 128, 132, 136), ("124: 1/8", "128: 1/4", "132: 1/2", "136: 1"))
 axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(122.5, 137), ylabel="code: w")
@@ -382,6 +382,6 @@ spans.set(xscale="log", xlabel="v, smallest to largest", ylim=(-1, len(names) - 
 spans.set_title("v of each leaf", loc="left")
 fractions.text(99, 0.22, "underflow", color=GREEN, ha="right", va="bottom")
 fractions.text(99, len(names) - 1.22, "saturated", color=ORANGE, ha="right", va="top")
-fractions.set(xlabel="% of elements")
+fractions.set(xlabel="% of elements", xlim=(0, 100))
 fractions.set_title("Elements outside the range", loc="left")
 fig.savefig(FOLDER / "low_bit_state_fit.png")
