@@ -82,7 +82,7 @@ def test_every_nth_step_is_reported(run):
 
 
 def test_state_may_be_discarded():
-    """Federated clients return only parameters."""
+    """The compiled program returns only parameters, so XLA could remove the report."""
     tx, reports = probe(every=2)
     chain = optax.chain(tx, adamax(0.1))
     start = np.ones(2, np.float32)
