@@ -6,8 +6,8 @@ Each prints its table, writes benchmarks/results/NAME.json and draws its figure 
 benchmarks/figures. `--quick` runs the code on small sizes in a minute or two and writes nothing;
 it skips dtypes and state_bytes, which have no small size.
 With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
-long ones run only when named: quality, compensation and reliability, and what needs the extra
-`tpu`: model_size, accelerators, accelerators_leaves and accelerators_chips. Then
+long ones run only when named: quality, learning_rate, compensation and reliability, and those that
+need the extra `tpu`: model_size, accelerators, accelerators_leaves and accelerators_chips. Then
 `python -m benchmarks.update_docs` puts the results into the documentation, and for those of `tpu`
 `python -m benchmarks.accelerators_page`.
 """
@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 SHORT = (
     "dtypes",
+    "readme_figure",
+    "update_error",
     "peers",
     "scaling",
     "packing",
@@ -31,7 +33,7 @@ SHORT = (
     "deep_vaes",
 )
 NO_QUICK = ("dtypes", "state_bytes")
-LONG = ("quality", "compensation", "reliability", "model_size")
+LONG = ("quality", "learning_rate", "compensation", "reliability", "model_size")
 LONG += ("accelerators", "accelerators_leaves", "accelerators_chips")
 ROOT = Path(__file__).parent.parent
 

@@ -28,7 +28,8 @@ def _text(row: dict[str, Any] | None, against: str) -> str:
     if row is None:
         return ""
     if row[against] is None:
-        return f"{row['loops']} x, {row['bytes_a_parameter']:.0f} B"
+        kernels = "" if row["loops"] == 1 else f"{row['loops']} x, "
+        return f"{kernels}{row['bytes_a_parameter']:.0f} B"
     # Small arrays are copied to on-chip memory first, so no loop accesses main memory.
     loops = "" if row["loops"] <= 1 else f", {row['loops']} loops"
     return f"{row[against]:.2f}{loops}"

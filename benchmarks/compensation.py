@@ -82,6 +82,7 @@ def two_bytes(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 ARMS = {
     REFERENCE: Arm(jnp.float32, optax.adamax),
+    "float32, 2-byte state": Arm(jnp.float32, two_bytes),
     "bfloat16, plain": Arm(jnp.bfloat16, two_bytes),
     CLAIMED: Arm(
         jnp.bfloat16,

@@ -11,9 +11,9 @@ import numpy as np
 
 from benchmarks import reporting
 
-# What is drawn, from top to bottom: the name in the results, the name in the figure, the color.
+# From top to bottom: the name in the results, the name in the figure, the color.
 ROWS = {
-    "optax.adamax, float32": ("8 bytes, float32,\nanother program", "#5B6770"),
+    "optax.adamax, float32": ("8 bytes:\noptax.adamax", "#5B6770"),
     "4 bytes: bfloat16, bfloat16": ("4 bytes:\nbfloat16, bfloat16", "#56A9DD"),
     "3 bytes: int8, bfloat16": ("3 bytes:\nint8, bfloat16", "#2B8CCB"),
     "2 bytes: int8, uint8": ("2 bytes:\nint8, uint8", "#0072B2"),
@@ -24,23 +24,21 @@ LOW, HIGH = -3.0, 5.0
 
 
 def draw(results: dict[str, Any]) -> None:
-    """One panel a task and loss: each seed's gap to float32 state, and the mean gap."""
+    """Draws each seed's gap to float32 state and their mean: a row per task, a column per loss."""
     plt.rcParams.update(reporting.STYLE)
     tasks = results["tasks"]
-    size = {"figsize": (3 * len(tasks), 6.4), "dpi": 110, "layout": "constrained"}
-    fig, axes = plt.subplots(2, len(tasks), sharex=True, sharey=True, **size)
-    for column, (name, task) in enumerate(tasks.items()):
-        for panel, (loss, title) in zip(axes[:, column], LOSSES.items(), strict=True):
+    size = {"figsize": (8, 2.3 * len(tasks) + 0.9), "dpi": 110, "layout": "constrained"}
+    fig, axes = plt.subplots(len(tasks), len(LOSSES), sharex=True, sharey=True, **size)
+    for row, (name, task) in zip(axes, tasks.items(), strict=True):
+        for panel, (loss, title) in zip(row, LOSSES.items(), strict=True):
             draw_panel(panel, task[loss])
-            panel.set_title(f"{name}\n{title}" if panel is axes[0, column] else title, loc="left")
+            panel.set_title(f"{name}: {title}", loc="left", size=11)
     axes[0, 0].set_yticks(-np.arange(len(ROWS)), [label for label, _ in ROWS.values()])
     axes[0, 0].set(xlim=(LOW, HIGH), ylim=(-len(ROWS) + 0.4, 0.6))
-    fig.suptitle(
-        "Final loss with state in few bits, less that with float32 state", x=0.01, ha="left"
-    )
+    fig.suptitle("Final loss minus final loss with float32 state", x=0.01, ha="left")
     fig.supxlabel(
-        "In seed-to-seed standard deviations of float32, which the band shows; worse is to the "
-        "right.\nSmall dots: seeds, paired. Bars: their mean, +- its standard error.",
+        "Unit: seed-to-seed standard deviation of float32 (band). Right is worse.\n"
+        "Dots: seeds, paired. Bars: mean and its standard error.",
         x=0.01,
         ha="left",
         size=10,
@@ -51,7 +49,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def draw_panel(panel: plt.Axes, found: dict[str, Any]) -> None:
-    """The gaps of one loss, one row a format; numbers at the edge where a mean lies beyond it."""
+    """Draws the gaps of one loss, a row per format, and the mean as a number if it is outside."""
     deviation = found["float32_deviation"]
     reference = np.array(found["of_seeds"]["float32"])
     panel.axvspan(-1, 1, color="#E6E9EB", lw=0)

@@ -12,9 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
+from benchmarks.learning_rate_summary import span, summary
+from optax_adamax._v_formats import V_FORMATS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "reliability.md"]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "reliability")]
+PAGES += [
+    ROOT / "docs" / "guide" / f"{name}.md"
+    for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
+]
 Row = Iterable[object]
 
 
@@ -22,6 +29,41 @@ def table(header: Row, rows: Iterable[Row]) -> str:
     """A table in Markdown."""
     lines = [list(header), ["---"] * len(list(header)), *map(list, rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def storage_formats(results: dict[str, Any]) -> str:
+    """Shows range, errors and step time of the formats of 8, 4, 3 and 2 bytes."""
+    times = _results("low_bit")["rows"]
+    errors = {"float32": "rounding", "bfloat16": "at most 2^-8", "uint8": "at most 1/8"}
+    shown = [("float32", "float32"), ("bfloat16", "bfloat16")]
+    shown += [("bfloat16", "uint8"), ("int8", "uint8")]
+    rows = []
+    for row in results["rows"]:
+        m, v = row["m_dtype"], row["v_dtype"]
+        if (m, v) not in shown:
+            continue
+        low, high = V_FORMATS[v].range
+        constant = f"{row['constant_mean']:.3f}"
+        random, time = (
+            f"{100 * row['random_rms']:.1f} %",
+            f"{times[f'{m}, {v}']['ratio']['median']:.2f}",
+        )
+        bounds = (
+            "all"
+            if v == "float32"
+            else f"{low:.1e} to {high:.1e}".replace("e+0", "e").replace("e+", "e")
+        )
+        size = f"{times[f'{m}, {v}']['state_bytes']:g}"
+        rows.append([f"{m}, {v}", size, bounds, errors[v], constant, random, time])
+    header = ["m, v", "bytes per parameter", "range of v", "error of v"]
+    header += ["update, constant gradients (exact: 1)", "update, random gradients", "step time"]
+    return table(header, rows)
+
+
+def bytes_by_part(results: dict[str, Any]) -> str:
+    """Shows the bytes per parameter of weights, gradients, residual and state."""
+    rows = [[name, *row.values(), sum(row.values())] for name, row in results["bytes"].items()]
+    return table(["", *next(iter(results["bytes"].values())), "together"], rows)
 
 
 def dtypes(results: dict[str, Any]) -> str:
@@ -32,7 +74,7 @@ def dtypes(results: dict[str, Any]) -> str:
     for dtype in dict.fromkeys(row["dtype"] for row in results["rows"]):
         found = [cells[dtype, name] for name in who]
         v = [f"{row['v']:.4f}" for row in found]
-        kept = ["NaN" if row["parameter"] != row["parameter"] else "kept" for row in found]
+        kept = ["NaN" if row["parameter"] != row["parameter"] else "unchanged" for row in found]
         rows.append([dtype, *v, *kept])
     header = ["parameters", *(f"v, {x}" for x in who.values())]
     return table([*header, *(f"g = 0, {x}" for x in who.values())], rows)
@@ -53,7 +95,7 @@ def low_bit(results: dict[str, Any]) -> str:
         for name, row in results["rows"].items()
     ]
     threads = results["provenance"]["threads"]
-    header = ["m, v", "bytes a parameter", "time of one pass", f"step time, {threads} threads"]
+    header = ["m, v", "bytes per parameter", "time of one pass", f"step time, {threads} threads"]
     return table([*header, "one thread", "passes over memory"], rows)
 
 
@@ -133,8 +175,48 @@ def compensation(results: dict[str, Any]) -> str:
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
         time = timing.text(row["ratio"])
         rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
-    header = ["parameters", "bytes a parameter", "step time", "100,000 steps of 0.001", *tasks]
+    header = ["parameters", "bytes per parameter", "step time", "100,000 steps of 0.001", *tasks]
     return table(header, rows)
+
+
+def bfloat16_costs(results: dict[str, Any]) -> str:
+    """Shows bytes, temporary bytes and step time of each way to store parameters."""
+    rows = [
+        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.text(row["ratio"])]
+        for name, row in results["step"]["rows"].items()
+    ]
+    return table(["parameters", "bytes per parameter", "temporary bytes", "step time"], rows)
+
+
+def learning_rate(results: dict[str, Any]) -> str:
+    """Shows the lowest loss of each optimizer, its rate, and the rates nearly as good."""
+    rows = []
+    for name, found in _summaries(results):
+        best = min(row["loss"] for row in found.values())
+        cells = []
+        for row in found.values():
+            loss = f"{row['loss']:.4g}"
+            loss = f"**{loss}**" if row["loss"] == best else loss
+            cells.append(f"{loss} at {row['rate']:g}<br>good: {span(row['good_rates'])}")
+        rows.append([name, *cells])
+    return table(["task, gradients", *found], rows)
+
+
+def largest_update(results: dict[str, Any]) -> str:
+    """Shows the largest update over the learning rate, in all runs of an optimizer and task."""
+    rows = []
+    for name, found in _summaries(results):
+        shown = {k: row["largest_update"] for k, row in found.items() if "sgd" not in k}
+        rows.append([name, *(f"{x:.3f}" for x in shown.values())])
+    return table(["task, gradients", *shown], rows)
+
+
+def _summaries(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    return [
+        (f"{name}, {noise}", summary(task, noise))
+        for name, task in results["tasks"].items()
+        for noise in results["noises"]
+    ]
 
 
 def state_bytes(results: dict[str, Any]) -> str:
@@ -161,8 +243,8 @@ def reliability(results: dict[str, Any]) -> str:
         for row in _formats(results):
             if row["scenario"] == name:
                 held = row["v_lowest"] is not None
-                v = f"{row['v_lowest']:.3g} to {row['v_highest']:.3g}" if held else "taken for 0"
-                m = f"{row['m_error']:.2g}" if held else "taken for 0"
+                v = f"{row['v_lowest']:.3g} to {row['v_highest']:.3g}" if held else "treated as 0"
+                m = f"{row['m_error']:.2g}" if held else "treated as 0"
                 step = f"{row['largest_step']:.3f}"
                 last = f"{row['step_error_last']:.2g}"
                 rows.append([name, f"{row['m_dtype']}, {row['v_dtype']}", v, m, step, last])
@@ -179,14 +261,15 @@ def reliability_long(results: dict[str, Any]) -> str:
     return table(["m, v", "largest relative error of v", "largest error of m, in v"], rows)
 
 
-def reliability_costs(results: dict[str, Any]) -> str:
-    """Step times of the policies."""
-    rows = []
+def nonfinite_costs(results: dict[str, Any]) -> str:
+    """Shows step time and temporary bytes of each policy, a column per storage format."""
+    cells: dict[str, dict[str, str]] = {}
     for row in _formats(results):
-        time = timing.text(row["ratio"])
-        extra = f"{row['temporary_bytes'] / results['parameters']:.2f}"
-        rows.append([f"{row['m_dtype']}, {row['v_dtype']}", row["policy"], time, extra])
-    return table(["m, v", "policy", "step time", "temporary bytes a parameter"], rows)
+        extra = f"{row['temporary_bytes'] / results['parameters']:.1f}"
+        name = f"{row['m_dtype']}, {row['v_dtype']}"
+        cells.setdefault(row["policy"], {})[name] = f"{timing.text(row['ratio'])}; {extra}"
+    header = next(iter(cells.values()))
+    return table(["policy", *header], [[name, *row.values()] for name, row in cells.items()])
 
 
 def fuzz(results: dict[str, Any]) -> str:
@@ -197,9 +280,15 @@ def fuzz(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bytes_by_part": bytes_by_part,
+    "storage_formats": storage_formats,
+    "bfloat16_costs": bfloat16_costs,
     "compensation": compensation,
     "dtypes": dtypes,
+    "largest_update": largest_update,
+    "learning_rate": learning_rate,
     "low_bit": low_bit,
+    "nonfinite_costs": nonfinite_costs,
     "overhead": overhead,
     "packing": packing,
     "peers": peers,
@@ -208,9 +297,20 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "state_bytes": state_bytes,
     "fuzz": fuzz,
     "reliability": reliability,
-    "reliability_costs": reliability_costs,
     "reliability_long": reliability_long,
 }
+# The file of a table, if it has another name.
+FILES = {
+    "bytes_by_part": "readme_figure",
+    "storage_formats": "update_error",
+    "bfloat16_costs": "compensation",
+    "largest_update": "learning_rate",
+    "nonfinite_costs": "reliability_costs",
+}
+
+
+def _results(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 
 def _load(made: dict[str, Any]) -> str:
@@ -226,7 +326,7 @@ def filled(text: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
-        results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        results = _results(FILES.get(name, name))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"

@@ -22,27 +22,29 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "mathml",
 ]
 exclude_patterns = ["_build"]
 default_role = "code"
 nitpicky = True
-# Names that are not ours: to look them up would need the network.
+# Names of other packages: looking them up would need the network.
 nitpick_ignore_regex = [
     (r"py:\w+", r"(jax|optax)\..*"),
     (r"py:class", r"(np|Any|ArrayLike|ArrayTree|DTypeLike|T)(\..*)?"),
-    (r"py:class", r"(AxisName|Entry|EpsPlacement|Exclusion|Groups|Key|Missing|Names|Nonfinite)"),
+    (r"py:class", r"(AxisName|Entry|EpsPlacement|Exclusion|Groups|Key)"),
+    (r"py:class", r"(Layout|Missing|Names|Nonfinite)"),
 ]
 
-# The notebooks are shown as they were executed when they were committed.
+# The notebooks are committed with their outputs.
 nb_execution_mode = "off"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # `sign` writes them
+autodoc_typehints = "none"  # `sign` writes types
 maximum_signature_line_length = 80
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Reference", "References")]
@@ -51,6 +53,7 @@ html_theme = "furo"
 html_title = f"optax_adamax {release}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
+html_search_scorer = str(HERE / "_static" / "scorer.js")
 html_show_sphinx = False
 html_show_copyright = False
 html_copy_source = False
@@ -59,7 +62,7 @@ copybutton_prompt_is_regexp = True
 
 
 def copy_notebooks(app: Sphinx) -> None:
-    """Sphinx reads only what is in its own folder."""
+    """Copies the notebooks into the folder of the pages, because Sphinx reads no other."""
     del app
     folder = HERE / "notebooks"
     folder.mkdir(exist_ok=True)
@@ -70,7 +73,7 @@ def copy_notebooks(app: Sphinx) -> None:
 def sign(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
 ) -> tuple[str, str] | None:
-    """Signatures with the types and defaults of the source, which Python shows written out."""
+    """Returns signatures with types and defaults as the source writes them."""
     del app, name, options, signature, returns
     if what == "class":
         return "", ""
@@ -86,7 +89,7 @@ def sign(
 def keep_results_whole(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
 ) -> None:
-    """Gives results an empty type, for napoleon takes what stands before a colon for the type."""
+    """Gives results an empty type, because napoleon reads the text before a colon as the type."""
     del app, what, name, obj, options
     for i, line in enumerate(lines):
         if line == "Returns:":
@@ -94,7 +97,7 @@ def keep_results_whole(
 
 
 def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """The fields of a state are described by the comments beside them, or above."""
+    """Describes a field of a state by the comment after it, or above it."""
     del app, obj, options
     if what != "attribute" or not lines[0].startswith("Alias for field number"):
         return
@@ -103,7 +106,7 @@ def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: l
     found = re.search(rf"((?:    # .*\n)*)    {field}: .*?(?:  # (?!pyright)(.*))?\n", source)
     assert found, name
     above = " ".join(line.strip(" #") for line in found[1].splitlines())
-    lines[:] = [found[2] or above]
+    lines[:] = [(found[2] or above).replace("|", r"\|")]
 
 
 def setup(app: Sphinx) -> None:

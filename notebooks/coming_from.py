@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Coming from PyTorch, Keras, MLX, Lucid or optax
 #
-# You have a model that trains with another framework's Adamax, and you move to JAX. Three things
-# move with you: the line that built the optimizer, its numbers, and its checkpoint.
+# You have a model that trains with another framework's Adamax, and you move to JAX. You take along
+# the line that built the optimizer, its numbers and its checkpoint.
 #
 # | | you wrote | you write |
 # |---|---|---|
@@ -12,18 +12,18 @@
 # | Lucid | `lucid.optim.Adamax(params, lr=2e-3)` | `compat.lucid.adamax(lr=2e-3)` |
 # | optax | `optax.adamaxw(1e-3)` | `optax_adamax.adamaxw(1e-3)` |
 #
-# with the arguments that each of them has, in its order and with its defaults; and then, with
-# `names` from the peer's parameters to yours:
+# Each constructor has the arguments of its framework, in the same order and with the same defaults.
+# For the state, `layout` is the function that moved the weights, or a mapping of names to paths:
 #
-# | | its state | your state |
+# | | the framework's state | your state |
 # |---|---|---|
-# | PyTorch | `optimizer.state_dict()` | `load_state(state_dict, params, tx, names, order=order)` |
-# | Keras | `optimizer.variables` | `load_state(variables, params, tx, names, order=order)` |
-# | MLX | `optimizer.state` | `load_state(state, params, tx, names)` |
+# | PyTorch | `optimizer.state_dict()` | `load_state(state_dict, params, tx, layout, names=names)` |
+# | Keras | `optimizer.variables` | `load_state(variables, params, tx, layout, names=names)` |
+# | MLX | `optimizer.state` | `load_state(state, params, tx, layout)` |
 # | optax | the optimizer state | `load_state(state, params, tx)` |
 #
 # Each has its inverse, `dump_state`. Below, a network is trained in PyTorch, saved in the middle
-# of the run, and trained on in JAX from the file. It takes one or two minutes on two CPU cores;
+# of the run, and continued in JAX from the file. It takes one or two minutes on two CPU cores;
 # PyTorch must be installed (`pip install -e '.[notebooks,peers,test]'`).
 
 # %%
@@ -109,8 +109,10 @@ model = TorchNet()
 optimizer = torch.optim.Adamax(model.parameters(), **OPTIONS)
 before_the_seam = train_torch(model, optimizer, 0, SEAM)
 
-file = io.BytesIO()  # as good as one on disk
-torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+file = io.BytesIO()  # instead of a file on disk
+names = compat_torch.names_of(optimizer, model)
+saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "names": names}
+torch.save(saved, file)
 file.seek(0)
 checkpoint = torch.load(file)
 print(f"step {SEAM}: loss {before_the_seam[-20:].mean():.4f}")
@@ -118,8 +120,8 @@ print(f"step {SEAM}: loss {before_the_seam[-20:].mean():.4f}")
 # %% [markdown]
 # ## The same network in JAX
 #
-# Here in Flax. What the two frameworks mean by a default is not always the same: PyTorch's padding
-# of a strided convolution is not `"SAME"`, and its layer norm has another epsilon.
+# Here in Flax. Some defaults differ: PyTorch's padding of a strided convolution is not `"SAME"`,
+# and its layer norm has another epsilon.
 
 
 # %%
@@ -141,14 +143,13 @@ def cross_entropy(params, x, y):
 # %% [markdown]
 # ## Across the seam
 #
-# `flax_names` says where each of PyTorch's arrays goes, and how its axes are permuted on the way.
-# An optimizer's state dict in PyTorch has numbers for names, so `order` is the order in which the
-# optimizer got the parameters.
+# `flax_names` makes the layout: the path of each of PyTorch's arrays, and the order of its axes.
+# A state dict of a PyTorch optimizer has numbers instead of names, so the names were saved too.
 
 # %%
 template = net.init(jax.random.key(0), images[:1])
-names = compat_torch.flax_names(template)
-for name, entry in names.items():
+layout = compat_torch.flax_names(template)
+for name, entry in layout.items():
     print(f"{name:13} -> {entry}")
 
 # %%
@@ -157,9 +158,9 @@ tx = compat_torch.adamax(**OPTIONS)  # torch.optim.Adamax(model.parameters(), **
 
 def restore_jax(checkpoint, template):
     """Parameters and optimizer state of PyTorch's checkpoint."""
-    params = compat_torch.load_params(checkpoint["model"], template, names)
-    order = list(checkpoint["model"])
-    state = compat_torch.load_state(checkpoint["optimizer"], params, tx, names, order=order)
+    params = compat_torch.load_params(checkpoint["model"], template, layout)
+    names = checkpoint["names"]
+    state = compat_torch.load_state(checkpoint["optimizer"], params, tx, layout, names=names)
     return params, state
 
 
@@ -186,9 +187,9 @@ print(f"the step count is {int(optax.tree.get(state, 'count'))}")
 params, state, in_jax = train_jax(params, state, SEAM, STEPS)
 
 # %% [markdown]
-# What should have come out: PyTorch, going on from its own checkpoint. And how near two runs can
-# come at all: PyTorch again, from the checkpoint with each parameter moved by one unit in the last
-# place. Rounding errors grow in training, in any framework.
+# Two runs for comparison. PyTorch continues from its own checkpoint: this is the expected result.
+# PyTorch continues from the checkpoint with each parameter moved by one ULP: this shows how close
+# two runs can be, because rounding errors grow in training in any framework.
 
 # %%
 in_torch = train_torch(*restore_torch(checkpoint), SEAM, STEPS)
@@ -199,8 +200,7 @@ for name, array in nudged["model"].items():
 in_torch_nudged = train_torch(*restore_torch(nudged), SEAM, STEPS)
 
 # %% [markdown]
-# In float64 the rounding is out of the way, and what is left would be a difference between the
-# optimizers.
+# In float64, rounding is negligible: a remaining difference would be one between the optimizers.
 
 # %%
 wide_template = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), template)
@@ -271,17 +271,17 @@ fig.savefig(FOLDER / "coming_from.png")
 # %% [markdown]
 # ## And back
 #
-# The same names lead the other way. PyTorch takes twenty steps more from the end of JAX's run, and
-# JAX takes them too.
+# The same layout leads back. PyTorch takes twenty more steps from the end of JAX's run, and JAX
+# takes them too.
 
 # %%
-arrays = compat_torch.dump_params(params, names, to_array=torch.from_numpy)
+arrays = compat_torch.dump_params(params, layout, to_array=torch.from_numpy)
 back = compat_torch.dump_state(
     state,
     params,
     checkpoint["optimizer"]["param_groups"],
-    names,
-    order=list(checkpoint["model"]),
+    layout,
+    names=checkpoint["names"],
     to_array=torch.from_numpy,
 )
 end_in_torch = train_torch(*restore_torch({"model": arrays, "optimizer": back}), 0, 20)
@@ -291,16 +291,16 @@ print(f"the losses of twenty more steps differ by {back_difference:.1e} at most"
 assert back_difference < 1e-5
 
 # %% [markdown]
-# ## What goes wrong, says so
+# ## Errors
 #
-# Nothing is loaded halfway: a missing entry, one too many, a wrong shape or a step that is no
-# number is refused by name.
+# A missing or surplus entry, a wrong shape or a step that is not a number raises an error that
+# names it.
 
 # %%
-spoilt = copy.deepcopy(checkpoint["optimizer"])
-spoilt["state"][2]["exp_inf"] = torch.ones(3)
+damaged = copy.deepcopy(checkpoint["optimizer"])
+damaged["state"][2]["exp_inf"] = torch.ones(3)
 try:
-    compat_torch.load_state(spoilt, params, tx, names, order=list(checkpoint["model"]))
+    compat_torch.load_state(damaged, params, tx, layout, names=checkpoint["names"])
 except ValueError as error:
     print(error)
 

@@ -1,17 +1,15 @@
 # %% [markdown]
 # # Adamax with two bytes of state per parameter
 #
-# Adamax stores a first moment m and a decaying maximum v for each parameter: 8 bytes in float32.
-# `adamax(..., m_dtype="int8", v_dtype="uint8")` stores them in 2. You will see
+# Adamax stores a first moment m and a decaying maximum v per parameter: 8 bytes in float32.
+# `adamax(..., m_dtype="int8", v_dtype="uint8")` stores them in 2. This notebook shows
 #
-# 1. why v never decays if it is rounded to bfloat16 after each step;
-# 2. how a shared scale makes the stored numbers independent of the decay;
-# 3. the codes, 256 for v and 255 for m, their errors, and how stochastic rounding lets m decay;
-# 4. the bytes of a compiled train step, and the loss, for several storage formats;
-# 5. how `describe_state` checks whether a format fits your gradients.
+# 1. why rounding v to bfloat16 after each step does not work: v never decays;
+# 2. what is stored instead: v in units of a shared scale, in which it does not have to decay;
+# 3. the codes: 256 values for v, 255 for m, their errors, and why m is rounded stochastically;
+# 4. the bytes of a compiled training step, and the loss.
 #
-# It runs for less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the
-# same.
+# It takes less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the same.
 
 # %%
 import functools
@@ -36,23 +34,23 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 subplots = functools.partial(plt.subplots, layout="constrained", dpi=110)
 
 # %% [markdown]
-# ## Why v never decays in naive bfloat16
+# ## Why naive bfloat16 is stuck
 #
-# In a step without a large gradient, v decays by the factor b2 = 0.999, that is, by 0.1 %.
-# bfloat16 has 7 mantissa bits: neighbouring numbers are 0.4 to 0.8 % apart. Half of this distance
-# exceeds the decay, so 0.999 v rounds back to v, for every v.
+# In a step without a large gradient, v decays by a factor of b2 = 0.999, so by 0.1 %. bfloat16 has
+# 7 mantissa bits: neighbors are 0.4 to 0.8 % apart, and half of that is more than the decay. So
+# 0.999 v rounds back to v, for every v.
 
 # %%
-mantissas = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
+numbers = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
 for b2 in (0.999, 0.998, 0.99):
-    decayed = jnp.asarray(b2 * mantissas).astype(jnp.bfloat16).astype(jnp.float32)
-    stuck = int((decayed == mantissas).sum())
-    print(f"{b2} v rounds back to v for {stuck:3} of {len(mantissas)} mantissas")
+    decayed = jnp.asarray(b2 * numbers).astype(jnp.bfloat16).astype(jnp.float32)
+    stuck = int((decayed == numbers).sum())
+    print(f"{b2} v rounds back to v for {stuck:3} of {len(numbers)} mantissas")
 
 # %% [markdown]
-# The next example has one outlier of size 1, followed by gradients of 0.001. The exact v decays
-# until updates are equal to the learning rate again. With naive rounding, v is 1 permanently, and
-# every later update is a thousand times too small.
+# The effect: one outlier of size 1, then gradients of 0.001. The exact v decays to 0.001, and
+# updates reach the learning rate again. With naive rounding v remains 1, and every later update is
+# a thousandth of the exact one.
 
 
 # %%
@@ -61,7 +59,7 @@ def naive_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     def store(state):
         def rounded(x):
-            # XLA may remove a cast to bfloat16 and back, but not reduce_precision.
+            # XLA may remove a cast to bfloat16 and back.
             floats = jnp.issubdtype(x.dtype, jnp.floating)
             return jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16) if floats else x
 
@@ -103,7 +101,7 @@ left.plot(steps, low_bit_v, color=BLUE, lw=4, alpha=0.5)
 left.plot(steps, exact_v, "k--", lw=1.2)
 left.set(yscale="log", xlabel="step", ylabel="v")
 left.set_title("v after one outlier", loc="left")
-left.text(8900, 1.12, "naive bfloat16: 1 permanently", color=ORANGE, ha="right", va="bottom")
+left.text(8900, 1.12, "naive bfloat16: always 1", color=ORANGE, ha="right", va="bottom")
 left.text(3900, 0.03, "uint8 with shared scale\n(dashed: exact)", color=BLUE)
 left.set_ylim(6e-4, 2)
 right.plot(steps, naive_updates, color=ORANGE, lw=2)
@@ -120,16 +118,15 @@ print(f"2 bytes {low_bit_updates[-1]:.3f}, naive bfloat16 {naive_updates[-1]:.4f
 # ## The shared scale
 #
 # $v_t = \max(b_2 v_{t-1}, |g_t|)$ is the largest of $b_2^{t-k} |g_k|$, and a maximum commutes with
-# a common factor. So the decay can be moved to a scale. The state stores $w = v s$. The scale $s$
-# grows by $1/b_2$ in each step and is halved before it reaches 1:
+# a common factor. So the decay is moved into a scale $s$. The stored value is $w = s v$. The scale
+# grows by $1/b_2$ per step, and is halved whenever it would leave [1/2, 1):
 #
-# - A gradient that sets a new maximum is rounded once.
-# - While $s$ grows, the stored number does not change, and v decays exactly.
-# - When $s$ is halved, w is halved, too. This is exact in bfloat16, and subtracts four from a uint8
-#   code.
+# - a gradient that sets a new maximum is rounded once, when it is stored;
+# - between halvings the stored number does not change, while v decays;
+# - when the scale is halved, so is the stored number. This is exact: its code decreases by four.
 #
-# All parameters share the scale. The state stores $\log_2 s + 1$ as one 32-bit number, the phase,
-# which wraps around when $s$ is halved. In this example b2 = 0.99, so this happens every 69 steps.
+# All parameters have the same scale. The state contains its logarithm, a 32-bit phase between 0 and
+# 1 that wraps around. Here b2 is 0.99, so the scale is halved every 69 steps.
 
 # %%
 b2 = 0.99
@@ -151,31 +148,28 @@ axes[0].vlines(t, 0.004, np.abs(gradients), color="#B9C0C6", lw=1.2)
 axes[0].plot(t, exact, "k--", lw=1.2)
 axes[0].plot(t, decoded, color=BLUE, lw=4, alpha=0.5)
 axes[0].set(yscale="log", ylim=(0.01, 2.5), ylabel="v")
-axes[0].text(150, 0.7, "decoded\n(dashed: exact)", color=BLUE)
-axes[0].set_title("v decays until a larger gradient replaces it (bars: |g|)", loc="left")
+axes[0].text(150, 0.7, "from the stored code\n(dashed: exact)", color=BLUE)
+axes[0].set_title("v decays until a larger gradient sets it (bars: |g|)", loc="left")
 axes[1].plot(t, phase, color=GREEN, lw=2)
-axes[1].set_title("The phase, one number for all parameters", loc="left")
-axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="log2(s) + 1")
+axes[1].set_title("The phase: log2 of the scale plus 1, one number for all parameters", loc="left")
+axes[1].set(ylim=(0, 1.05), yticks=(0, 0.5, 1), ylabel="phase")
 axes[2].step(t, states.v.scaled_uint8.astype(int), where="mid", color=BLUE, lw=2)
-axes[2].set_title(
-    "The code of w = v s changes only at a new maximum or when s is halved", loc="left"
-)
+axes[2].set_title("The stored w = s v does not decay; it is halved with the scale", loc="left")
 axes[2].set_yticks((124, 128, 132, 136), ("124: 1/8", "128: 1/4", "132: 1/2", "136: 1"))
-axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(122.5, 137), ylabel="code: w")
+axes[2].set(xlabel="step", xlim=(1, len(t)), ylim=(122, 137), ylabel="code: w")
 for panel in axes:
     panel.vlines(halvings, 0, 1, transform=panel.get_xaxis_transform(), color=GREY, lw=0.6, ls=":")
 fig.savefig(FOLDER / "low_bit_state_scale.png")
 worst = np.abs(np.float64(decoded) / exact - 1).max()
-print(f"{len(halvings)} halvings; the largest relative error of v is {worst:.3f}", end=", ")
-print("the bound is 1/8 = 0.125")
+print(f"{len(halvings)} halvings; largest relative error of v: {worst:.4f}, bound: {1 / 8:.4f}")
 
 # %% [markdown]
 # ## The code of v
 #
-# uint8 stores w as an unsigned float with 6 exponent bits and 2 mantissa bits (E6M2): four equally
-# spaced values between neighbouring powers of two, over 64 powers of two. Code 0 is the smallest
-# value, not zero. A number is rounded to the nearest code, so its relative error is at most 1/8.
-# The error does not grow while v decays.
+# A code of w is an unsigned float with 6 exponent bits and 2 mantissa bits (E6M2), cut from the
+# bits of a float32: four equally spaced values in each of 64 powers of two.
+# Code 0 is the smallest value, not zero. w is rounded to the nearest code, so its error is at most
+# 1/8, and it does not grow afterwards.
 
 
 # %%
@@ -185,74 +179,73 @@ def state_of(m, v) -> ScaleByAdamaxState:
 
 v_codes = jnp.arange(256, dtype=jnp.uint8)
 v_values = decode_state(state_of(jnp.zeros(256), ScaledUint8(v_codes, jnp.uint32(0)))).v
-print(f"for s = 1/2, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
+print(f"with phase 0, v is {v_values[0]:.2g} at code 0 and {v_values[-1]:.2g} at code 255")
 
 v = jnp.exp2(jnp.linspace(-1, 2, 4001))
 rounded = decode_state(encode_state(state_of(jnp.zeros_like(v), v), v_dtype="uint8")).v
-relative_error = np.float64(rounded) / np.float64(v) - 1
+errors_of_v = np.float64(rounded) / np.float64(v) - 1
 
 # %% [markdown]
 # ## The code of m
 #
-# v bounds m: for constant b1 = 0.9 and b2 = 0.999, |m| is at most 1.01 v. So int8 m needs no scale
-# and stores the ratio m / v: a sign, 4 exponent bits and 3 mantissa bits. Codes are equally spaced
-# near zero.
+# v bounds m: |m| is at most 1.01 v for the default decay rates. So m needs no scale of its own.
+# Its code represents m / v: a sign, and a float with 4 exponent bits and 3 mantissa bits, equally
+# spaced near zero.
 #
-# After the last gradient m must decay: 0.9 m, 0.81 m, ... With rounding to nearest, m stops
-# decaying once 0.9 m rounds back to m, and updates continue. `optax_adamax` uses stochastic
-# rounding, which is unbiased. Its random bits come from a hash of the step count and of the
-# gradient, so a resumed run repeats them.
+# When the gradients stop, m must decay: 0.9 m, 0.81 m, ... With rounding to the nearest code it
+# does not: once 0.9 m rounds back to m, m and the update remain. `optax_adamax` rounds up or down
+# by bits from a hash of the step count and of the gradient, so that the mean over the steps is
+# exact. There are no random numbers, so a resumed run repeats the rounding.
 
 # %%
 ratio_codes = jnp.arange(1, 128, dtype=jnp.int8)
 ratios = decode_state(state_of(RatioInt8(ratio_codes), jnp.ones(127))).m
 
-impulse = np.zeros(200, np.float32)
-impulse[0] = 1
-_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), impulse)
-stochastic = jax.vmap(lambda state: decode_state(state).m)(states)
+silence = np.zeros(200, np.float32)
+silence[0] = 1
+_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), silence)
+hashed = jax.vmap(lambda state: decode_state(state).m)(states)
 nearest = [0.1]
-for _ in impulse[1:]:
+for _ in silence[1:]:
     state = state_of(jnp.float32(0.9 * nearest[-1]), jnp.float32(1))
     nearest.append(float(decode_state(encode_state(state, m_dtype="int8")).m))
-after = np.arange(len(impulse))
-exact_m = 0.1 * 0.9**after
+after = np.arange(len(silence))
+true_m = 0.1 * 0.9**after
 
 fig, ((values, errors), (ratio, stall)) = subplots(2, 2, figsize=(11, 8))
 values.plot(v_values, v_codes, ".", color=BLUE, markersize=4)
 values.set(xscale="log", xlabel="v", ylabel="code", yticks=(0, 64, 128, 192, 255))
 values.set_title("uint8 v: the codes", loc="left")
-errors.plot(v, relative_error, color=BLUE, lw=1.2)
+errors.plot(v, errors_of_v, color=BLUE, lw=1.2)
 errors.axhline(1 / 8, color=GREY, ls=":")
 errors.axhline(-1 / 8, color=GREY, ls=":")
 errors.text(0.5, 0.13, "1/8", color=GREY)
 errors.set_xscale("log", base=2)
 errors.set_xticks((0.5, 1, 2, 4), ("1/2", "1", "2", "4"))
-errors.set(xlabel="v", ylabel="relative error", ylim=(-0.15, 0.15))
-errors.set_title("uint8 v: rounding errors", loc="left")
+errors.set(xlabel="v", ylabel="relative error", ylim=(-0.17, 0.17))
+errors.set_title("uint8 v: error of rounding", loc="left")
 ratio.plot(ratio_codes, ratios, ".", color=BLUE, markersize=4)
 ratio.set(yscale="log", xlabel="code (negative codes mirror these)", ylabel="m / v")
 ratio.set(xticks=(1, 32, 64, 96, 127))
 ratio.set_title("int8 m: the codes", loc="left")
 stall.plot(after, nearest, color=ORANGE, lw=2)
-stall.plot(after, stochastic, color=BLUE, lw=2)
-stall.plot(after, exact_m, "k--", lw=1.2)
+stall.plot(after, hashed, color=BLUE, lw=2)
+stall.plot(after, true_m, "k--", lw=1.2)
 stall.set_yscale("symlog", linthresh=2**-16, linscale=0.3)
 stall.text(199, 2e-4, "rounded to nearest: stuck", color=ORANGE, ha="right")
-stall.text(199, 1.2e-6, "stochastic rounding\n(dashed: exact)", color=BLUE, ha="right")
-stall.set(xlabel="steps after the last gradient", ylabel="m")
-stall.set_title("int8 m: decay after the last gradient", loc="left")
+stall.text(199, 4e-6, "stochastic rounding\n(dashed: exact)", color=BLUE, ha="right")
+stall.set(xlabel="steps without a gradient", ylabel="m")
+stall.set_title("int8 m: when the gradients stop", loc="left")
 fig.savefig(FOLDER / "low_bit_state_codes.png")
-print(f"m after {after[-1]} steps: exact {exact_m[-1]:.1e}", end=", ")
-print(f"stochastic rounding {stochastic[-1]:.1e}, nearest {nearest[-1]:.1e}")
+print(f"m after {after[-1]} steps: exact {true_m[-1]:.1e}", end=", ")
+print(f"stochastic rounding {hashed[-1]:.1e}, nearest {nearest[-1]:.1e}")
 
 # %% [markdown]
 # ## Bytes and loss
 #
-# This example trains a perceptron on the 1,797 real digits that ship with scikit-learn, with the
-# learning rate of the paper, 0.002. All formats start from the same parameters and use the same
-# batches. The bytes of the state are the bytes that the compiled train step overwrites in place,
-# minus the parameters.
+# A perceptron on the 1,797 real digits that ship with scikit-learn, with the learning rate 0.002 of
+# the paper, and the same initialization and batches for each format. The bytes are those that the
+# compiled training step overwrites in place, minus the parameters.
 
 # %%
 digits = load_digits()
@@ -287,7 +280,7 @@ def train_step(tx, params, state, key):
 
 
 def bytes_per_parameter(tx: optax.GradientTransformation) -> float:
-    """Returns the bytes of state per parameter that a compiled train step overwrites in place."""
+    """Returns the bytes of state per parameter that a compiled step overwrites in place."""
     params = init_params(jax.random.key(0))
     step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
     memory = step.lower(params, tx.init(params), jax.random.key(0)).compile().memory_analysis()
@@ -296,7 +289,7 @@ def bytes_per_parameter(tx: optax.GradientTransformation) -> float:
 
 
 def train(tx: optax.GradientTransformation, seed: jax.Array):
-    """Returns the loss of each step, and the loss of the trained parameters on all images."""
+    """Returns the loss of each step, and the final loss on all images."""
     start, batches = jax.random.split(jax.random.key(seed))
     params = init_params(start)
 
@@ -345,18 +338,18 @@ right.set_title("Training loss, mean of three seeds", loc="left")
 fig.savefig(FOLDER / "low_bit_state_loss.png")
 
 # %% [markdown]
-# `python -m benchmarks.quality` makes this comparison for four tasks, each at its best learning
-# rate, with more seeds and held-out data.
+# `python -m benchmarks.quality` compares the formats on more tasks, with tuned learning rates, more
+# seeds and held-out losses.
 
 # %% [markdown]
 # ## Does the format fit my gradients?
 #
-# uint8 represents v from 1.2e-10 to 9.4e8. `describe_state` reports for each leaf the range of v,
-# the elements outside the format's range, and a remedy.
+# uint8 stores v from 1.2e-10 to 9.4e8. `describe_state` shows the range of v in each leaf, and what
+# to write if the format does not fit.
 
 # %%
 rng = np.random.default_rng(0)
-sizes = {"tiny": 1e-11, "small": 1e-6, "usual": 1e-2, "large": 1e3, "huge": 1e8}
+sizes = {"tiny": 1e-12, "small": 1e-6, "usual": 1e-2, "large": 1e8, "huge": 1e12}
 leaves = {name: jnp.zeros(1000) for name in sizes}
 tx = optax_adamax.adamax(1e-3, eps=0.0, m_dtype="int8", v_dtype="uint8")
 state = tx.init(leaves)
@@ -367,21 +360,21 @@ description = optax_adamax.describe_state(state, eps=0.0)
 print(description)
 
 # %%
-fig, (spans, fractions) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
+fig, (spans, shares) = subplots(1, 2, figsize=(11, 3.6), sharey=True)
 by_path = {leaf.path: leaf for leaf in description.leaves}
 names = list(sizes)
 found = [by_path[name] for name in names]
 for row, leaf in enumerate(found):
     spans.plot([leaf.v_min, leaf.v_max], [row, row], color=BLUE, lw=8, solid_capstyle="butt")
-    fractions.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
-    fractions.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
+    shares.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
+    shares.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
 spans.axvspan(2**-33, 1.75 * 2**29, color=GREY, alpha=0.15)
 spans.text(2**-32, -0.75, "range of uint8", color=GREY, va="center")
 spans.set_yticks(range(len(names)), names)
 spans.set(xscale="log", xlabel="v, smallest to largest", ylim=(-1, len(names) - 0.5))
 spans.set_title("v of each leaf", loc="left")
-fractions.text(99, 0.22, "underflow", color=GREEN, ha="right", va="bottom")
-fractions.text(99, len(names) - 1.22, "saturated", color=ORANGE, ha="right", va="top")
-fractions.set(xlabel="% of elements", xlim=(0, 100))
-fractions.set_title("Elements outside the range", loc="left")
+shares.text(99, 0.22, "underflow", color=GREEN, ha="right", va="bottom")
+shares.text(99, len(names) - 1.22, "saturated", color=ORANGE, ha="right", va="top")
+shares.set(xlabel="% of elements")
+shares.set_title("Outside of the range", loc="left")
 fig.savefig(FOLDER / "low_bit_state_fit.png")

@@ -1,4 +1,4 @@
-"""The optimizers `adamax` and `adamaxw`: chains without arithmetic of their own."""
+"""The optimizers `adamax` and `adamaxw`, as chains of `scale_by_adamax` and optax."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
-from optax_adamax._state_checks import ChainLink, check_chain_state
+from optax_adamax._state_checks import ChainedTransformation, check_chain_state
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
 
 
@@ -28,9 +28,8 @@ def adamax(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns the Adamax optimizer, the variant of Adam with an infinity norm.
 
-    The arguments begin as in `optax.adamax`. By default :math:`\varepsilon` is added inside of the
-    maximum, as in optax and PyTorch. (:func:`adamax_step` adds it to the denominator.)
-
+    The first four arguments are as in :func:`optax.adamax`. By default, eps is added in the
+    maximum, as in optax and PyTorch. (:func:`adamax_step` adds it in the denominator.)
     .. math::
 
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
@@ -42,22 +41,26 @@ def adamax(
       b1: decay rate of the first moment, in [0, 1).
       b2: decay rate of the infinity norm, in [0, 1].
       eps: small constant >= 0, in the units of the gradient.
-      eps_placement: ``"max"`` or ``"denominator"``, where :math:`\varepsilon` is added.
+      eps_placement: where eps is added: ``"max"`` or ``"denominator"``.
       bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
       nesterov: whether to use Nesterov momentum.
       m_dtype: storage format of m: float32, float64, bfloat16 or int8.
       v_dtype: storage format of v: float32, float64, bfloat16 or uint8.
-      nonfinite: treatment of NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
-        ``"skip_step"``. A skipped step does not count in a schedule either.
+      nonfinite: policy for NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
+        ``"skip_step"``. A skipped step does not advance a schedule.
 
-    The last six are described in full at :func:`scale_by_adamax`.
+    :func:`scale_by_adamax` describes the last six arguments, and the costs and limits of bfloat16,
+    int8 and uint8 moments.
 
     Returns:
-      The transformation. Its updates have the dtypes of the updates of :func:`scale_by_adamax`.
+      The transformation. Its state is a chain's tuple that begins with a
+      :class:`ScaleByAdamaxState`. With ``"zero"`` or ``"skip_step"``, the tuple is inside a
+      :class:`HandleNonfiniteState`. Updates have the shapes and dtypes of the updates of
+      :func:`scale_by_adamax`.
 
     Raises:
       ValueError: a hyperparameter out of range, for example a negative or NaN learning rate.
-      TypeError: a hyperparameter of the wrong type; from ``update``, a state that was made with
+      TypeError: a hyperparameter of another type. From ``update``: a state that was made with
         other arguments.
 
     Example:
@@ -85,9 +88,9 @@ def adamax(
         m_dtype=m_dtype,
         v_dtype=v_dtype,
     )
-    links = (ChainLink("learning_rate", callable(learning_rate)),)
+    after_core = (ChainedTransformation("learning_rate", callable(learning_rate)),)
     tx = optax.chain(core, optax.scale_by_learning_rate(learning_rate))
-    return handle_nonfinite(nonfinite, _with_state_check(tx, links))
+    return handle_nonfinite(nonfinite, _with_state_check(tx, after_core))
 
 
 @_checks.suggest_renamed_arguments
@@ -108,7 +111,7 @@ def adamaxw(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Returns the Adamax optimizer with decoupled weight decay.
 
-    The arguments begin as in `optax.adamaxw`. With m and v as in :func:`adamax`,
+    The first six arguments are as in :func:`optax.adamaxw`. With m and v as in :func:`adamax`,
 
     .. math::
 
@@ -121,24 +124,27 @@ def adamaxw(
       eps: small constant >= 0, in the units of the gradient.
       weight_decay: :math:`\lambda` >= 0, a number or a schedule of the step count. It is multiplied
         by the learning rate.
-      mask: a tree of booleans like the parameters (or a prefix of that tree), or a function from
-        the parameters to such a tree. Weights decay where it is True. None: all weights decay.
-      eps_placement: ``"max"`` or ``"denominator"``, where :math:`\varepsilon` is added.
+      mask: a tree of booleans with the structure of the parameters or a prefix of it, or a function
+        from the parameters to such a tree. Only parameters with True decay. None: all decay.
+      eps_placement: where eps is added: ``"max"`` or ``"denominator"``.
       bias_correction: whether m is divided by :math:`1 - \beta_1^t`.
       nesterov: whether to use Nesterov momentum.
       m_dtype: storage format of m: float32, float64, bfloat16 or int8.
       v_dtype: storage format of v: float32, float64, bfloat16 or uint8.
-      nonfinite: treatment of NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
-        ``"skip_step"``. In a skipped step the weights do not decay either.
+      nonfinite: policy for NaN and infinite gradients: ``"propagate"``, ``"zero"`` or
+        ``"skip_step"``. In a skipped step, parameters do not decay, and schedules do not advance.
 
-    The last six are described in full at :func:`scale_by_adamax`.
+    :func:`scale_by_adamax` describes the last six arguments, and the costs and limits of bfloat16,
+    int8 and uint8 moments. With bfloat16 parameters, small updates and a small decay are lost in
+    rounding unless the optimizer is wrapped in :func:`compensate_rounding`.
 
     Returns:
-      The transformation. Its ``update`` needs the parameters as its third argument.
+      The transformation. Its ``update`` needs the parameters as its third argument. State and
+      updates are as in :func:`adamax`, except that the state has an entry for the weight decay.
 
     Raises:
-      ValueError: a hyperparameter out of range; from ``update``, no parameters.
-      TypeError: a hyperparameter of the wrong type; from ``update``, a state that was made with
+      ValueError: a hyperparameter out of range. From ``update``: no parameters.
+      TypeError: a hyperparameter of another type. From ``update``: a state that was made with
         other arguments.
 
     Example:
@@ -167,20 +173,20 @@ def adamaxw(
         m_dtype=m_dtype,
         v_dtype=v_dtype,
     )
-    links = (
-        ChainLink("weight_decay", callable(weight_decay), mask is not None),
-        ChainLink("learning_rate", callable(learning_rate)),
+    after_core = (
+        ChainedTransformation("weight_decay", callable(weight_decay), mask is not None),
+        ChainedTransformation("learning_rate", callable(learning_rate)),
     )
     tx = optax.chain(
         core,
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
-    return handle_nonfinite(nonfinite, _with_state_check(tx, links))
+    return handle_nonfinite(nonfinite, _with_state_check(tx, after_core))
 
 
 def _with_state_check(
-    chain: optax.GradientTransformation, links: tuple[ChainLink, ...]
+    chain: optax.GradientTransformation, after_core: tuple[ChainedTransformation, ...]
 ) -> optax.GradientTransformationExtraArgs:
     """Adds an error for a state that was made with other kinds of arguments."""
     inner = optax.with_extra_args_support(chain)
@@ -191,7 +197,7 @@ def _with_state_check(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        check_chain_state(state, links)
+        check_chain_state(state, after_core)
         return inner.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(chain.init, update)

@@ -1,7 +1,6 @@
-"""Checks of arguments, when a transformation is built.
+"""Checks of the arguments of constructors and of `adamax_step`.
 
-Concrete numbers and arrays are checked. The values of tracers
-(`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`) are not checked.
+The values of traced arguments are not checked (`optax.inject_hyperparams`, `jax.vmap`, `jax.grad`).
 """
 
 import functools
@@ -20,7 +19,7 @@ from optax_adamax._messages import describe_value
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Arguments of other implementations, and what to write here.
+# Arguments of other implementations, and the corresponding arguments of this package.
 RENAMED = {
     "mu_dtype": "m_dtype",
     "nu_dtype": "v_dtype",
@@ -36,7 +35,7 @@ RENAMED = {
 
 
 def suggest_renamed_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Adds an error that names the argument here for an argument of another implementation."""
+    """Adds an error for arguments in `RENAMED`, with the name that `function` uses."""
     renamed = RENAMED.keys() - inspect.signature(function).parameters.keys()
 
     @functools.wraps(function)
@@ -63,8 +62,8 @@ def check_scalar(
     """Checks that a value is a real scalar in [low, high), or in [low, high] if `closed`.
 
     Raises:
-      TypeError: `value` is not a real number or not an array of real numbers.
-      ValueError: `value` is outside the interval, NaN, or not a scalar.
+      TypeError: the value is neither a real number nor an array of real numbers.
+      ValueError: the value is outside of the interval, NaN, or an array with dimensions.
     """
     if isinstance(value, bool) or not isinstance(
         value, (int, float, np.number, np.ndarray, jax.Array)
@@ -100,17 +99,17 @@ def check_decay(name: str, value: Any, *, closed: bool) -> None:
     dtype = getattr(value, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise TypeError(
-            f"With optax.inject_hyperparams, pass hyperparam_dtype=jnp.float32: it casts "
-            f"hyperparameters to the dtype of the parameters. {name} was given as a {dtype} array, "
-            f"in which 0.999 is {float(jnp.asarray(0.999, dtype)):.6g}. Elsewhere pass it as a "
-            f"float."
+            f"{name} must be a float or have at least 32 bits, but a {dtype} array was given, in "
+            f"which 0.999 is {float(jnp.asarray(0.999, dtype)):.6g}. With "
+            f"optax.inject_hyperparams, which casts hyperparameters to the dtype of the "
+            f"parameters, pass hyperparam_dtype=jnp.float32."
         )
 
 
 def check_ratio(b1: Any, b2: Any, largest_ratio: float) -> None:
-    """Checks that the storage format of m can store every m / v that the decay rates allow.
+    """Checks that the storage format of m can represent every m / v that b1 and b2 allow.
 
-    For constant b1 < b2, |m_t| / v_t is at most (1 - b1) / (1 - b1/b2). Traced rates are not
+    For constant b1 < b2, |m_t| / v_t is at most (1 - b1) / (1 - b1/b2). Traced decay rates are not
     checked.
     """
     b1, b2 = concrete_value(b1), concrete_value(b2)
@@ -135,7 +134,7 @@ def check_rate(name: str, value: Any) -> None:
             0.0,
             math.inf,
             kind="a real number or a schedule",
-            advice="Write a float or a schedule; parameters are passed to init.",
+            advice="Write a float or a schedule. Pass parameters to init.",
         )
 
 
@@ -143,8 +142,8 @@ def check_flag(name: str, value: Any) -> None:
     """Checks that a value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(
-            f"{name} must be True or False, but {describe_value(value)} was given. It must be a "
-            f"Python bool under jax.jit and in the static_args of optax.inject_hyperparams."
+            f"{name} must be True or False, but {describe_value(value)} was given. Write a Python "
+            f"bool. With optax.inject_hyperparams, name the argument in static_args."
         )
 
 
@@ -167,12 +166,11 @@ def as_float_array(name: str, value: Any) -> jax.Array:
 
 
 def check_arrays(parameter: jax.Array, *, grad: jax.Array, m: jax.Array, v: jax.Array) -> None:
-    """Checks that the arrays of one parameter fit it.
+    """Checks that gradient, m and v match a parameter in shape and in being real or complex.
 
     Raises:
-      ValueError: a gradient of another shape, or a moment that has another shape and is not a
-        scalar.
-      TypeError: a complex array for a real parameter, or a complex v.
+      ValueError: a gradient of another shape; a moment of another shape that is not a scalar.
+      TypeError: a complex gradient or m of a real parameter; a complex v.
     """
     if grad.shape != parameter.shape:
         raise ValueError(

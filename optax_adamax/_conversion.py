@@ -1,4 +1,4 @@
-"""Conversion of a state between storage formats."""
+"""Conversion of states between storage formats."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from optax_adamax import _shared_scale, _state_checks
 from optax_adamax._formats import Format, is_in_format, unwrap, wrap
 from optax_adamax._m_formats import M_FORMATS, MFormat, m_format_of
-from optax_adamax._numerics import preserving_memory_kind, saturating_cast, upcast
+from optax_adamax._memory_kind import preserving_memory_kind
+from optax_adamax._numerics import saturating_cast, upcast
 from optax_adamax._state import (
     ScaleByAdamaxState,
     container_of,
@@ -24,24 +25,25 @@ from optax_adamax._v_formats import V_FORMATS, VFormat, v_format_of
 
 T = TypeVar("T")
 
-# Between two stored values, m is rounded to the nearest one.
-NEAREST = 1 << 31
+ROUND_TO_NEAREST = 1 << 31  # the rounding bits with which `MFormat.encode` rounds to nearest
 
 
 def decode_state(state: T) -> T:
-    """Converts m and v of a state to floats: to float32 if they are stored in fewer bits.
+    """Converts quantized m and v of a state to float32.
 
     Args:
       state: a :class:`ScaleByAdamaxState`, or any tree that contains such states, for example the
         state of a chain or of ``flax.nnx.Optimizer``.
 
     Returns:
-      The tree with m and v as float32 arrays shaped like the parameters. Moments that are already
-      float32, float64 or complex are unchanged. Arrays in host memory stay there.
+      The tree with m and v as trees like the parameters, of arrays with their shapes. Moments that
+      are float32, float64 or complex are unchanged, and all others are float32. Arrays in host
+      memory remain in host memory.
 
     Raises:
-      TypeError: there is no :class:`ScaleByAdamaxState` in `state`, or its codes or counters have
-        other dtypes than ``init`` gave them.
+      TypeError: `state` contains no :class:`ScaleByAdamaxState`, or the dtypes of its codes or
+        counters differ from those after ``init``.
+      ValueError: m and v have different trees or shapes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,25 +62,27 @@ def encode_state(
 ) -> T:
     """Converts a state to other storage formats, during a run or after loading a checkpoint.
 
-    A moment that is stored in the requested format keeps its bits. Every other moment is decoded
-    and rounded to the nearest value of the new format. float16 and bfloat16 arrays, as in a
-    checkpoint whose floats were all cast, are read as numbers.
+    A moment in the requested format is unchanged, bit for bit. All other moments are decoded and
+    rounded to the nearest value of the new format. If v changes, an int8 m is encoded again,
+    because it is a ratio to v. float16 and bfloat16 arrays without a container are read as
+    numbers; a checkpoint has them if all its floats were cast.
 
     Args:
       state: a :class:`ScaleByAdamaxState`, or any tree that contains such states, for example the
         state of a chain or of ``flax.nnx.Optimizer``.
-      m_dtype: as in :func:`scale_by_adamax`. None converts quantized moments to float32, and
-        leaves moments of full precision as they are.
-      v_dtype: as m_dtype.
+      m_dtype: storage format of m, as in :func:`scale_by_adamax`. None converts quantized moments
+        to float32, and does not change moments in full precision.
+      v_dtype: storage format of v. None: as for m.
 
     Returns:
-      The tree in the new formats, for a transformation that was built with the same ``m_dtype``
-      and ``v_dtype``. Arrays in host memory stay there.
+      The tree in the new formats, which a transformation with the same ``m_dtype`` and ``v_dtype``
+      accepts. Arrays in host memory remain in host memory.
 
     Raises:
-      ValueError: a dtype that is not a storage format.
-      TypeError: an argument that is not a dtype, complex moments in a quantized format, or a
-        `state` that :func:`decode_state` cannot read.
+      ValueError: a dtype that is not a storage format, or a `state` for which
+        :func:`decode_state` raises it.
+      TypeError: an argument that is not a dtype; complex moments in a quantized format; a `state`
+        for which :func:`decode_state` raises it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,24 +95,26 @@ def encode_state(
     return _map_states(lambda s: _encode(s, m_format, v_format), state)
 
 
-def readable(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
-    """Converts half-precision arrays that no format stores to the dtypes of a format.
+def normalize_dtypes(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
+    """Casts moments that were cast to half precision back to the dtypes of a storage format.
 
     Raises:
-      TypeError: codes or counters of other dtypes than ``init`` gave them.
-      ValueError: m and v of different trees or shapes.
+      TypeError: the dtypes of codes or counters differ from those after ``init``.
+      ValueError: m and v have different trees or shapes.
     """
     _state_checks.check_concrete_types(state)
     _state_checks.check_counters(state)
-    m, v = _readable("m", state.m, M_FORMATS), _readable("v", state.v, V_FORMATS)
+    m = _normalize_moment("m", state.m, M_FORMATS)
+    v = _normalize_moment("v", state.v, V_FORMATS)
     state = ScaleByAdamaxState(state.count, m, v)
     m_format, v_format = formats_of(state)
     m, v = unwrap(m, m_format), unwrap(v, v_format)
-    _state_checks.check_same_trees(*map(jax.tree.leaves, (m, v)))  # Flax may wrap their leaves
+    # Lists of leaves, because the metadata of Flax variables may differ between m and v.
+    _state_checks.check_same_trees(*map(jax.tree.leaves, (m, v)))
     return state
 
 
-def _readable(name: str, moment: Any, table: Mapping[str | None, Format]) -> Any:
+def _normalize_moment(name: str, moment: Any, table: Mapping[str | None, Format]) -> Any:
     if any(is_in_format(moment, format, table) for format in table.values()):
         return moment
     _state_checks.check_readable(name, moment, table)
@@ -124,27 +130,27 @@ def _readable(name: str, moment: Any, table: Mapping[str | None, Format]) -> Any
 
 
 def _map_states(function: Callable[[ScaleByAdamaxState], Any], tree: T) -> T:
-    states_in(tree)  # raises if there is none
+    states_in(tree)  # raises an error if the tree contains no state
     return jax.tree.map(
         lambda x: function(x) if is_adamax_state(x) else x, tree, is_leaf=is_adamax_state
     )
 
 
 def _map_leaves(function: Callable[..., jax.Array], tree: Any, *others: Any) -> Any:
-    """Maps over trees of equal leaves whose Flax variables may carry different metadata."""
+    """Maps over the leaves of trees whose Flax variables may have different metadata."""
     lists = map(jax.tree.leaves, (tree, *others))
     new = [function(*leaves) for leaves in zip(*lists, strict=True)]
     return jax.tree.structure(tree).unflatten(new)
 
 
-def _only(tree: Any) -> jax.Array:
+def _single_leaf(tree: Any) -> jax.Array:
     """Returns the array in a Flax variable, or the array itself."""
     (leaf,) = jax.tree.leaves(tree)
     return leaf
 
 
 def _decode(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
-    state = readable(state)
+    state = normalize_dtypes(state)
     m_format, _ = formats_of(state)
     m, v = unwrap(state.m, m_format), _decode_v(state)
     if m_format.is_quantized:
@@ -158,12 +164,12 @@ def _decode_v(state: ScaleByAdamaxState) -> Any:
     if not v_format.has_shared_scale:
         return state.v
     decode = preserving_memory_kind(functools.partial(decode_scaled, v_format=v_format))
-    phase = _only(state.v.phase)
+    phase = _single_leaf(state.v.phase)
     return jax.tree.map(lambda codes: decode(codes, phase), unwrap(state.v, v_format))
 
 
-# Each leaf's conversion is one jitted function. Otherwise every operation in it would be compiled
-# separately for every shape.
+# Outside of jax.jit, JAX compiles every operation separately for every shape. So the conversion of
+# a leaf is one jitted function.
 
 
 @functools.partial(jax.jit, static_argnames="m_format")
@@ -173,7 +179,7 @@ def _decode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat) -> jax.Arra
 
 @functools.partial(jax.jit, static_argnames="v_format")
 def decode_scaled(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.Array:
-    """Decodes v of one leaf, whose shared scale has this phase."""
+    """Decodes v of one leaf with a shared scale."""
     # A state made by `jax.vmap` has one phase per row.
     phase = phase.reshape(phase.shape + (1,) * (codes.ndim - phase.ndim))
     w = v_format.decode(codes)
@@ -181,7 +187,7 @@ def decode_scaled(codes: jax.Array, phase: jax.Array, v_format: VFormat) -> jax.
 
 
 def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
-    state = readable(state)
+    state = normalize_dtypes(state)
     floats = _decode(state)
     has_v_format = is_in_format(state.v, v_format, V_FORMATS)
     has_m_format = is_in_format(state.m, m_format, M_FORMATS)
@@ -208,7 +214,7 @@ def _encode(state: ScaleByAdamaxState, m_format: MFormat, v_format: VFormat) -> 
 
 
 def _stored_dtype(format: Format, x: jax.Array, m: jax.Array, *, real: bool) -> np.dtype:
-    """Returns the dtype for x, which is m or v of a leaf; raises for quantized complex moments."""
+    """Returns the dtype of x, m or v of a leaf, in a format; raises if it quantizes a complex m."""
     return x.dtype if format.dtype is None else format.stored_dtype(m, real=real)
 
 
@@ -220,4 +226,4 @@ def _encode_leaf_of_v(v: jax.Array, v_format: VFormat, dtype: np.dtype) -> jax.A
 
 @functools.partial(jax.jit, static_argnames=("m_format", "dtype"))
 def _encode_leaf_of_m(m: jax.Array, v: jax.Array, m_format: MFormat, dtype: np.dtype) -> jax.Array:
-    return saturating_cast(m_format.encode(m, v, jnp.uint32(NEAREST)), dtype)
+    return saturating_cast(m_format.encode(m, v, jnp.uint32(ROUND_TO_NEAREST)), dtype)

@@ -1,4 +1,4 @@
-"""A summary of a state, leaf by leaf, that shows whether its storage formats fit the gradients."""
+"""Summary of a state, leaf by leaf, which shows whether its storage formats fit the gradients."""
 
 import dataclasses
 import functools
@@ -13,36 +13,37 @@ import numpy as np
 from jax.core import Tracer
 
 from optax_adamax._checks import check_scalar
-from optax_adamax._conversion import decode_scaled, readable
+from optax_adamax._conversion import decode_scaled, normalize_dtypes
 from optax_adamax._formats import unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._numerics import preserving_memory_kind, safe_divide
+from optax_adamax._memory_kind import preserving_memory_kind
+from optax_adamax._numerics import safe_divide
 from optax_adamax._paths import named_leaves
 from optax_adamax._state import ScaleByAdamaxState, formats_of, states_in, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
-UNDERFLOW_TOLERANCE = 0.01  # fraction of elements below the range that needs no advice
+UNDERFLOW_TOLERANCE = 0.01  # up to this fraction of elements below the range, there is no advice
 WIDTH = 80  # columns of the table
 MAX_ROWS = 40  # rows of the table
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafDescription:
-    """One leaf of a state. Fractions refer to all elements of the leaf, from 0 to 1."""
+    """Description of one leaf of a state. Fractions are of all elements of the leaf, in [0, 1]."""
 
     path: str  # of the parameter, such as "layer/kernel"
     shape: tuple[int, ...]  # of the parameter
     bytes: int  # of m and v together, on all devices; a replicated array counts once
     m_dtype: str  # storage dtype of m
     v_dtype: str  # storage dtype of v
-    v_min: float  # least v of the elements that received a gradient; NaN if there are none
-    v_max: float  # largest v of these
+    v_min: float  # smallest v of elements with a gradient; NaN if all gradients were zero
+    v_max: float  # largest v of these elements
     underflow_fraction: float  # elements with v at or below the lower end of the format's range
     saturated_fraction: float  # elements with v at or above the upper end of the format's range
-    m_saturated_fraction: float  # elements with m at the largest code of its format
-    no_gradient_fraction: float  # elements without a gradient that the format distinguishes from 0
+    m_saturated_fraction: float  # elements with |m| / v at the largest ratio of the format
+    no_gradient_fraction: float  # elements whose gradients were zero, or too small for the format
     nonfinite_fraction: float  # elements whose m or v is not finite
-    advice: str  # what to write if the format does not fit, else ""
+    advice: str  # another format to use; "" if the format fits
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -54,7 +55,7 @@ class StateDescription:
 
     @property
     def fits(self) -> bool:
-        """Whether there is no advice for any leaf."""
+        """Returns whether the formats fit, that is, whether the advice of every leaf is ""."""
         return not any(leaf.advice for leaf in self.leaves)
 
     def __str__(self) -> str:
@@ -79,30 +80,30 @@ def describe_state(
 ) -> StateDescription:
     r"""Summarizes a state leaf by leaf and reports values outside of the format's range.
 
-    Below the range of its format, v counts as larger than it is, and updates are too small. Above
-    the range v saturates, and updates no longer shrink with the size of the gradient.
+    v below the range is stored as a larger number, and updates are too short. v above the range
+    saturates, and updates are too long, up to their bound.
 
-    Each moment is read once, on its own devices, and only a few numbers per leaf are written. Call
+    Each moment is read once, on its own devices, and only a few scalars per leaf are written. Call
     it outside of :func:`jax.jit`, for example every thousand steps.
 
     Args:
       state: a :class:`ScaleByAdamaxState`, or any tree that contains such states, for example the
-        state of a chain or of ``flax.nnx.Optimizer``; sharded or not, in device or host memory. For
-        the leaves of the parameters instead of the buffers of `pack_small_leaves`, pass
-        ``unpack_state(state, params)``.
-      eps: as in the transformation. An element counts as one without a gradient if m is 0 and v is
-        at most :math:`\varepsilon` or at the lower end of the range.
-      all_processes: whether every process makes this call. A state that is spread over the
-        processes of a multi-host run needs it, because the reading is a computation on all devices.
+        state of a chain or of ``flax.nnx.Optimizer``. The state may be sharded, and in device or
+        host memory. With :func:`pack_small_leaves`, a leaf is a buffer. To describe the leaves of
+        the parameters, pass ``unpack_state(state, params)``.
+      eps: as in the transformation. An element is without a gradient if m is 0 and v is at most
+        :math:`\varepsilon` or at the lower end of the range.
+      all_processes: whether every process of a multi-host run makes this call. It must be True if
+        the state is sharded over processes, because the computation needs all of their devices.
 
     Returns:
-      A :class:`StateDescription`: a :class:`LeafDescription` per leaf in ``leaves``, ``bytes`` of
-      the whole state, and ``fits``. ``print`` shows a table with the advice below it.
+      A :class:`StateDescription`: a :class:`LeafDescription` per leaf in ``leaves``, the size of
+      the state in ``bytes``, and ``fits``. ``print`` shows a table with the advice below it.
 
     Raises:
-      TypeError: there is no :class:`ScaleByAdamaxState` in `state`, or it is traced.
-      ValueError: the state is spread over several processes, and `all_processes` is False; its
-        arrays were donated; or eps is negative.
+      TypeError: `state` contains no :class:`ScaleByAdamaxState`, or it is traced.
+      ValueError: the state is sharded over processes, and `all_processes` is False; its arrays
+        were donated; eps is negative.
 
     Example:
       >>> import jax.numpy as jnp
@@ -131,7 +132,7 @@ def describe_state(
 
 
 def _check_arrays(arrays: list[Any], all_processes: bool) -> None:
-    """Checks that this process can read the arrays without waiting for another process."""
+    """Checks that arrays are concrete, not donated, and on this process unless `all_processes`."""
     if any(isinstance(x, Tracer) for x in arrays):
         raise TypeError(
             "describe_state must read the numbers in a state, but a traced state was given. "
@@ -144,16 +145,15 @@ def _check_arrays(arrays: list[Any], all_processes: bool) -> None:
         )
     if not (all_processes or all(getattr(x, "is_fully_addressable", True) for x in arrays)):
         raise ValueError(
-            f"The state is spread over {jax.process_count()} processes, all of which must call "
-            f"describe_state, but all_processes=True was not given. Call it outside of `if "
-            f"jax.process_index() == 0`: d = describe_state(state, all_processes=True), and print "
-            f"d in one process."
+            f"The state is sharded over {jax.process_count()} processes, all of which must call "
+            f"describe_state, but all_processes=True was not given. Call d = describe_state(state, "
+            f"all_processes=True) in every process, and print d in one process."
         )
 
 
 def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription]:
     stored = [jax.tree.leaves(stored_tree(moment)) for moment in (state.m, state.v)]
-    state = readable(state)
+    state = normalize_dtypes(state)
     m_format, v_format = formats_of(state)
     count = preserving_memory_kind(
         functools.partial(_statistics, eps=eps, m_format=m_format, v_format=v_format)
@@ -189,14 +189,14 @@ def _statistics(
     m_format: MFormat,
     v_format: VFormat,
 ) -> jax.Array:
-    """Returns the least and largest v, and counts of elements in the order of `LeafDescription`."""
+    """Returns the numbers of a `LeafDescription` in its order, with counts for fractions."""
     v = decode_scaled(v, phase, v_format) if v_format.has_shared_scale else v
     m = jnp.abs(m_format.decode(m, v) if m_format.is_quantized else m)
     low, high = v_format.range
     is_finite = jnp.isfinite(m) & jnp.isfinite(v)
     no_gradient = (m == 0) & (v <= jnp.maximum(low, eps * (1 + v_format.relative_error)))
     has_gradient = is_finite & ~no_gradient
-    # m / v of the largest code is off by an ULP. The code below it is at least a sixteenth smaller.
+    # m / v of the largest code has a rounding error. The ratio of the next code is 1/16 smaller.
     m_saturated = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
     counts = [
         has_gradient & (v <= low),
@@ -231,7 +231,7 @@ def _advice(
         (underflow_fraction, UNDERFLOW_TOLERANCE, low, "lower"),
     ):
         if fraction > tolerance:
-            wider = _smallest(
+            wider = _smallest_dtype(
                 f for f in V_FORMATS.values() if f.range[0] < low and f.range[1] > high
             )
             yield (
@@ -239,9 +239,11 @@ def _advice(
                 f' of the elements. Write v_dtype="{wider}", or put optax.scale before the '
                 f"optimizer."
             )
-    # Above a saturated v, every m would be at its limit.
+    # If v is saturated, m / v is too large in every element.
     if m_saturated_fraction > 0 and saturated_fraction == 0:
-        wider = _smallest(f for f in M_FORMATS.values() if f.largest_ratio > m_format.largest_ratio)
+        wider = _smallest_dtype(
+            f for f in M_FORMATS.values() if f.largest_ratio > m_format.largest_ratio
+        )
         yield (
             f"m is at {m_format.largest_ratio:.3g} v, the largest m of {m_format.dtype}, in "
             f'{_percent(m_saturated_fraction)} of the elements. Write m_dtype="{wider}", or '
@@ -254,7 +256,7 @@ def _advice(
         )
 
 
-def _smallest(formats: Any) -> np.dtype:
+def _smallest_dtype(formats: Any) -> np.dtype:
     return min((f.dtype for f in formats if f.dtype is not None), key=lambda d: d.itemsize)
 
 
@@ -265,14 +267,14 @@ def _row(leaf: LeafDescription) -> tuple[str, ...]:
     return (
         leaf.path,
         str(leaf.shape),
-        "/".join(map(_short, (leaf.m_dtype, leaf.v_dtype))),
+        "/".join(map(_abbreviate, (leaf.m_dtype, leaf.v_dtype))),
         *("-" if math.isnan(v) else f"{v:.3g}" for v in (leaf.v_min, leaf.v_max)),
         _percent(leaf.no_gradient_fraction),
     )
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Aligns the columns, and shortens long names in the first one to the width of the table."""
+    """Aligns the columns, and shortens long names in the first column to fit into `WIDTH`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[0] = min(widths[0], max(12, WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
@@ -287,8 +289,8 @@ def _wrapped(leaf: LeafDescription) -> list[str]:
     return textwrap.wrap(f"{leaf.path or 'leaf'}: {leaf.advice}", WIDTH, break_on_hyphens=False)
 
 
-def _short(dtype: str) -> str:
-    """Abbreviates the name of a dtype as JAX does: f32, bf16, u8."""
+def _abbreviate(dtype: str) -> str:
+    """Abbreviates the name of a dtype, as in f32, bf16 and u8."""
     for name, short in (("float", "f"), ("uint", "u"), ("int", "i"), ("complex", "c")):
         dtype = dtype.replace(name, short)
     return dtype

@@ -1,8 +1,8 @@
-"""The common part of storage formats.
+"""Base classes of the storage formats of m (`_m_formats`) and v (`_v_formats`).
 
-A format handles one array. It knows neither the tree of parameters nor the optimizer. The formats
-of m are in `_m_formats`, the formats of v in `_v_formats`. A new format is a class and a row in the
-table of one of these files.
+A storage format converts one array between floats and the stored dtype. It depends neither on the
+tree of parameters nor on the optimizer. A new format is a class and a row in the table of one of
+these files.
 """
 
 import abc
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from optax_adamax._messages import describe_value
 from optax_adamax._numerics import compute_dtype
 
 
@@ -21,36 +22,35 @@ class Format(abc.ABC):
     """A storage format of one moment."""
 
     dtype: np.dtype | None  # of the stored array; None: the compute dtype
-    # The NamedTuple around the stored tree in a state; its first field is the tree. The field names
-    # differ between formats, so that a checkpoint cannot be restored into another format. None: the
-    # state contains the tree itself.
+    # The NamedTuple whose first field is the stored tree; None: no container. The field names
+    # differ between formats, because a checkpoint must not be restored into another format.
     container: ClassVar[type[Any] | None] = None
-    is_quantized: ClassVar[bool] = True  # whether stored values have fewer bits than computed ones
+    is_quantized: ClassVar[bool] = True  # False: stored values have all bits of computed values
 
     def init(self, parameter: Any, *, real: bool) -> jax.Array:
         """Returns the zero moment, with the shape and sharding of `parameter`."""
         return jnp.zeros_like(parameter, dtype=self.stored_dtype(parameter, real=real))
 
     def stored_dtype(self, parameter: Any, *, real: bool) -> np.dtype:
-        """Returns the stored dtype for `parameter`; `real`: also if the parameter is complex."""
+        """Returns the stored dtype for `parameter`. With `real`, it is real for any parameter."""
         del real
         assert self.dtype is not None
-        if _is_complex(parameter):
+        if jnp.iscomplexobj(parameter):
             raise TypeError(
-                f"Moments of complex parameters cannot be stored as {self.dtype}. Use a "
-                f"full-precision dtype, or store the two parts as real numbers: wrap the whole "
-                f"optimizer in optax.with_extra_args_support("
+                f"Moments of complex parameters must be in full precision, but {self.dtype} was "
+                f"given. Write float32 or float64, or store the two parts as real numbers: wrap "
+                f"the optimizer in optax.with_extra_args_support("
                 f"optax.contrib.split_real_and_imaginary(...))."
             )
         return self.dtype
 
     def accepts(self, stored: np.dtype) -> bool:
-        """Returns whether an array of this dtype may be stored in this format."""
+        """Returns whether arrays in this format may have the dtype `stored`."""
         return stored == self.dtype
 
 
 class FullPrecision(Format):
-    """float32, float64, or a complex dtype whose parts have one of these."""
+    """float32 or float64, or for complex m a pair of these."""
 
     is_quantized = False
 
@@ -61,10 +61,10 @@ class FullPrecision(Format):
         dtype = compute_dtype(parameter) if self.dtype is None else self.dtype
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:
             raise ValueError(
-                "A float64 moment was requested, but JAX has 64-bit types disabled. Call "
-                "jax.config.update('jax_enable_x64', True) first, or use float32."
+                "float64 moments need 64-bit types, which are disabled in JAX. Call "
+                "jax.config.update('jax_enable_x64', True) first, or write float32."
             )
-        if _is_complex(parameter) and not real:
+        if jnp.iscomplexobj(parameter) and not real:
             dtype = np.result_type(dtype, np.complex64)
         return dtype
 
@@ -78,35 +78,34 @@ F = TypeVar("F", bound=Format)
 
 
 def find_format(table: Mapping[str | None, F], argument: str, dtype: DTypeLike | None) -> F:
-    """Returns the format in `table` for the dtype that the user gave for `argument`.
+    """Returns the format in `table` for the dtype that a user passed as `argument`.
 
     Raises:
       TypeError: `dtype` is not a dtype.
-      ValueError: `table` has no format with this dtype.
+      ValueError: `table` does not contain this dtype.
     """
     if dtype is None:
         return table[None]
     allowed = f"{argument} must be None or one of {', '.join(filter(None, table))}, but"
     if isinstance(dtype, jax.Array):
         raise TypeError(
-            f"{allowed} an array was given. With optax.inject_hyperparams, write the name of the "
-            f"dtype, {argument}='float32', because a callable such as jnp.float32 is used as a "
-            f"schedule."
+            f"{allowed} {describe_value(dtype)} was given. With optax.inject_hyperparams, write "
+            f"the name of the dtype, {argument}='float32': it calls jnp.float32 like a schedule."
         )
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
-        raise TypeError(f"{allowed} {dtype!r} was given, which is not a dtype.") from None
+        given = describe_value(dtype)
+        raise TypeError(f"{allowed} {given} was given, which JAX cannot read as a dtype.") from None
     if name not in table:
-        hint = ""
-        if jnp.issubdtype(name, jnp.complexfloating):
-            hint = " For complex parameters, give the dtype of the real part."
+        is_complex = jnp.issubdtype(name, jnp.complexfloating)
+        hint = " For complex parameters, write the dtype of the real part." if is_complex else ""
         raise ValueError(f"{allowed} {name} was given.{hint}")
     return table[name]
 
 
 def is_in_format(moment: Any, format: Format, table: Mapping[str | None, Format]) -> bool:
-    """Returns whether m or v of a state is stored in `format`, one of the formats in `table`."""
+    """Returns whether a moment of a state is stored in `format`, one of the formats in `table`."""
     containers = tuple(other.container for other in table.values() if other.container is not None)
     container = type(moment) if isinstance(moment, containers) else None
     leaves = jax.tree.leaves(unwrap(moment, format)) if container is format.container else []
@@ -114,26 +113,18 @@ def is_in_format(moment: Any, format: Format, table: Mapping[str | None, Format]
 
 
 def unwrap(moment: Any, format: Format) -> Any:
-    """Returns the stored tree, which is like the parameters, of m or v of a state."""
+    """Removes the container from a moment of a state, and returns the stored tree."""
     return moment if format.container is None else moment[0]
 
 
 def wrap(tree: Any, format: Format, *others: Any) -> Any:
-    """Returns the stored tree as m or v of a state; `others` are the container's other fields."""
+    """Puts a stored tree into the container of its format; `others` are the other fields."""
     return tree if format.container is None else format.container(tree, *others)
-
-
-def _is_complex(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
 
 
 @jax.custom_jvp
 def forbid_derivative(x: jax.Array) -> jax.Array:
-    """Returns x, and raises if it is differentiated; applied before rounding, which is constant.
-
-    Raises:
-      TypeError: a derivative was requested.
-    """
+    """Returns x, and raises a TypeError if it is differentiated; applied before x is rounded."""
     return x
 
 
@@ -144,6 +135,6 @@ def _(primals: Any, tangents: Any) -> Any:
         "An update with quantized m or v was differentiated, but rounding has no useful "
         "derivative. To differentiate through the update, use float32 for m_dtype and v_dtype "
         "(decode_state converts a state). Otherwise put jax.lax.stop_gradient around the "
-        "gradients, or turn off implicit differentiation of the solver that called the update "
+        "gradients, or disable implicit differentiation in the solver that called the update "
         "(implicit_diff=False in jaxopt, another adjoint in optimistix)."
     )

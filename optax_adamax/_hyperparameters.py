@@ -1,4 +1,4 @@
-"""The hyperparameters of Adamax, and the scalars that they give for one step."""
+"""The hyperparameters of Adamax, and the scalars of one step."""
 
 import dataclasses
 import functools
@@ -21,24 +21,23 @@ EpsPlacement = Literal["max", "denominator"]
 class Step(NamedTuple):
     """The scalars of step t; floats have the compute dtype.
 
-    If v has a shared scale s_t, v is in units of that scale, and so is an m that is stored as a
-    ratio to v. The fields contain the conversion, so that the equations are the same for every
-    format. On TPU, the number of scalars also limits the speed of the loop (see `_xla.unpack`).
+    If v has a shared scale s_t, the equations compute s_t v_t instead of v_t. They compute s_t m_t
+    if m is stored as a ratio to v. Conversions between these units are part of the fields, and the
+    equations are the same for every format. A further field may slow the loop on TPU; see
+    `_xla.pack`.
     """
 
     t: jax.Array  # int32: 1 in the first step
     b1: jax.Array  # b1/b2 if m is stored as a ratio to v
-    one_minus_b1: jax.Array  # s_t (1 - b1) if m is in units of the shared scale
+    one_minus_b1: jax.Array  # s_t (1 - b1) if v has a shared scale and m is a ratio to v
     b2: jax.Array  # 2**-k with a shared scale
     scale: jax.Array  # s_t; 1 without a shared scale
     eps_in_max: jax.Array  # 0 if eps is in the denominator
-    eps_in_denominator: jax.Array | None  # in units of v; None if eps is in the maximum
-    bias_correction: jax.Array  # 1 - b1**t, or 1; divided by s_t if only v is in its units
+    eps_in_denominator: jax.Array | None  # multiplied by s_t; None if eps is in the maximum
+    bias_correction: jax.Array  # 1 - b1**t, or 1; divided by s_t if only v is multiplied by s_t
     nesterov_b1: jax.Array | None  # b1 (1 - b1**t) / (1 - b1**(t + 1)) with Nesterov momentum
     bound: jax.Array | None  # largest |u_t| in exact arithmetic; None: updates are not clipped
-    rounding_bits: (
-        jax.Array
-    )  # uint32: a hash of t; b2 is packed into its low bits (see `_xla.pack`)
+    rounding_bits: jax.Array  # uint32: a hash of t; with a shared scale, its low bits contain b2
     grads_finite: jax.Array | None  # bool: see `_nonfinite.GRADS_FINITE`
 
 
@@ -58,9 +57,8 @@ class Hyperparameters:
     eps_placement: EpsPlacement = dataclasses.field(metadata=_STATIC)
     bias_correction: bool = dataclasses.field(metadata=_STATIC)
     nesterov: bool = dataclasses.field(metadata=_STATIC)
-    is_bounded: bool = dataclasses.field(
-        metadata=_STATIC
-    )  # whether b1 < b2 are known numbers, so that |u_t| has a bound
+    # Whether b1 and b2 are known numbers with b1 < b2. Then |u_t| has a bound.
+    is_bounded: bool = dataclasses.field(metadata=_STATIC)
 
     @classmethod
     def validated(
@@ -72,7 +70,7 @@ class Hyperparameters:
         bias_correction: bool,
         nesterov: bool,
     ) -> "Hyperparameters":
-        """Checks the arguments of `scale_by_adamax` and returns them with derived numbers."""
+        """Checks the arguments of `scale_by_adamax`, and adds derived numbers."""
         _checks.check_decay("b1", b1, closed=False)
         _checks.check_decay("b2", b2, closed=True)
         _checks.check_scalar("eps", eps, 0.0, float("inf"))
@@ -107,11 +105,10 @@ class Hyperparameters:
 
         Args:
           t: int32, the number of the step.
-          shared: the shared scale of v after the step; None if `v_format` has none.
+          shared: shared scale of v after the step; None if `v_format` does not use it.
           grads_finite: bool, see `_nonfinite.GRADS_FINITE`.
-          m_format: the storage format of m.
-          v_format: the storage format of v.
-          dtype: the compute dtype, float32 or float64.
+          m_format, v_format: storage formats of m and v.
+          dtype: compute dtype, float32 or float64.
         """
         b1, one_minus_b1, b2, eps = (
             jnp.asarray(x, dtype) for x in (self.b1, self.one_minus_b1, self.b2, self.eps)
@@ -145,7 +142,7 @@ class Hyperparameters:
 
 
 def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
-    """Converts v, and m if it is stored as a ratio to v, to units of the shared scale."""
+    """Converts the scalars to units of the shared scale for v, and for m if it is a ratio to v."""
     scale, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.b2))
     if m_format.is_ratio:
         step = step._replace(one_minus_b1=scale * step.one_minus_b1)
@@ -158,6 +155,6 @@ def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
 
 
 def _ratio_bound(t: jax.Array, b1: jax.Array, one_minus_b1: jax.Array, b2: jax.Array) -> jax.Array:
-    """Returns the largest |m_t| / v_t for constant b1 < b2; the gradients b2^k attain it."""
+    """Returns the largest |m_t| / v_t for constant b1 < b2, attained by the gradients b2^t."""
     a = (b2 - b1) / b2  # 1 - b1/b2
     return one_minus_b1 * one_minus_power(a, t) / a

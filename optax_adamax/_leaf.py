@@ -1,4 +1,4 @@
-"""One step of Adamax on one array: Kingma & Ba (2014), section 7.1."""
+"""One step of Adamax for one array: Kingma & Ba (2014), section 7.1."""
 
 import functools
 
@@ -32,17 +32,15 @@ def update_leaf(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the update u_t, and m_t and v_t as stored.
 
-    The update is computed from the stored moments. So no parameter-sized float is written between
-    the two parts, and a step depends only on values that a checkpoint contains.
+    The update is computed from the stored moments. So XLA writes no parameter-sized float array
+    between the two parts, and the next step depends only on values that a checkpoint contains.
 
     Args:
-      g: gradient g_t, of any float or complex dtype.
-      m: m_{t-1} in `m_format`, with the shape of g.
-      v: v_{t-1} in `v_format`, with the shape of g.
+      g: gradient g_t, float or complex, of any shape.
+      m, v: m_{t-1} and v_{t-1} as stored in `m_format` and `v_format`, with the shape of g.
       step: the scalars of step t.
-      m_format: the storage format of m.
-      v_format: the storage format of v.
-      dtype: the dtype of the update.
+      m_format, v_format: storage formats of m and v.
+      dtype: dtype of the update.
     """
     moments = functools.partial(_moments, step=step, m_format=m_format, v_format=v_format)
     quantized = m_format.is_quantized, v_format.is_quantized
@@ -53,14 +51,15 @@ def update_leaf(
 def _moments(
     g: jax.Array, m: jax.Array, v: jax.Array, step: Step, m_format: MFormat, v_format: VFormat
 ) -> tuple[jax.Array, jax.Array]:
-    """m_t = b1 m_{t-1} + (1 - b1) g_t and v_t = max(b2 v_{t-1}, |g_t| + eps), as stored."""
+    """Returns m_t = b1 m_{t-1} + (1 - b1) g_t and v_t = max(b2 v_{t-1}, |g_t| + eps), as stored."""
     dtype, quantized = step.b1.dtype, m_format.is_quantized or v_format.is_quantized
     g = _gradient(g, step)
     bits = _xla.add_above_packed(step.rounding_bits, float32_bits(jnp.abs(g)))
     b2 = _xla.unpack(bits, step.b2) if v_format.has_shared_scale else step.b2
 
     b2_v = b2 * upcast(v_format.decode(v), dtype)
-    m_prev = m_format.decode(m, b2_v)  # times b2 if m is stored as a ratio to v; see Step.b1
+    # If m is stored as a ratio to v, this is b2 m_{t-1}, and step.b1 is b1 / b2.
+    m_prev = m_format.decode(m, b2_v)
     m_t = _xla.add_products(step.b1, m_prev, step.one_minus_b1, g, step.t, exactly=quantized)
     v_t = jnp.maximum(b2_v, step.scale * (jnp.abs(g) + step.eps_in_max))
 
@@ -73,7 +72,7 @@ def _moments(
 def _update(
     g: jax.Array, m: jax.Array, v: jax.Array, step: Step, m_format: MFormat, v_format: VFormat
 ) -> jax.Array:
-    """u_t = m_t / ((1 - b1^t) v_t), from the moments as stored."""
+    """Returns u_t = m_t / ((1 - b1^t) v_t), computed from the stored moments."""
     quantized = m_format.is_quantized or v_format.is_quantized
     v_t = upcast(v_format.decode(v), step.b1.dtype)
     bias_correction, eps = step.bias_correction, step.eps_in_denominator
@@ -83,18 +82,18 @@ def _update(
         u = _xla.add_products(step.nesterov_b1, u, step.one_minus_b1, g, step.t, exactly=quantized)
     if step.bound is None:
         return u
-    if not m_format.is_quantized:  # an infinite m must not give a finite update
+    if not m_format.is_quantized:  # the clip would make the update of an infinite m finite
         u = jnp.where(jnp.isinf(u), jnp.nan, u)
     return clip_symmetric(u, step.bound)
 
 
 def _gradient(g: jax.Array, step: Step) -> jax.Array:
-    """Casts g to the compute dtype; under a non-finite policy, non-finite elements become 0."""
+    """Casts g to the compute dtype. A non-finite policy replaces non-finite elements by 0."""
     g = upcast(g, step.b1.dtype)
     return g if step.grads_finite is None else jnp.where(jnp.isfinite(abs_if_complex(g)), g, 0)
 
 
 def _unless_skipped(new: jax.Array, old: jax.Array, step: Step) -> jax.Array:
-    """Returns new in the stored dtype, or old if a non-finite policy skips the step."""
+    """Returns `new` in the stored dtype, or `old` if a non-finite policy skips the step."""
     new = saturating_cast(new, old.dtype)
     return new if step.grads_finite is None else jnp.where(step.grads_finite, new, old)

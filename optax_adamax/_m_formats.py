@@ -1,8 +1,8 @@
-"""Storage formats of m: a float, or a code of the ratio to v, which bounds m.
+"""Storage formats of m: a float, or an int8 code of m / v, which is bounded.
 
-Quantized formats use hash-based stochastic rounding: pseudo-random bits are added before low bits
-are cut off, so that the mean over steps is unbiased. With rounding to nearest, a step that changes
-m by less than half the distance between two stored values would leave m unchanged.
+Quantized formats use hash-based stochastic rounding: they add pseudo-random bits to a float's bits
+before they cut off its low bits. The mean over steps is then unbiased. With rounding to nearest, a
+step that changes m by less than half the distance between two stored values would not change it.
 """
 
 import abc
@@ -27,14 +27,15 @@ from optax_adamax._numerics import (
 class MFormat(Format):
     """A storage format of m."""
 
-    is_ratio: ClassVar[bool] = False  # stored as a ratio to v, so that m has the units of v
-    largest_ratio: float = float("inf")  # of |m| to v that can be stored
-    relative_error: float  # of m in one step, at most; unbiased over steps
-    resolution: float = 0.0  # absolute error that is always possible, in units of v
+    is_ratio: ClassVar[bool] = False  # whether m / v is stored
+    largest_ratio: float = float("inf")  # the largest |m| / v that can be stored
+    # The largest error of one rounding is relative_error |m| + resolution v.
+    relative_error: float
+    resolution: float = 0.0
 
     @abc.abstractmethod
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        """Returns the stored m as a float with the dtype of v, the float of the same step."""
+        """Returns the stored m as a float; v is the decoded v of the same step."""
 
     @abc.abstractmethod
     def encode(self, m: jax.Array, v: jax.Array, rounding_bits: jax.Array) -> jax.Array:
@@ -42,22 +43,22 @@ class MFormat(Format):
 
         Args:
           m: first moment.
-          v: infinity norm of the same step, as stored and decoded.
+          v: the decoded v of the same step.
           rounding_bits: uint32, pseudo-random; 2**31 rounds to nearest.
         """
 
     def ratio(
         self, m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
     ) -> jax.Array:
-        """Returns m / (bias_correction (v + eps)) of the stored m, and 0 where v is 0."""
+        """Returns m / (bias_correction (v + eps)) for the stored m."""
         return quotient(self.decode(m, v), v, bias_correction, eps)
 
 
 def quotient(
     m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
 ) -> jax.Array:
-    """Returns m / (bias_correction (v + eps)), and 0 where the denominator is 0."""
-    # Not m / v / bias_correction, which XLA rewrites to this form in some programs only.
+    """Returns m / (bias_correction (v + eps)), or 0 if the denominator is 0."""
+    # Not m / v / bias_correction, which XLA on CPU rewrites to this form in some programs only.
     v = bias_correction * (v if eps is None else v + eps)
     return map_real_imag(lambda m: safe_divide(m, v), m)
 
@@ -94,20 +95,19 @@ class Bfloat16M(MFormat):
 
 
 class RatioInt8(NamedTuple):
-    """m as int8 codes of the ratio m / v; see :class:`Int8M`."""
+    """m as int8 codes of the ratio m / v: a sign, 4 exponent bits and 3 mantissa bits."""
 
     ratio_int8: Any  # tree like the parameters, int8
 
 
 class Int8M(MFormat):
-    """m as a code of m / v: a sign, 4 exponent bits and 3 mantissa bits.
-
-    The code counts the floats with three mantissa bits upwards from OFFSET, which is subtracted:
+    """m as an int8 code of m / v: a sign, 4 exponent bits and 3 mantissa bits.
 
         |m| / v = y - OFFSET,  bits(y) = bits(OFFSET) + (|code| << 20)
 
-    So codes are equidistant near zero and 6 to 12 % apart above. (E4M3 has gradual underflow
-    instead of the offset.) Code -128 is NaN.
+    y is a float with three mantissa bits, and code 0 is OFFSET. Near zero, the stored ratios are
+    equally spaced; above, neighbors differ by 6 to 12 %. Code -128 is NaN. E4M3 has subnormal
+    numbers instead of the offset.
     """
 
     dtype = np.dtype(np.int8)
@@ -121,13 +121,13 @@ class Int8M(MFormat):
     resolution = OFFSET / 8
 
     def magnitude(self, code: jax.Array) -> jax.Array:
-        """Returns |m| / v as float32."""
+        """Decodes |m| / v as float32."""
         code = code.astype(jnp.int32)
         y = float32_from_bits((jnp.abs(code) << 20) + self.OFFSET_BITS)
         return jnp.where(code == self.NAN_CODE, jnp.nan, y - self.OFFSET)
 
     def decode(self, m: jax.Array, v: jax.Array) -> jax.Array:
-        # If v is near the largest float, a ratio above 1 would make m infinite.
+        # The minimum matters if v is near the largest float and the ratio is above 1.
         size = jnp.minimum(self.magnitude(m).astype(v.dtype) * v, float(jnp.finfo(v.dtype).max))
         return with_sign(size, m)
 
@@ -142,13 +142,13 @@ class Int8M(MFormat):
     def ratio(
         self, m: jax.Array, v: jax.Array, bias_correction: jax.Array, eps: jax.Array | None
     ) -> jax.Array:
-        # Decoded from the code alone: XLA on CPU (jaxlib 0.10.2) would store a quotient.
+        # Decoded from the code alone. XLA on CPU (jaxlib 0.10.2) would write a quotient to memory.
         size = self.magnitude(m).astype(v.dtype) * (1 / bias_correction)
         return with_sign(size if eps is None else size * safe_divide(v, v + eps), m)
 
 
 def _high_bits(rounding_bits: jax.Array, count: int) -> jax.Array:
-    """Returns the upper bits of a uint32 as int32."""
+    """Returns the `count` highest bits of a uint32 as int32."""
     return (rounding_bits >> (32 - count)).astype(jnp.int32)
 
 
@@ -162,5 +162,5 @@ M_FORMATS: dict[str | None, MFormat] = {
 
 
 def m_format_of(dtype: DTypeLike | None) -> MFormat:
-    """Returns the storage format for an argument `m_dtype`."""
+    """Returns the storage format of m for an argument `m_dtype`."""
     return find_format(M_FORMATS, "m_dtype", dtype)

@@ -1,7 +1,7 @@
-"""Words for error messages: values, paths, and objects of other packages.
+"""Parts of error messages: descriptions of values, trees, and objects of other packages.
 
-A message says what is wrong, what was received, and what to write instead. It never prints the
-elements of an array.
+A message names the error, the value received, and a correction. It does not print the elements of
+an array.
 """
 
 import inspect
@@ -25,6 +25,9 @@ CONVERSIONS = {
 # Packages whose name is put before the name of a class, which may be as short as "array".
 PACKAGES = ("flax", "keras", "torch", "mlx")
 MAX_NAMES = 5
+# Sentences for the state that `update` receives.
+ORDER = "The arguments are update(gradients, state, params), in this order."
+CONTINUE = "To continue a run without {}, write init(params)._replace(inner_state=state)."
 
 
 def describe_value(x: Any) -> str:
@@ -55,25 +58,36 @@ def with_article(noun: str) -> str:
     return f"{'an' if is_vowel else 'a'} {noun}"
 
 
+def wrong_state(wanted: type, state: Any, *advice: str) -> str:
+    """Returns the message for a state that is not an instance of the class `wanted`."""
+    received = f"The state must be a {wanted.__name__}, but {describe_value(state)} was given."
+    return " ".join([received, ORDER, *advice])
+
+
 def names(found: Iterable[str]) -> str:
     """Lists names in quotes, at most `MAX_NAMES` of them.
 
     >>> print(names(["a", "layer/w"]), "|", names("abcdefg"))
     'a', 'layer/w' | 'a', 'b', 'c', 'd', 'e' and 2 more
     """
-    quoted = [repr(name) for name in found]
-    more = len(quoted) - MAX_NAMES
-    return ", ".join(quoted[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return key_paths(map(repr, found))
+
+
+def key_paths(found: Iterable[str]) -> str:
+    """Lists paths such as ``['layer']['w']`` without more quotes, at most `MAX_NAMES` of them."""
+    shown = [path or "(a single array)" for path in found]
+    more = len(shown) - MAX_NAMES
+    return ", ".join(shown[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def leaf_label(kind: str, path: tuple[Any, ...]) -> str:
-    """Names a leaf: ``gradient 'layer/w'``, or ``gradient`` alone if the leaf is the whole tree."""
+    """Names a leaf: ``gradient 'layer/w'``, or ``gradient`` if the tree consists of this leaf."""
     name = path_name(path, "/")
     return f"{kind} {name!r}" if name else kind
 
 
-def conversion(x: Any) -> str | None:
-    """Returns what to pass instead of an object of another package; None if nothing is known."""
+def conversion_advice(x: Any) -> str | None:
+    """Returns advice for an object of a package in `CONVERSIONS`; None for other objects."""
     modules = [base.__module__ for base in type(x).__mro__]
     found = (
         advice
@@ -86,7 +100,7 @@ def conversion(x: Any) -> str | None:
 def first_difference(
     given: Any, wanted: Any, path: tuple[Any, ...] = ()
 ) -> tuple[tuple[Any, ...], Any, Any] | None:
-    """Finds the first node in which two trees differ: its path, and the node in either tree."""
+    """Returns the path of the first node in which two trees differ, and both nodes, or None."""
     (children, treedef), (others, other_treedef) = map(_one_level, (given, wanted))
     if treedef != other_treedef:
         return path, given, wanted
@@ -96,12 +110,12 @@ def first_difference(
 
 
 def describe_difference(kind: str, given: Any, wanted: Any) -> str:
-    """Says how a tree of gradients or parameters differs from the tree that is wanted.
+    """Describes the first difference between two trees.
 
     Args:
-      kind: what the leaves are, such as "gradient".
+      kind: the noun for a leaf, such as "gradient".
       given: the tree received.
-      wanted: a tree of another structure.
+      wanted: the tree expected, of another structure.
     """
     found = first_difference(given, wanted)
     assert found is not None
@@ -124,7 +138,7 @@ def describe_difference(kind: str, given: Any, wanted: Any) -> str:
 
 
 def advice_for_tree(given: Any, wanted: Any, otherwise: str) -> str:
-    """Returns what to write if two trees differ; `otherwise` if nothing special is known."""
+    """Returns advice for the first difference of two trees, or `otherwise` for a common one."""
     found = first_difference(given, wanted)
     assert found is not None
     _, x, y = found
@@ -132,7 +146,7 @@ def advice_for_tree(given: Any, wanted: Any, otherwise: str) -> str:
         return "Pass the gradients alone, without the value or the aux that JAX returns with them."
     if _is_container(x) and _is_container(y) and type(x) is not type(y):
         return "Use the same containers as the parameters given to init, or call init again."
-    return (conversion(x) if jax.tree.leaves(x) else None) or otherwise
+    return (conversion_advice(x) if jax.tree.leaves(x) else None) or otherwise
 
 
 def _is_container(x: Any) -> bool:
@@ -141,5 +155,5 @@ def _is_container(x: Any) -> bool:
 
 
 def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """Returns the children of a node with their paths, and its structure. A leaf is its child."""
+    """Returns the children of a node with their paths, and its treedef; a leaf is its own child."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)

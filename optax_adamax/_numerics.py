@@ -6,17 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
-    """Returns the real compute dtype: float64 if one of `arrays` has 64-bit parts, else float32."""
-    wide = any(jnp.result_type(x).name in ("float64", "complex128") for x in arrays)
-    return np.dtype(np.float64 if wide else np.float32)
+    """Returns float64 if an array is float64 or complex128, else float32."""
+    has_float64 = any(jnp.result_type(x).name in ("float64", "complex128") for x in arrays)
+    return np.dtype(np.float64 if has_float64 else np.float32)
 
 
 def wider_dtype(x: Any, y: Any) -> np.dtype:
-    """Returns the dtype of y if it has more bits than that of x, else the dtype of x."""
+    """Returns the dtype with more bits; the dtype of x if both have as many."""
     x, y = jnp.result_type(x), jnp.result_type(y)
     return y if jnp.finfo(y).bits > jnp.finfo(x).bits else x
 
@@ -27,7 +26,7 @@ def upcast(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def saturating_cast(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to `dtype`; finite values beyond its range become its largest numbers."""
+    """Casts x to `dtype`, after clipping finite values to its range."""
     if x.dtype == dtype:
         return x
     if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp:
@@ -48,7 +47,7 @@ def float32_from_bits(bits: jax.Array) -> jax.Array:
 
 
 def with_sign(size: jax.Array, number: jax.Array) -> jax.Array:
-    """Returns the float size >= 0 with the sign of an integer that has fewer bits."""
+    """Returns the float `size` >= 0 with the sign of the integer `number`."""
     same = jnp.dtype(f"int{8 * size.dtype.itemsize}")
     sign = number.astype(same) & jnp.iinfo(same).min
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(size, same) | sign, size.dtype)
@@ -60,26 +59,26 @@ def abs_if_complex(g: jax.Array) -> jax.Array:
 
 
 def map_real_imag(linear: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """Applies a real linear function; to real and imaginary parts of complex arrays separately."""
+    """Applies a real linear function; of complex arrays, to both parts separately."""
     if not jnp.iscomplexobj(arrays[0]):
         return linear(*arrays)
     return jax.lax.complex(linear(*(x.real for x in arrays)), linear(*(x.imag for x in arrays)))
 
 
 def safe_divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns x / y, and 0 where y is 0; the derivative is 0 there, too."""
+    """Returns x / y, and 0 if y is 0. If y is 0, the derivative is 0, too."""
     is_zero = y == 0
     return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
 
 
 def clip_symmetric(u: jax.Array, bound: jax.Array) -> jax.Array:
     """Clips u to [-bound, bound]; NaN stays NaN."""
-    # Not jnp.clip: on TPU, -bound would be one more scalar operand of the loop.
+    # With jnp.clip, -bound would be another scalar operand of the loop on TPU; see `_xla.pack`.
     return -jnp.minimum(-jnp.minimum(u, bound), bound)
 
 
 def hash_uint32(x: jax.Array) -> jax.Array:
-    """Returns pseudo-random bits; a bijection of uint32 (triple32 of Wellons, 2018)."""
+    """Returns pseudo-random bits: the bijection triple32 of Wellons (2018)."""
     x ^= x >> 17
     x *= np.uint32(0xED5AD4BB)
     x ^= x >> 11
@@ -92,38 +91,11 @@ def hash_uint32(x: jax.Array) -> jax.Array:
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:
     """Returns 1 - (1 - a)**t without cancellation, for a in [0, 1] and integers t >= 1.
 
-    At a = 1 (b1 = 0), derivatives of the general expression are 0 * inf, so at a = 1 an expression
-    is used whose first and second derivatives are correct. A custom JVP rule would not do: JAX
-    drops it if a `lax.scan` is differentiated twice.
+    At a = 1 (b1 = 0), the derivatives of the general expression are 0 * inf. The expression for
+    a = 1 has correct first and second derivatives. A custom JVP rule would not work, because JAX
+    (0.10.2) ignores it if a `lax.scan` is differentiated twice.
     """
     x, at_one = 1 - a, a == 1
     power = jnp.where(t == 1, x, jnp.where(t == 2, x * x, 0))
     others = -jnp.expm1(t * jnp.log1p(-jnp.where(at_one, 0, a)))
     return jnp.where(at_one, 1 - power, others)
-
-
-def preserving_memory_kind(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Lets `function` accept arrays in host memory; its result has the memory kind of the first."""
-
-    def call(first: Any, *rest: Any) -> jax.Array:
-        first = jnp.asarray(first)
-        device = jnp.zeros(())
-        arrays = (first, *map(jnp.asarray, rest))
-        return _in_memory_of(first, function(*(_in_memory_of(device, x) for x in arrays)))
-
-    return call
-
-
-def _in_memory_of(like: jax.Array, x: jax.Array) -> jax.Array:
-    if isinstance(like, Tracer) or isinstance(x, Tracer):
-        space, given = _memory_space(like), _memory_space(x)
-        return x if given == space else jax.device_put(x, space)
-    # To `jax.typeof` (JAX 0.10.2) what is in unpinned_host is on the device.
-    kind = like.sharding.memory_kind
-    if kind is None or x.sharding.memory_kind == kind:
-        return x
-    return jax.device_put(x, x.sharding.with_memory_kind(kind))
-
-
-def _memory_space(x: jax.Array) -> Any:
-    return getattr(jax.typeof(x), "memory_space", None)  # none in JAX 0.7.0

@@ -1,4 +1,4 @@
-"""Names of leaves: their paths without the variables that Flax wraps around arrays."""
+"""Names of leaves: their paths, without the variables in which Flax wraps arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey
 
-# nnx.Param, linen.Partitioned and similar nodes have this one child. nnx.Optimizer passes wrapped
-# parameters to `init` and plain arrays to `update`, so the name must not depend on the wrapper.
+# The key of the array in nnx.Param, linen.Partitioned and similar variables. nnx.Optimizer passes
+# variables to `init` and plain arrays to `update`, and both must have the same names.
 VARIABLE_KEY = GetAttrKey("value")
 
 
@@ -32,6 +32,6 @@ def path_name(path: tuple[Any, ...], separator: str | None = None) -> str:
 def named_leaves(
     tree: Any, separator: str | None = None, is_leaf: Callable[[Any], bool] | None = None
 ) -> list[tuple[str, Any]]:
-    """Returns the name and the leaf of each leaf of a tree, in the order of the tree."""
+    """Returns the name and the value of each leaf of a tree, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return [(path_name(path, separator), leaf) for path, leaf in leaves]

@@ -2,11 +2,11 @@
 
 v_t = max(b2 v_{t-1}, |g_t|) is a maximum, and a maximum commutes with a common positive factor. So
 a quantized v is stored as w = s v, with one scale s for all elements of the tree. In each step, s
-grows by 1 / b2 and is divided by 2^k to stay in [1/2, 1):
+is multiplied by 1 / b2, and divided by 2^k to remain in [1/2, 1):
 
     w_t = max(2^-k w_{t-1}, s_t |g_t|)
 
-In units of s, the decay rate b2 is therefore 2^-k, and multiplying by it is exact. Each element is
+So in units of s, the decay rate b2 is 2^-k, and a multiplication by it is exact. Each element is
 rounded once, when a gradient sets it.
 """
 
@@ -22,7 +22,7 @@ from optax_adamax._numerics import float32_from_bits
 
 
 class SharedScale(NamedTuple):
-    """The scale after a step, as scalars."""
+    """The shared scale after a step, as scalars."""
 
     phase: jax.Array  # uint32: log2(s_t) + 1 in units of 2**-32
     scale: jax.Array  # float32: s_t
@@ -30,10 +30,10 @@ class SharedScale(NamedTuple):
 
 
 def log2_decay(b2: ArrayLike) -> jax.Array | np.floating:
-    """Returns log2(1 / b2), accurate also for b2 near 1; float32."""
+    """Returns log2(1 / b2) as float32, accurate also for b2 near 1."""
     if isinstance(b2, jax.Array):
         return jnp.log1p(-(1 - b2)).astype(jnp.float32) * (-1 / math.log(2))
-    # Computed in NumPy because constant folding and kernels of XLA may differ in the last bit.
+    # Computed in NumPy, because constant folding and kernels of XLA may differ in the last bit.
     with np.errstate(divide="ignore"):
         return np.float32(np.log1p(-(1 - np.asarray(b2, np.float64))) * (-1 / math.log(2)))
 
@@ -44,12 +44,14 @@ def scale_from_phase(phase: jax.Array) -> jax.Array:
 
 
 def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
-    """Returns the scale after a step that decays v by `log2_decay`; `phase` is from before it."""
+    """Returns the scale after one step; `phase` is the phase before it."""
     log2_decay = jnp.asarray(log2_decay, jnp.float32)
     whole = jnp.minimum(jnp.floor(log2_decay), 127)
     fraction = jnp.where(log2_decay < 127, log2_decay - whole, 0)
+    # 2**32 - 256 is the largest float32 below 2**32.
     ticks = jnp.minimum(jnp.round(fraction * 2.0**32), 2.0**32 - 256)
     new_phase = phase + ticks.astype(jnp.uint32)
     carry = (new_phase < phase).astype(jnp.int32)
+    # For b2 = 0, k is 127, and the float with the exponent bits 127 - k is 0.
     k = jnp.minimum(whole.astype(jnp.int32) + carry, 127)
     return SharedScale(new_phase, scale_from_phase(new_phase), b2=float32_from_bits(127 - k << 23))

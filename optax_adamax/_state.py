@@ -1,4 +1,4 @@
-"""The state of `scale_by_adamax`, and the storage formats that it uses."""
+"""The state of `scale_by_adamax`, and the storage formats of a given state."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,25 +15,25 @@ from optax_adamax._v_formats import V_FORMATS, VFormat
 class ScaleByAdamaxState(NamedTuple):
     """State of `scale_by_adamax`.
 
-    m and v are trees like the parameters. Quantized moments are wrapped in a container that names
-    their storage format: m in a :class:`RatioInt8`, v in a :class:`ScaledBfloat16` or
-    :class:`ScaledUint8`. :func:`decode_state` converts both to floats. ``repr`` prints dtypes;
-    ``print(describe_state(state))`` adds names, shapes and ranges.
+    m and v are trees like the parameters. An int8 m is inside a :class:`RatioInt8`, a bfloat16 v in
+    a :class:`ScaledBfloat16`, and a uint8 v in a :class:`ScaledUint8`. :func:`decode_state`
+    converts m and v to float32. ``repr`` shows only dtypes. ``print(describe_state(state))`` shows
+    names, shapes and ranges of values.
     """
 
-    # shape=(), dtype=int32: steps taken, stops at 2**31 - 1
+    # shape=(), dtype=int32: number of steps, saturates at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     m: Any  # first moment
     v: Any  # infinity norm, real
 
     def __repr__(self) -> str:
-        """Prints the count and the dtypes, because the arrays would fill the terminal."""
+        """Returns the count and the dtypes, without the arrays."""
         m, v = (_summary(moment) for moment in (self.m, self.v))
         return f"{type(self).__name__}(count={_number(self.count)}, m={m}, v={v})"
 
 
 def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
-    """Returns the formats of m and v in a state."""
+    """Returns the storage formats of m and v in a state."""
     m_format = next(f for f in M_FORMATS.values() if is_in_format(state.m, f, M_FORMATS))
     v_format = next(f for f in V_FORMATS.values() if is_in_format(state.v, f, V_FORMATS))
     return m_format, v_format
@@ -46,13 +46,13 @@ def dtypes_of(state: ScaleByAdamaxState) -> tuple[np.dtype | None, np.dtype | No
 
 
 def container_of(moment: Any, table: Mapping[str | None, Format]) -> type[Any] | None:
-    """Returns the container around m or v of a state; None if there is none."""
+    """Returns the class of the container around a moment of a state; None without a container."""
     containers = [format.container for format in table.values()]
     return type(moment) if type(moment) in containers else None
 
 
 def stored_tree(moment: Any) -> Any:
-    """Returns the tree of m or v of a state without its container."""
+    """Returns the stored tree of a moment of a state, without its container."""
     return moment if container_of(moment, {**M_FORMATS, **V_FORMATS}) is None else moment[0]
 
 
@@ -65,14 +65,14 @@ def states_in(tree: Any) -> list[ScaleByAdamaxState]:
     """Returns the states of `scale_by_adamax` in a tree.
 
     Raises:
-      TypeError: there is none.
+      TypeError: the tree contains no such state.
     """
     found = [x for x in jax.tree.leaves(tree, is_leaf=is_adamax_state) if is_adamax_state(x)]
     if not found:
         raise TypeError(
             f"The state must contain a ScaleByAdamaxState, but this {type(tree).__name__} does "
-            f"not. Pass the state of a transformation of optax_adamax; "
-            f"compat.optax.load_state(state, params, tx) converts a state of optax.adamax."
+            f"not. Pass the state of a transformation of optax_adamax. To convert a state of "
+            f"optax.adamax, write compat.optax.load_state(state, params, tx)."
         )
     return found
 
@@ -84,7 +84,7 @@ def _summary(moment: Any) -> str:
 
 
 def _number(count: Any) -> str:
-    """Prints a step count; its dtype if its value cannot be read in this process."""
+    """Formats a step count, or its dtype if this process cannot read its value."""
     (leaf, *others) = jax.tree.leaves(count) or [None]
     is_known = isinstance(leaf, (Tracer, np.ndarray, int)) or (
         isinstance(leaf, jax.Array) and leaf.is_fully_replicated and not leaf.is_deleted()

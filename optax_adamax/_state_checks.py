@@ -1,4 +1,4 @@
-"""Checks of a state that is passed to `update` or converted, and their messages."""
+"""Checks of a state that is passed to `update`, converted or described."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,11 +9,10 @@ import optax
 
 from optax_adamax._formats import Format, is_in_format, unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._messages import describe_value, with_article
+from optax_adamax._messages import ORDER, describe_value, with_article
 from optax_adamax._state import ScaleByAdamaxState, container_of, is_adamax_state, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
-ORDER = "The arguments are update(gradients, state, params), in this order."
 RESTORE = "Restore a checkpoint into the structure and the dtypes that init returns."
 AVERAGE = (
     "To average states over workers, average the floats of decode_state(state), leave count as it "
@@ -25,12 +24,12 @@ SAME_MOMENTS = (
 )
 
 
-class ChainLink(NamedTuple):
-    """A transformation after Adamax in the chain of an alias."""
+class ChainedTransformation(NamedTuple):
+    """A transformation after `scale_by_adamax` in the chain of `adamax` or `adamaxw`."""
 
-    argument: str  # its hyperparameter
-    is_schedule: bool  # whether the hyperparameter is a schedule, whose state has a count
-    is_masked: bool = False
+    argument: str  # the name of its hyperparameter
+    is_schedule: bool  # whether the hyperparameter is a schedule; then its state has a count
+    is_masked: bool = False  # whether it is inside `optax.masked`
 
 
 def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdamaxState:
@@ -58,7 +57,7 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
 
 
 def check_counters(state: ScaleByAdamaxState) -> None:
-    """Checks the dtypes of the step count, and of the phase of v if there is one."""
+    """Checks the dtypes of the step count and, for a quantized v, of the phase."""
     counters: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
     if container_of(state.v, V_FORMATS) is not None:
         counters["phase"] = (state.v.phase, jnp.unsignedinteger)
@@ -74,7 +73,7 @@ def check_counters(state: ScaleByAdamaxState) -> None:
 
 
 def check_concrete_types(state: ScaleByAdamaxState) -> None:
-    """Checks that a state to be converted or described consists of arrays that can be read."""
+    """Checks that a state consists of arrays, not of shapes."""
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state)):
         raise TypeError(
             "The state must consist of arrays, but it contains ShapeDtypeStructs. For the shapes "
@@ -84,10 +83,10 @@ def check_concrete_types(state: ScaleByAdamaxState) -> None:
 
 
 def check_readable(name: str, moment: Any, table: Mapping[str | None, Format]) -> None:
-    """Checks that m or v of a state can be decoded.
+    """Checks that a moment of a state can be decoded.
 
     Raises:
-      TypeError: codes without their container, or in another dtype than their format's.
+      TypeError: codes without their container, or codes in another dtype.
     """
     container = container_of(moment, table)
     dtypes = [jnp.result_type(x) for x in jax.tree.leaves(moment[0] if container else moment)]
@@ -117,27 +116,29 @@ def check_same_trees(m: Any, v: Any) -> None:
         raise ValueError(f"The m and v of the state must have the same tree and shapes. {RESTORE}")
 
 
-def check_chain_state(state: Any, links: tuple[ChainLink, ...]) -> None:
-    """Checks the state of an alias, as far as the chain in it would fail with unclear words.
+def check_chain_state(state: Any, after_core: tuple[ChainedTransformation, ...]) -> None:
+    """Checks the tuple of states of `adamax` or `adamaxw`, except the state of `scale_by_adamax`.
+
+    Without this check, `optax.chain` would raise errors that do not name the cause.
 
     Args:
       state: the state given to `update`.
-      links: the transformations after Adamax.
+      after_core: the transformations after `scale_by_adamax`.
     """
     is_chain = isinstance(state, (tuple, list)) and not hasattr(state, "_fields")
-    if not is_chain or len(state) != 1 + len(links):
+    if not is_chain or len(state) != 1 + len(after_core):
         given = f"a tuple of {len(state)}" if is_chain else describe_value(state)
         is_other_chain = is_chain and any(map(is_adamax_state, state))
         raise TypeError(
-            f"The state must be the tuple of {1 + len(links)} states that init returns, but "
+            f"The state must be the tuple of {1 + len(after_core)} states that init returns, but "
             f"{given} was given. "
             f"{SAME_MOMENTS if is_other_chain else _wrong_state_hint(state)}"
         )
-    for link, found in zip(links, state[1:], strict=True):
+    for expected, found in zip(after_core, state[1:], strict=True):
         is_masked = isinstance(found, optax.MaskedState)
         inner = found.inner_state if isinstance(found, optax.MaskedState) else found
         is_schedule = "count" in getattr(inner, "_fields", ())
-        kinds = [_kind(link.argument, *x) for x in ((is_schedule, is_masked), link[1:])]
+        kinds = [_kind(expected.argument, *x) for x in ((is_schedule, is_masked), expected[1:])]
         if kinds[0] != kinds[1]:
             raise TypeError(
                 f"The state was made with {kinds[0]}, but the transformation was built with "
@@ -167,7 +168,7 @@ def _dtypes(moment: Any) -> str:
 
 
 def _wrong_state_hint(state: Any) -> str:
-    """Says what to pass instead of something that is not the state of the transformation."""
+    """Returns advice for an object that is not the state of the transformation."""
     if isinstance(state, optax.ScaleByAdamState):
         return (
             "Convert it with optax_adamax.compat.optax.load_state(state, params, tx), which reads "

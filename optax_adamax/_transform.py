@@ -47,50 +47,71 @@ def scale_by_adamax(
         v_t &= \max(\beta_2 v_{t-1}, |g_t| + \varepsilon) \\
         u_t &= m_t / ((1 - \beta_1^t) v_t)
 
-    The arithmetic is done in float32, or in float64 where a gradient or a moment is of 64
-    bits, whatever the dtype of the parameters. An element that has never seen a gradient has
-    :math:`u_t = 0`, with ``eps=0`` too. For complex parameters :math:`|g_t|` is the modulus
-    and v is real; to treat real and imaginary parts as separate parameters, as PyTorch does,
-    wrap the transformation in :func:`optax.contrib.split_real_and_imaginary`.
+    All arithmetic is in float32, or in float64 if a gradient or a moment has 64-bit parts. The
+    dtype of the parameters does not matter. If all gradients of an element have been zero, its
+    update is 0, also with ``eps=0``. For complex parameters, :math:`|g_t|` is the modulus and v is
+    real. PyTorch treats real and imaginary parts as separate parameters. For the same result, wrap
+    the transformation in :func:`optax.contrib.split_real_and_imaginary`.
 
     Args:
       b1: decay rate of the first moment, in [0, 1).
-      b2: decay rate of the infinity norm, in [0, 1]; 1 never forgets.
+      b2: decay rate of the infinity norm, in [0, 1]. With 1, v never decreases.
       eps: small constant >= 0, in the units of the gradient.
-      eps_placement: ``"max"`` puts eps where it stands above, as optax and PyTorch do;
-        ``"denominator"`` divides by :math:`v_t + \varepsilon` instead and leaves it out of the
-        maximum, as Keras, MLX and Lucid do.
-      bias_correction: False leaves :math:`1 - \beta_1^t` out, as MLX does.
-      nesterov: uses :math:`\beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 -
-        \beta_1^t)` in place of :math:`m_t / (1 - \beta_1^t)`, as :func:`optax.nadam` does.
-      m_dtype: dtype in which m is kept: float32, float64, bfloat16 or int8. None: float32, or
-        float64 for parameters of 64 bits. For complex parameters, the dtype of one part.
-      v_dtype: dtype in which v is kept: float32, float64, bfloat16 or uint8. None: likewise.
-      nonfinite: what becomes of a gradient that is NaN or infinite (or complex, with an infinite
-        modulus). ``"propagate"``: its element of m and every later update are not finite.
-        ``"zero"``: it counts as 0 in that element. ``"skip_step"``: if any element of any gradient
-        is not finite all updates are 0 and no state changes, the count included.
+      eps_placement: ``"max"`` adds eps in the maximum, as above and as in optax and PyTorch.
+        ``"denominator"`` divides by :math:`v_t + \varepsilon` instead, and the maximum does not
+        contain eps, as in Keras, MLX and Lucid.
+      bias_correction: False omits the factor :math:`1 - \beta_1^t`, as MLX does.
+      nesterov: True replaces :math:`m_t / (1 - \beta_1^t)` by :math:`\beta_1 m_t / (1 -
+        \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)`, as in :func:`optax.nadam`.
+      m_dtype: storage format of m: float32, float64, bfloat16 or int8. None: float32, or float64
+        for 64-bit parameters. For complex parameters, the dtype of the real part.
+      v_dtype: storage format of v: float32, float64, bfloat16 or uint8. None: as for m.
+      nonfinite: policy for gradients that are NaN or infinite. A complex gradient is infinite if
+        its modulus is. ``"propagate"``: m and all later updates of the element are non-finite.
+        ``"zero"``: replaces non-finite elements by 0. ``"skip_step"``: if any element of any
+        gradient is non-finite, all updates are 0, and m, v and the step count do not change.
 
-    b1, b2 and eps may be traced arrays of float32 or float64
-    (:func:`optax.inject_hyperparams`, :func:`jax.vmap`, :func:`jax.grad`).
+    b1, b2 and eps may be traced float32 or float64 scalars, as in
+    :func:`optax.inject_hyperparams`, :func:`jax.vmap` and :func:`jax.grad`.
 
-    Where m or v is kept in few bits, :math:`|u_t|` is limited to what exact arithmetic allows for
-    constant b1 and b2. For traced ones there is no such number, and it may be larger by the
-    format's error (a twelfth in uint8); with m in int8 it is at most 7.5 times
-    :math:`1 / (1 - \beta_1^t)`. Updates in few bits cannot be differentiated.
+    bfloat16, int8 and uint8 moments are called quantized. Their costs and limits are:
+
+    - **Range.** The relative error of v is at most 0.4 % (bfloat16) or 12.5 % (uint8), after any
+      number of steps, if v is between 7.5e-37 and 1.7e38 (bfloat16) or between 1.2e-10 and 9.4e8
+      (uint8). :func:`describe_state` reports v outside of the range.
+    - **Noise.** m is rounded stochastically, without bias. The rounding noise persists for about
+      :math:`1 / (1 - \beta_1)` steps. On gradients of pure noise, the rms error of an update is
+      9 % (int8) or 0.5 % (bfloat16) for ``b1=0.9``, and 27 % or 1.7 % for ``b1=0.99``. For b1 >=
+      0.99, use bfloat16 instead of int8.
+    - **Clip.** If b1 < b2 are numbers, :math:`|u_t|` is clipped to its largest value in exact
+      arithmetic. With constant gradients, exact updates are close to this value, and the clip
+      removes errors in one direction only. Updates with int8 m and uint8 v are then about 1.8 % too
+      short on average (``b1=0.9``, measured).
+    - **Traced b1 or b2, and b1 >= b2.** Updates are not clipped. :math:`|u_t|` may exceed the exact
+      value by the error of the format. int8 m limits it to :math:`7.5 / (1 - \beta_1^t)`.
+    - **Time.** On CPU, a step takes 1.1 to 1.5 times as long as :func:`optax.adamax`: 1.2 times
+      with int8 m and uint8 v (measured). On TPU v5e and v6e, it takes 0.57 times as long with int8
+      m and uint8 v (float32 parameters, estimated by the compiler).
+    - **Derivatives.** Updates cannot be differentiated.
+    - **Complex parameters.** Their moments cannot be quantized.
+
+    ``nonfinite="skip_step"`` reads the gradients twice: a step on TPU v5e and v6e takes 1.3 to 1.6
+    times its memory-bound time (estimated by the compiler).
 
     Returns:
-      A transformation with state :class:`ScaleByAdamaxState`, inside a
-      :class:`HandleNonfiniteState` that counts elements or steps if there is a policy for them. The
-      updates have the shape of the gradients, and the wider of the dtypes of gradient and
-      parameter (of the gradient if ``update`` is given no parameters). They point uphill: chain
-      them with :func:`optax.scale_by_learning_rate`.
+      The transformation, with state :class:`ScaleByAdamaxState`. With ``"zero"`` or
+      ``"skip_step"``, that state is inside a :class:`HandleNonfiniteState`. Updates have the shape
+      of the gradients, and the wider one of the dtypes of gradient and parameter. If ``update``
+      receives no parameters, they have the dtype of the gradient. To descend, chain the
+      transformation with :func:`optax.scale_by_learning_rate`.
 
     Raises:
-      ValueError: a hyperparameter out of range; from ``update``, gradients whose tree or
-        shapes are not those of the parameters given to ``init``.
-      TypeError: a hyperparameter of the wrong type; from ``init``, integer parameters; a derivative
-        of an update in few bits.
+      ValueError: a hyperparameter out of range; int8 m with decay rates for which :math:`|m_t| /
+        v_t` may exceed 7.5. From ``init``: float64 moments if JAX has 64-bit types disabled. From
+        ``update``: gradients whose tree or shapes differ from the parameters given to ``init``.
+      TypeError: a hyperparameter of another type. From ``init``: parameters that are not float or
+        complex arrays, or complex ones with quantized moments. From ``update``: another state, or
+        a derivative of an update with quantized moments.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -175,38 +196,51 @@ def adamax_step(
     bias_correction: bool = True,
     nesterov: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One step of Adamax as a pure function of arrays, scalars or (nested) lists of numbers.
+    r"""Computes one step of Adamax for one array, as a pure function.
 
-    The arithmetic is that of :func:`scale_by_adamax`, where the hyperparameters are described;
-    eps stands in the denominator unless told otherwise.
+    eps is added in the denominator by default, unlike in :func:`scale_by_adamax`:
+
+    .. math::
+
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \max(\beta_2 v_{t-1}, |g_t|) \\
+        \theta_t &= \theta_{t-1} - \alpha\, m_t / ((1 - \beta_1^t) (v_t + \varepsilon))
+
+    The arrays may be scalars or nested lists of numbers. Arithmetic is in float32, or in float64 if
+    one of them has 64-bit parts.
 
     Args:
-      parameter: what is trained, of any shape. Integers are taken as floats.
-      grad: its gradient, of the same shape.
-      m: first moment before the step, of the same shape or a scalar; 0 at the first step.
-      v: infinity norm before the step, likewise.
-      t: number of this step; the first one is 1.
-      learning_rate: step size >= 0.
+      parameter: :math:`\theta_{t-1}`, float or complex, of any shape. Integers are cast to float.
+      grad: :math:`g_t`, with the shape of the parameter.
+      m: :math:`m_{t-1}`, with the shape of the parameter or a scalar. 0 in the first step.
+      v: :math:`v_{t-1}`, real, with the shape of the parameter or a scalar. 0 in the first step.
+      t: number of the step. 1 in the first step.
+      learning_rate: :math:`\alpha` >= 0.
       b1: decay rate of m, in [0, 1).
       b2: decay rate of v, in [0, 1].
-      eps: small constant >= 0.
-      eps_placement: ``"max"`` or ``"denominator"``.
-      bias_correction: whether m is divided by ``1 - b1**t``.
-      nesterov: whether the step looks ahead by one gradient.
+      eps: small constant >= 0, in the units of the gradient.
+      eps_placement: ``"denominator"`` as above, or ``"max"`` as in :func:`scale_by_adamax`.
+      bias_correction: False omits the factor :math:`1 - \beta_1^t`.
+      nesterov: True uses Nesterov momentum, as in :func:`scale_by_adamax`.
 
     Returns:
-      The new ``(parameter, m, v)``: the parameter in its own dtype, m and v in float32, or in
-      float64 where an argument is.
+      The new ``(parameter, m, v)``, with the shape of the parameter. The parameter has its own
+      dtype. m and v have the dtype of the arithmetic, and m is complex if the parameter is.
 
     Raises:
       ValueError: shapes that differ, t < 1, or a hyperparameter out of range.
-      TypeError: an argument that is no number.
+      TypeError: an argument that is not a number or an array of numbers; a complex gradient or m of
+        a real parameter; a complex v.
 
     Example:
       >>> from optax_adamax import adamax_step
       >>> parameter, m, v = adamax_step(1.0, 0.1, 0.0, 0.0, t=1)
       >>> print(f"{parameter:.3f} {m:.3f} {v:.3f}")
       0.998 0.010 0.100
+
+    Reference:
+      Kingma & Ba, `Adam: A Method for Stochastic Optimization
+      <https://arxiv.org/abs/1412.6980>`_, 2014, section 7.1.
     """
     hyper = Hyperparameters.validated(b1, b2, eps, eps_placement, bias_correction, nesterov)
     _checks.check_scalar("learning_rate", learning_rate, 0.0, float("inf"))
@@ -216,15 +250,15 @@ def adamax_step(
     _checks.check_arrays(parameter, grad=grad, m=m, v=v)
     dtype = compute_dtype(parameter, grad, m, v)
     formats: dict[str, Any] = {"m_format": m_format_of(None), "v_format": v_format_of(None)}
-    wide = np.result_type(dtype, parameter.dtype)  # complex for complex parameters
+    upcast_dtype = np.result_type(dtype, parameter.dtype)  # complex for complex parameters
     u, new_m, new_v = update_leaf(
-        grad.astype(wide),
-        jnp.broadcast_to(m.astype(wide), parameter.shape),
+        grad.astype(upcast_dtype),
+        jnp.broadcast_to(m.astype(upcast_dtype), parameter.shape),
         jnp.broadcast_to(v.astype(dtype), parameter.shape),
         hyper.for_step(t, None, **formats, dtype=dtype),
         **formats,
-        dtype=wide,
+        dtype=upcast_dtype,
     )
     rate = jnp.asarray(learning_rate, dtype)
-    new = map_real_imag(lambda p, u: p - rate * u, parameter.astype(wide), u)
+    new = map_real_imag(lambda p, u: p - rate * u, parameter.astype(upcast_dtype), u)
     return new.astype(parameter.dtype), new_m, new_v

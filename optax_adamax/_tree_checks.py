@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_adamax._messages import (
     advice_for_tree,
-    conversion,
+    conversion_advice,
     describe_difference,
     describe_value,
     leaf_label,
@@ -32,7 +32,7 @@ def check_parameter(path: Any, parameter: Any) -> None:
 
 
 def check_gradients(gradients: Any, moments: Any) -> None:
-    """Checks that gradients belong to the parameters that the state was made for.
+    """Checks that gradients have the tree, the shapes and the kinds of dtype of m in the state.
 
     Args:
       gradients: the tree given to `update`.
@@ -40,7 +40,8 @@ def check_gradients(gradients: Any, moments: Any) -> None:
 
     Raises:
       ValueError: another tree structure, or another shape.
-      TypeError: an integer gradient, or a complex gradient of a real parameter, or the reverse.
+      TypeError: a gradient that is not a float or complex array; a complex gradient of a real
+        parameter; a real gradient of a complex parameter.
     """
     if jax.tree.structure(gradients) != jax.tree.structure(moments):
         advice = advice_for_tree(
@@ -64,8 +65,8 @@ def check_gradients(gradients: Any, moments: Any) -> None:
             )
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The {label} must be a float array, but its dtype is {dtype.name}. Cast it to a "
-                f"float; integer parameters have no gradient, so leave them out."
+                f"The {label} must be a float array, but its dtype is {dtype.name}. Cast it to "
+                f"float. Leave integer parameters out, because they have no gradient."
             )
         if jnp.issubdtype(dtype, jnp.complexfloating) != jnp.iscomplexobj(moment):
             kind = "complex" if jnp.iscomplexobj(moment) else "real"
@@ -75,11 +76,13 @@ def check_gradients(gradients: Any, moments: Any) -> None:
 
 
 def params_like(gradients: Any, params: Any) -> list[Any]:
-    """Returns the parameter of each gradient. Whatever belongs to a gradient of None is ignored.
+    """Returns the parameter of each gradient, in the order of the gradients.
+
+    Parts of `params` for which the gradient is None are ignored.
 
     Raises:
-      ValueError: `params` has another tree than the gradients.
-      TypeError: the parameter of a gradient is not an array.
+      ValueError: the tree of `params` differs from the tree of the gradients.
+      TypeError: the parameter of a gradient is not a float or complex array.
     """
 
     def is_none(x: Any) -> bool:
@@ -114,7 +117,7 @@ def _dtype_of(label: str, x: Any) -> np.dtype:
     try:
         return jnp.result_type(x)
     except (TypeError, ValueError):
-        advice = conversion(x) or (
+        advice = conversion_advice(x) or (
             "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
         )
         raise TypeError(

@@ -1,6 +1,6 @@
 """Storage formats of v: a float, or a quantized value with a shared scale.
 
-A quantized format stores w = s v (see `_shared_scale`). In full precision s is 1.
+A quantized format stores w = s v, with the scale s of `_shared_scale`. In full precision, w is v.
 """
 
 import abc
@@ -23,12 +23,12 @@ class VFormat(Format):
 
     @property
     def has_shared_scale(self) -> bool:
-        """Whether the state contains the phase of a shared scale."""
+        """Returns whether w = s v is stored, with the phase of s in the container."""
         return self.container is not None
 
     @abc.abstractmethod
     def decode(self, w: jax.Array) -> jax.Array:
-        """Returns the float that is stored as w."""
+        """Returns the stored w as a float."""
 
     @abc.abstractmethod
     def encode(self, w: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ class Bfloat16V(VFormat):
     container = ScaledBfloat16
     range = (2.0**-120, 2.0**127)
     relative_error = 2.0**-8
-    LARGEST: ClassVar[float] = float(jnp.finfo(jnp.bfloat16).max) / 2  # so that w / s is finite
+    LARGEST: ClassVar[float] = float(jnp.finfo(jnp.bfloat16).max) / 2  # w / s <= 2 w is finite
 
     def decode(self, w: jax.Array) -> jax.Array:
         return w.astype(jnp.float32)
@@ -74,7 +74,7 @@ class Bfloat16V(VFormat):
 
 
 class ScaledUint8(NamedTuple):
-    """v as uint8 codes with a shared scale; see :class:`Uint8V`."""
+    """v as uint8 codes with a shared scale: 6 exponent bits and 2 mantissa bits."""
 
     scaled_uint8: Any  # tree like the parameters, uint8
     phase: jax.Array  # shape=(), dtype=uint32: log2 of the scale plus 1, in units of 2**-32
@@ -83,11 +83,10 @@ class ScaledUint8(NamedTuple):
 class Uint8V(VFormat):
     """v as an unsigned float with 6 exponent bits and 2 mantissa bits (E6M2), rounded to nearest.
 
-    Code 0 is SMALLEST, not zero, so that the other codes are cut from the bits of a float32:
-
         bits(w) = bits(SMALLEST) + (code << 21)
 
-    Values below SMALLEST become code 0, values above LARGEST code 255.
+    The codes are upper bits of a float32. Code 0 is SMALLEST, not zero. Values below SMALLEST
+    become code 0, and values above LARGEST code 255.
     """
 
     dtype = np.dtype(np.uint8)
@@ -95,7 +94,7 @@ class Uint8V(VFormat):
     SMALLEST: ClassVar[float] = 2.0**-34
     LARGEST: ClassVar[float] = 1.75 * 2.0**29
     SMALLEST_BITS: ClassVar[int] = int(np.float32(SMALLEST).view(np.int32))
-    range = (2 * SMALLEST, LARGEST)  # v is between w and 2 w
+    range = (2 * SMALLEST, LARGEST)  # v = w / s is between w and 2 w
     relative_error = 1 / 8
 
     def decode(self, w: jax.Array) -> jax.Array:
@@ -116,5 +115,5 @@ V_FORMATS: dict[str | None, VFormat] = {
 
 
 def v_format_of(dtype: DTypeLike | None) -> VFormat:
-    """Returns the storage format for an argument `v_dtype`."""
+    """Returns the storage format of v for an argument `v_dtype`."""
     return find_format(V_FORMATS, "v_dtype", dtype)

@@ -9,9 +9,13 @@ from bad_inputs import PARAMS, REAL, gradients
 from optax_adamax import (
     adamax,
     adamaxw,
+    compensate_rounding,
     decode_state,
     describe_state,
     encode_state,
+    limit_spikes,
+    pack_small_leaves,
+    probe_gradients,
     scale_by_adamax,
 )
 from optax_adamax.compat import optax as compat_optax
@@ -121,9 +125,9 @@ ROWS += [
      "Pass the state that this function returned"),
     ("no eps to describe with", lambda x: describe_state(x.state, eps="x"), TypeError, "eps must"),
     ("a policy, and a state without", lambda x: x.skip.update(REAL, x.low_state), TypeError,
-     "nonfinite='skip_step' needs the HandleNonfiniteState that its init returns"),
+     "To continue a run without nonfinite='skip_step', write init(params)._replace(inner_state="),
     ("a limit, and a state without", lambda x: x.spikes.update(REAL, x.skip_state), TypeError,
-     "limit_spikes needs the LimitSpikesState that its init returns"),
+     "To continue a run without limit_spikes, write init(params)._replace(inner_state=state)."),
     ("weight decay without parameters",
      lambda x: adamaxw(0.1).update(gradients(), adamaxw(0.1).init(PARAMS)), ValueError,
      "not passing `params`"),
@@ -137,6 +141,24 @@ ROWS += [
      TypeError, "optax_adamax.compat.optax.load_state(state, params, tx), which reads mu as m"),
     ("optax's state of another optimizer", lambda x: compat_optax.load_state(
         optax.sgd(0.1).init(REAL), REAL, adamax(0.1)), ValueError, "There is no ScaleByAdamState"),
+]  # fmt: skip
+
+# Wrappers whose state is in the place of another argument.
+ROWS += [
+    (f"{name}: {case}", lambda _, tx=tx, swap=swap: tx.update(*swap(REAL, tx.init(REAL))),
+     TypeError, f"must be a {state}, but {given} was given. {ORDER}")
+    for name, tx, state in [
+        ("a policy", adamax(0.1, nonfinite="zero"), "HandleNonfiniteState"),
+        ("limit_spikes", limit_spikes(adamax(0.1), 5.0), "LimitSpikesState"),
+        ("compensate_rounding", compensate_rounding(adamax(0.1)), "CompensateRoundingState"),
+        ("pack_small_leaves", pack_small_leaves(adamax(0.1)), "PackedState"),
+        ("probe_gradients", probe_gradients("uint8"), "ProbeGradientsState"),
+    ]
+    for case, swap, given in [
+        ("the state first", lambda g, s: (s, g, g), "a dict with the keys 'a', 'b'"),
+        ("the state last", lambda g, s: (g, g, s), "a dict with the keys 'a', 'b'"),
+        ("a state of optax", lambda g, s: (g, optax.sgd(0.1).init(g), g), "a tuple"),
+    ]
 ]  # fmt: skip
 
 

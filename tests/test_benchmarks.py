@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,3 +112,99 @@ def test_timed_step_applies_the_transformation():
     step = timing.Step(optax.sgd(1.0), np.ones(3, np.float32), timing.given, np.ones(3, np.float32))
     step()
     np.testing.assert_array_equal(step.carry[0], np.full(3, -1.0))
+
+
+def test_readme_figure_counts_bytes_and_draws(tmp_path, monkeypatch):
+    from benchmarks import readme_figure, reporting, update_docs
+    from benchmarks.tasks import Task
+
+    monkeypatch.setattr(reporting, "FIGURES", tmp_path)
+    counted = {name: readme_figure.bytes_of(way) for name, way in readme_figure.WAYS.items()}
+    assert sum(counted[readme_figure.OURS].values()) == 7
+    assert sum(counted[readme_figure.FLOAT32].values()) == 16
+    assert "| 2 | 2 | 1 | 2 | 7 |" in update_docs.bytes_by_part({"bytes": counted})
+
+    def loss(params, key=None):
+        return jnp.sum(params["w"] ** 2)
+
+    init = {"w": jnp.ones(3)}
+    task = Task("a quadratic", 4, 3, lambda key: init, loss, loss, loss)
+    with tqdm(disable=True) as progress:
+        found = readme_figure.measure(task, 0.1, 1, progress)
+    assert np.shape(found["ways"][readme_figure.OURS]["loss"]) == (3, 4)
+    readme_figure.draw({"bytes": counted, "tasks": {"quadratic": found}})
+    assert (tmp_path / "readme.png").exists()
+
+
+def test_update_error_of_a_few_steps():
+    from benchmarks import update_docs, update_error
+
+    (row,) = update_error.measure(50, 20, [("int8", "uint8")])
+    assert 0.95 < row["constant_mean"] < 1 and 0.01 < row["random_rms"] < 0.2
+    assert "1.2e-10 to 9.4e8" in update_docs.storage_formats({"rows": [row]})
+
+
+def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
+    from benchmarks import learning_rate, learning_rate_figure, reporting, update_docs
+    from benchmarks.tasks import Task
+
+    monkeypatch.setattr(reporting, "FIGURES", tmp_path)
+
+    def loss(params, key):
+        return jnp.sum((params["w"] - jax.random.normal(key, (4,))) ** 2)
+
+    task = Task(
+        description="a quadratic",
+        steps=3,
+        seeds=2,
+        init=lambda key: {"w": 3 + jax.random.normal(key, (4,))},
+        loss=loss,
+        train_loss=lambda params: jnp.sum(params["w"] ** 2),
+        held_out_loss=lambda params: jnp.sum(params["w"] ** 2),
+    )
+    adamax = learning_rate.OPTIMIZERS[learning_rate.ADAMAX]._replace(rates=(0.1, 1e30))
+    with tqdm(disable=True) as progress:
+        found = learning_rate.measure(task, {learning_rate.ADAMAX: adamax}, progress)
+    row = found["own gradients"][learning_rate.ADAMAX]
+    assert np.shape(row["held_out_loss"]) == (2, 2)
+    assert max(row["held_out_loss"][0]) < found["initial_loss"] < min(row["held_out_loss"][1])
+    assert 0.9 < row["largest_update"][0] <= 1.01
+
+    rows = {noise: dict.fromkeys(learning_rate.OPTIMIZERS, row) for noise in learning_rate.NOISES}
+    tasks = dict.fromkeys(("one", "other"), found | rows)
+    results = {"noises": learning_rate.NOISES, "tasks": tasks}
+    learning_rate_figure.draw(results)
+    assert (tmp_path / "learning_rate.png").exists()
+    assert "| one, noise added | " in update_docs.learning_rate(results)
+    assert "sgd" not in update_docs.largest_update(results)
+
+
+def test_noise_has_the_tails_of_student_t_and_the_scale_of_the_gradient():
+    from benchmarks import learning_rate
+
+    zeros = {"w": np.zeros(100_000, np.float32).reshape(100, 1000)}
+    gradients = {"w": zeros["w"] + np.float32([3, -3] * 500)}
+    noise = learning_rate.with_noise(gradients, jax.random.key(0), 2.0)["w"] - gradients["w"]
+    t = np.sort(np.abs(np.asarray(noise)).ravel()) / 6
+    # P(|t| > x) = 1 - x / sqrt(2 + x**2) with two degrees of freedom.
+    for x in (0.5, 1.0, 5.0, 50.0):
+        expected = 1 - x / np.sqrt(2 + x**2)
+        assert np.mean(t > x) == pytest.approx(expected, rel=0.3, abs=3e-3 * expected**0.5)
+    np.testing.assert_array_equal(
+        learning_rate.with_noise(zeros, jax.random.key(0), 1.0)["w"], zeros["w"]
+    )
+
+
+def test_good_rates_lack_a_twentieth_of_the_decrease():
+    from benchmarks.learning_rate_summary import span, summary
+
+    losses = {"a": [[3.0], [1.0], [1.09]], "b": [[np.nan], [1.2], [1.11]]}
+    rows = {
+        name: {"rates": [1, 2, 3], "held_out_loss": x, "largest_update": [1.0, 2.0, 1.5]}
+        for name, x in losses.items()
+    }
+    found = summary({"initial_loss": 3.0, "noise": rows}, "noise")
+    assert (found["a"]["loss"], found["a"]["rate"], found["a"]["good_rates"]) == (1.0, 2, [2, 3])
+    assert (found["b"]["loss"], found["b"]["rate"], found["b"]["good_rates"]) == (1.11, 3, [])
+    assert found["b"]["largest_update"] == 2.0
+    assert [span(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]

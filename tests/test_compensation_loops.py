@@ -90,7 +90,7 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
             jax.block_until_ready(step(*first, params))
             continue
         error = jax.errors.JaxRuntimeError if compiled else ValueError
-        with pytest.raises(error, match=r"elements of \['a'\] differ. It must be the outermost"):
+        with pytest.raises(error, match=r"elements of \['a'\] differ. Make it the outermost"):
             jax.block_until_ready(step(*first, params))
             jax.effects_barrier()
 

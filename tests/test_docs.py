@@ -5,6 +5,9 @@ import importlib
 import inspect
 import io
 import re
+import signal
+import subprocess
+import sys
 import textwrap
 import tomllib
 import types
@@ -16,8 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
-# What they train with frameworks and limit, test_frameworks.py and test_spikes.py look at.
-LONG = {DOCS / "guide" / "frameworks.md", DOCS / "guide" / "deep_vaes.md"}
+# These pages train networks. Other tests cover what the pages use.
+LONG = {DOCS / "guide" / f"{name}.md" for name in ("frameworks", "deep_vaes", "recipes")}
 MODULES = [
     "optax_adamax",
     "optax_adamax.sharding",
@@ -70,6 +73,12 @@ def test_every_public_function_says_what_goes_in_and_out():
         assert re.search(parts, function.__doc__ or "", re.M | re.S), function
 
 
+def program(text: str) -> str:
+    """Returns the code of all blocks of a page."""
+    blocks = re.findall(r"^ *```python\n.*?^ *```", text, re.M | re.S)
+    return "\n".join(textwrap.dedent(block).split("\n", 1)[1].rstrip("`") for block in blocks)
+
+
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES],
@@ -77,8 +86,7 @@ def test_every_public_function_says_what_goes_in_and_out():
 )
 def test_code_of_a_page_runs_and_prints_what_it_says(page):
     """The blocks of a page are one program."""
-    blocks = re.findall(r"^ *```python\n.*?^ *```", page.read_text("utf-8"), re.M | re.S)
-    code = "\n".join(textwrap.dedent(block).split("\n", 1)[1].rstrip("`") for block in blocks)
+    code = program(page.read_text("utf-8"))
     said = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
     printed = io.StringIO()
     with (
@@ -88,6 +96,30 @@ def test_code_of_a_page_runs_and_prints_what_it_says(page):
     ):
         exec(compile(code, page.name, "exec"), {})
     assert printed.getvalue().splitlines() == said
+
+
+@pytest.mark.slow
+def test_recipe_resumes_after_sigkill_with_the_same_bits(tmp_path):
+    page = (DOCS / "guide" / "recipes.md").read_text("utf-8")
+    code = program(page.split("### Flax nnx")[0]).rpartition("print(")[0]
+    code += f"folder = Path({str(tmp_path)!r})\n"
+    killed = """
+import os, signal
+def killed_step(run, x, y):
+    if bool((x == make_batch(100)[0]).all()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(run, x, y)
+train(killed_step, make_run(), folder / "killed")
+"""
+    resumed = """
+runs = [train(step, make_run(), folder / name)[0] for name in ("killed", "undisturbed")]
+print(jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), *runs)))
+"""
+    found = subprocess.run([sys.executable, "-c", code + killed], capture_output=True, text=True)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    assert (tmp_path / "killed" / "40").exists()
+    found = subprocess.run([sys.executable, "-c", code + resumed], capture_output=True, text=True)
+    assert found.stdout == "True\n", found.stderr
 
 
 def test_links_between_pages_lead_somewhere():

@@ -48,7 +48,12 @@ def test_v_has_a_bounded_error(v_dtype, b2):
     check_v_error(v_dtype, b2)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats([x for x in LOW_BIT if x[1] != "float32"]))
+@pytest.mark.parametrize(
+    "m_dtype, v_dtype",
+    formats(
+        [x for x in LOW_BIT if x[1] != "float32"], [("bfloat16", "bfloat16"), ("int8", "uint8")]
+    ),
+)
 def test_v_has_a_bounded_error_while_b2_changes(m_dtype, v_dtype):
     """b2 is traced and rises from 0.9 to 0.9999 in 20,000 steps."""
     steps = 20_000

@@ -155,7 +155,7 @@ def test_gradients_of_mixed_dtypes_raise():
     updates, state = jax.jit(tx.update)(g, start, params)
     same(updates, jax.jit(plain.update)(g, plain.init(params), params)[0])
     assert jax.tree.structure(state) == jax.tree.structure(start)
-    with pytest.raises(TypeError, match="bfloat16 and float32: cast them to one dtype"):
+    with pytest.raises(TypeError, match=r"bfloat16 and float32 were given\. Cast the gradients"):
         tx.update(g | {"b": params["b"]}, state, params)
 
 
@@ -243,7 +243,7 @@ def test_state_is_converted_to_another_max_size():
 def test_state_of_other_parameters_or_formats_raises():
     tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
     state = tx.init(PARAMS)
-    with pytest.raises(ValueError, match=r"packed for \[\"\['a'\]\"\], which are not in params"):
+    with pytest.raises(ValueError, match=r"it lacks \['a'\]. Pass the parameters given to init"):
         unpack_state(state, {name: x for name, x in PARAMS.items() if name != "a"})
     unpacked = unpack_state(state, PARAMS)
     other_format = pack_small_leaves(adamax(0.1, v_dtype="uint8"), MAX_SIZE)
@@ -254,7 +254,7 @@ def test_state_of_other_parameters_or_formats_raises():
         with pytest.raises(ValueError):
             repack_state(unpacked, like)
     half = optax.tree.set(unpacked, count=jnp.zeros((), jnp.int16))
-    with pytest.raises(ValueError, match=r"count has shape and dtype \(\), int16, but in `like`"):
+    with pytest.raises(ValueError, match=r"count must have shape \(\) and dtype int32"):
         repack_state(half, state)
 
 

@@ -130,7 +130,7 @@ def test_count_saturates():
     [
         (functools.partial(probe_gradients, "int3"), TypeError, "v_dtype must be"),
         (functools.partial(probe_gradients, "int8"), ValueError, "v_dtype must be"),
-        (functools.partial(probe, every=0), ValueError, "every must be an integer >= 1, but got 0"),
+        (functools.partial(probe, every=0), ValueError, "every must be an integer >= 1, but 0 was"),
         (functools.partial(probe, every=2.0), ValueError, "every must be an integer"),
         (lambda: probe_gradients("uint8", eps=-1.0), ValueError, "eps must be in"),
         (lambda: probe_gradients("uint8", "print"), TypeError, "Write report=print"),

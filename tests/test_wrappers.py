@@ -96,10 +96,10 @@ def test_extra_arguments_reach_multi_steps(wrap):
 @each_wrapper
 @pytest.mark.parametrize(
     "inner, words",
-    [(adamax, "function"), (optax.MultiSteps, "the class MultiSteps"), (None, "NoneType")],
+    [(adamax, "the function adamax"), (optax.MultiSteps, "the class MultiSteps"), (None, "None")],
 )
 def test_other_object_raises(wrap, inner, words):
-    with pytest.raises(TypeError, match=f"but got {words}. Write .*adamax"):
+    with pytest.raises(TypeError, match=f"but {words} was given. Write .*adamax"):
         wrap(inner)
 
 

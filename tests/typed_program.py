@@ -90,11 +90,14 @@ def move(params: Params) -> None:
     moments: dict[str, Any] = {"step": 3, "exp_avg": np.ones((4, 4)), "exp_inf": np.ones((4, 4))}
     bias = {"step": 3, "exp_avg": np.ones(4), "exp_inf": np.ones(4)}
     state_dict = {"state": {0: moments, 1: bias}, "param_groups": [{"params": [0, 1]}]}
-    names: dict[compat_torch.Key, compat_torch.Entry] = {"fc.weight": ("w", (1, 0)), "fc.bias": "b"}
-    tx, order = compat_torch.adamax(), ["fc.weight", "fc.bias"]
-    state = compat_torch.load_state(state_dict, params, tx, names, order=order)
+    layout: dict[compat_torch.Key, compat_torch.Entry] = {
+        "fc.weight": ("w", (1, 0)),
+        "fc.bias": "b",
+    }
+    tx, names = compat_torch.adamax(), ["fc.weight", "fc.bias"]
+    state = compat_torch.load_state(state_dict, params, tx, layout, names=names)
     groups: list[dict[str, Any]] = [{"params": [0, 1]}]
-    back = compat_torch.dump_state(state, params, groups, names, order=order)
+    back = compat_torch.dump_state(state, params, groups, layout, names=names)
     assert_type(back, dict[str, Any])
     assert back["state"][0]["step"] == 3
 

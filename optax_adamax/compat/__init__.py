@@ -1,12 +1,12 @@
-"""Every framework's Adamax: its constructor, and its state in and out.
+"""Each framework's Adamax: its constructor, and its state in and out.
 
-One module a framework, imported when it is asked for, and none imports its framework:
+There is one module per framework. It is imported at first use, and does not import its framework:
 
   torch: ``torch.optim.Adamax``.
   keras: ``keras.optimizers.Adamax``.
   mlx: ``mlx.optimizers.Adamax``.
   lucid: ``lucid.optim.Adamax``.
-  optax: the state of ``optax.adamax`` and ``optax.adamaxw``, whose arguments are ours.
+  optax: the state of ``optax.adamax`` and ``optax.adamaxw``; the constructors are this package's.
 
 Example:
   >>> from optax_adamax import compat

@@ -1,4 +1,4 @@
-"""Parameter groups: hyperparameters of their own for some of the parameters."""
+"""Parameter groups: some parameters have hyperparameters of their own."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from optax_adamax.compat import _mapping
+from optax_adamax.compat import _arguments, _paths
 
 Group = Mapping[str, Any]
 Groups = Sequence[Group] | Mapping[Hashable, Group]
@@ -19,105 +19,87 @@ def partition(
     labels: Any,
     ignored: Sequence[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """One transformation with the `defaults`, or one for each group.
+    """Builds one transformation from the `defaults`, or one per group.
 
     Args:
-      make: makes a transformation of hyperparameters.
-      defaults: the hyperparameters of a group that does not say otherwise.
-      groups: a list of groups that choose their own parameters, or a dict of groups by label.
+      make: builds a transformation from hyperparameters.
+      defaults: the hyperparameters that a group does not set.
+      groups: groups with patterns in a list, or groups in a dict by label.
       labels: the tree of labels, or a function from the parameters to it.
-      ignored: what a group may say without effect.
+      ignored: keys without effect in a group.
 
     Raises:
-      TypeError: a group that is none, or that says what there is not.
+      TypeError: a group is not a dict, or has an unknown key.
       ValueError: labels without groups by label, or the reverse.
     """
     single = make(**defaults)
     by_label = isinstance(groups, Mapping)
     if by_label != (labels is not None):
         raise ValueError(
-            "groups by label and labels go together: give groups as a dict from labels to "
-            "hyperparameters, and labels as a tree like the parameters, or as a function from "
-            "the parameters to it. Groups in a list choose their own parameters by 'params'."
+            "A dict of groups and labels need each other. Pass groups as a dict from labels to "
+            "hyperparameters, and labels as a tree like the parameters or as a function from the "
+            "parameters to that tree. Groups in a list choose parameters with 'params'."
         )
     if groups is None:
         return single
+    if not isinstance(groups, (list, tuple, Mapping)):
+        raise TypeError(f"groups must be a list or a dict of groups, but got {groups!r}.")
+    if not groups:
+        raise ValueError("groups is empty. Pass at least one group, or None.")
     named = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
-    if not named:
-        raise ValueError("groups is empty: give at least one group, or None.")
+    known = [*defaults, *ignored] if by_label else ["params", *defaults, *ignored]
     transforms = {
-        label: _make(f"groups[{label!r}]", make, defaults, group, ("params", *ignored))
+        label: _make(f"groups[{label!r}]", make, defaults, group, known)
         for label, group in named.items()
     }
     if by_label:
         return optax.partition(transforms, labels)
-    selectors = {label: group.get("params") for label, group in named.items()}
-    return optax.partition(transforms, lambda params: _labels(selectors, params))
+    patterns = {
+        i: _arguments.compile_patterns(f"groups[{i}]['params']", group["params"])
+        for i, group in named.items()
+        if "params" in group
+    }
+    rest = [i for i in named if i not in patterns]
+    if len(rest) > 1:
+        raise ValueError(f"Only one group can have no 'params', but the groups {rest} have none.")
+    return optax.partition(transforms, lambda params: _labels(patterns, rest, params))
 
 
 def _make(
     name: str,
     make: Callable[..., optax.GradientTransformationExtraArgs],
     defaults: Group,
-    group: Group,
-    beside: Sequence[str],
+    group: Any,
+    known: Sequence[str],
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of one group."""
+    """Builds the transformation of one group."""
     if not isinstance(group, Mapping):
         raise TypeError(f"{name} must be a dict, but it is a {type(group).__name__}.")
-    unknown = [key for key in group if key not in defaults and key not in beside]
+    unknown = [key for key in group if key not in known]
     if unknown:
-        raise TypeError(f"{name} has {unknown}, but a group has only {[*beside, *defaults]}.")
-    own = {key: value for key, value in group.items() if key in defaults}
+        raise TypeError(f"{name} has the unknown keys {unknown}. The known keys are {known}.")
     try:
-        return make(**{**defaults, **own})
+        return make(**{key: group.get(key, default) for key, default in defaults.items()})
     except (TypeError, ValueError) as error:
         raise type(error)(f"In {name}: {error}") from error
 
 
-def _labels(selectors: Mapping[Hashable, Any], params: optax.Params) -> Any:
-    """The tree of labels that these selectors choose.
-
-    Raises:
-      ValueError: a parameter that no group chooses, or more than one, or a group of none.
-    """
-    if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
+def _labels(patterns: Mapping[Any, Any], rest: Sequence[Any], params: optax.Params) -> Any:
+    """Returns the group of each parameter, as a tree like the parameters."""
+    if not jax.tree.leaves(params):  # the placeholder of optax.tree.map_params
         return params
-    chosen: dict[str, list[Hashable]] = {path: [] for path in _mapping.paths(params)}
-    for label, selector in selectors.items():
-        for path in _chosen(f"groups[{label!r}]", selector, params):
-            chosen[path].append(label)
-    rest = [label for label, selector in selectors.items() if selector is None]
-    for path, labels in chosen.items():
-        if not labels and len(rest) == 1:
-            labels.append(rest[0])
-        if len(labels) != 1:
-            where = f"the groups {labels}" if labels else "no group"
+    chosen: dict[str, list[Any]] = {path: [] for path in _paths.paths(params)}
+    for i, compiled in patterns.items():
+        for path in _arguments.matching(f"groups[{i}]['params']", compiled, chosen):
+            chosen[path].append(i)
+    for path, found in chosen.items():
+        if len(found or rest) != 1:
+            where = f"the groups {found}" if found else "no group"
             raise ValueError(
-                f"The parameter {path!r} is in {where}: it must be in one. A single group without "
-                f"'params' takes what the others leave. To freeze parameters, put this and "
-                f"optax.set_to_zero() in an optax.partition."
+                f"The parameter {path!r} is in {where}, but it must be in one. A group without "
+                f"'params' takes all parameters that the others leave. To freeze parameters, put "
+                f"this transformation and optax.set_to_zero() in an optax.partition."
             )
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: chosen[_mapping.path_name(path)][0], params
+        lambda path, _: (chosen[_paths.path_name(path)] or rest)[0], params
     )
-
-
-def _chosen(name: str, selector: Any, params: optax.Params) -> list[str]:
-    """The paths of the parameters that a pattern, a list of paths, a mask or a function chooses."""
-    if selector is None:
-        return []
-    if isinstance(selector, str):
-        return _mapping.matching(name, selector, params)
-    if isinstance(selector, (list, tuple)) and all(isinstance(x, str) for x in selector):
-        known = _mapping.paths(params)
-        for path in selector:
-            if path not in known:
-                raise ValueError(
-                    f"{name} has {path!r}, which is no parameter: near it are "
-                    f"{_mapping.near(path, known)}."
-                )
-        return list(selector)
-    mask = selector(params) if callable(selector) else selector
-    whole = jax.tree.map(lambda flag, below: jax.tree.map(lambda _: flag, below), mask, params)
-    return [path for path, flag in _mapping.paths(whole).items() if flag]

@@ -1,7 +1,7 @@
-"""`lucid.optim.Adamax`: its constructor.
+"""The constructor of `lucid.optim.Adamax`.
 
-Lucid lays parameters out as PyTorch does. Lucid 3 does not save the moments of Adamax; what Lucid 2
-saves has the form of PyTorch's state dict, which `compat.torch.load_state` reads.
+Lucid's parameters have the layout of PyTorch's. Lucid 3 does not save the moments of Adamax.
+`compat.torch.load_state` reads the files of Lucid 2, which have the form of PyTorch's state dict.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arguments, _groups
-from optax_adamax.compat._float32 import compute_in_float32
-from optax_adamax.compat._mapping import dump_params, load_params
+from optax_adamax.compat._arithmetic import compute_in_float32
+from optax_adamax.compat._params import dump_params, load_params
 from optax_adamax.compat.torch import flax_names
 
 __all__ = ["adamax", "dump_params", "flax_names", "load_params"]
@@ -35,7 +35,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`lucid.optim.Adamax` without its first argument: optax gives ``init`` the parameters.
+    r"""Adamax with the arguments of `lucid.optim.Adamax`, except the parameters.
 
     .. math::
 
@@ -50,23 +50,23 @@ def adamax(
       eps: :math:`\varepsilon` >= 0, in the units of the gradient.
       weight_decay: :math:`\lambda` >= 0 of an L2 penalty, added to the gradient.
       groups: Lucid's parameter groups, dicts with their own ``lr``, ``beta1``, ``beta2``, ``eps``
-        and ``weight_decay``; they choose parameters as in :func:`optax_adamax.compat.torch.adamax`.
-      labels: likewise.
-      m_dtype: dtype in which the first moment is kept, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: dtype in which the infinity norm is kept, likewise.
+        and ``weight_decay``. They choose parameters as in
+        :func:`optax_adamax.compat.torch.adamax`.
+      labels: see :func:`optax_adamax.compat.torch.adamax`.
+      m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 
     Returns:
-      The transformation. With weight decay its ``update`` needs the parameters as its third
-      argument. All of its arithmetic is in float32 at least; the updates have the wider dtype of
-      gradient and parameter.
+      The transformation. With weight decay, ``update`` needs the parameters. All arithmetic is in
+      float32 or float64. The updates have the wider of the dtypes of gradient and parameter.
 
-    Where Lucid goes wrong we do not follow: there a NaN gradient makes the first moment NaN for
-    good while u recovers, and with ``eps=0`` a zero gradient gives NaN.
+    Deliberate differences from Lucid: after a NaN gradient, Lucid's u recovers, though the first
+    moment is NaN permanently. With ``eps=0``, a zero gradient gives NaN there.
 
     Raises:
-      ValueError: a hyperparameter out of range (Lucid checks nothing); from ``init`` as in
+      ValueError: a hyperparameter is out of range (Lucid validates nothing); from ``init``, as in
         :func:`optax_adamax.compat.torch.adamax`.
-      TypeError: a hyperparameter of the wrong type, or parameters.
+      TypeError: an argument has the wrong type, or parameters were passed.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -78,22 +78,19 @@ def adamax(
       >>> print(optax.apply_updates(params, updates))
       [0.998 2.002]
     """
-    b1, b2 = _arguments.check_betas(betas)
+    b1, b2 = _arguments.pair(betas)
 
     def make(
         lr: Any, beta1: Any, beta2: Any, eps: Any, weight_decay: Any
     ) -> optax.GradientTransformationExtraArgs:
-        _checks.check_rate("lr", lr)
+        _checks.check_decay("beta1", beta1, closed=False)
+        _checks.check_decay("beta2", beta2, closed=False)
         chain = optax.chain(
             *_arguments.l2_decay(weight_decay),
             scale_by_adamax(
-                *_arguments.check_betas((beta1, beta2)),
-                eps,
-                eps_placement="denominator",
-                m_dtype=m_dtype,
-                v_dtype=v_dtype,
+                beta1, beta2, eps, eps_placement="denominator", m_dtype=m_dtype, v_dtype=v_dtype
             ),
-            optax.scale_by_learning_rate(lr),
+            optax.scale_by_learning_rate(_arguments.rate("lr", lr)),
         )
         return compute_in_float32(chain)
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
-from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _mapping, _state
-from optax_adamax.compat._float32 import compute_in_float32
-from optax_adamax.compat._mapping import Entry, Key, Names, dump_params, load_params
-from optax_adamax.compat._state import Missing, PeerMoments, PeerValue
+from optax_adamax.compat import _arguments, _arrays, _params, _transfer
+from optax_adamax.compat._arithmetic import compute_in_float32
+from optax_adamax.compat._layout import Entry, Key, Layout
+from optax_adamax.compat._moments import Moments
+from optax_adamax.compat._transfer import Missing
 
 __all__ = ["adamax", "dump_params", "dump_state", "flax_names", "load_params", "load_state"]
 
@@ -31,7 +31,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`mlx.optimizers.Adamax`, which does not correct the bias of its first moment.
+    r"""Adamax with the arguments of `mlx.optimizers.Adamax`, without bias correction.
 
     .. math::
 
@@ -40,23 +40,23 @@ def adamax(
         w_t &= w_{t-1} - \lambda m_t / (v_t + \varepsilon)
 
     Args:
-      learning_rate: :math:`\lambda` >= 0, a number or a schedule of the step count. As in MLX it
-        is rounded to float32, which only float64 parameters can tell.
+      learning_rate: :math:`\lambda` >= 0, a number or a schedule of the step count. As in MLX, it
+        is rounded to float32, which only affects float64 parameters.
       betas: decay rates of the first moment and of the infinity norm, both in [0, 1).
       eps: :math:`\varepsilon` >= 0, in the units of the gradient.
-      m_dtype: dtype in which the first moment is kept, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: dtype in which the infinity norm is kept, likewise.
+      m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 
     Returns:
-      The transformation. All of its arithmetic is in float32 at least; the updates have the wider
-      dtype of gradient and parameter (if ``update`` is given any).
+      The transformation. All arithmetic is in float32 or float64. The updates have the wider of the
+      dtypes of gradient and parameter (if ``update`` receives parameters).
 
-    Where MLX goes wrong we do not follow: with bfloat16 parameters its v never decays, in float16
-    a zero gradient gives NaN, and so does one with ``eps=0`` in every dtype.
+    Deliberate differences from MLX: with bfloat16 parameters, MLX's v never decays. In float16, and
+    with ``eps=0`` in every dtype, a zero gradient gives NaN there.
 
     Raises:
-      ValueError: a hyperparameter out of range.
-      TypeError: a hyperparameter of the wrong type.
+      ValueError: a hyperparameter is out of range.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -68,154 +68,192 @@ def adamax(
       >>> print(optax.apply_updates(params, updates))
       [0.998 2.002]
     """
-    b1, b2 = _arguments.check_betas(betas)
-    _checks.check_rate("learning_rate", learning_rate)
+    rate = _arguments.rate("learning_rate", learning_rate)
     chain = optax.chain(
         scale_by_adamax(
-            b1,
-            b2,
+            *_arguments.pair(betas),
             eps,
             eps_placement="denominator",
             bias_correction=False,
             m_dtype=m_dtype,
             v_dtype=v_dtype,
         ),
-        optax.scale_by_learning_rate(_in_float32(learning_rate)),
+        optax.scale_by_learning_rate(_in_float32(rate)),
     )
     return compute_in_float32(chain)
 
 
-def _in_float32(learning_rate: optax.ScalarOrSchedule) -> Any:
-    """The learning rate as MLX keeps it. JAX arrays stay as they are: they may be tracers."""
-    if isinstance(learning_rate, jax.Array):
-        return learning_rate
-    if not callable(learning_rate):
-        return float(np.float32(learning_rate))
-
-    def schedule(count: ArrayLike) -> ArrayLike:
-        return jnp.asarray(learning_rate(count), jnp.float32)
-
-    return schedule
+def _in_float32(rate: Any) -> Any:
+    """Rounds a learning rate to float32, as MLX does, unless it is traced."""
+    if callable(rate):
+        return lambda count: jnp.asarray(rate(count), jnp.float32)
+    return rate if isinstance(rate, jax.Array) else float(np.float32(rate))
 
 
 def load_state(
-    peer_state: Mapping[str, Any],
+    source_state: Mapping[str, Any],
     params: optax.Params,
     tx: optax.GradientTransformation,
-    names: Names | None = None,
+    layout: Layout | None = None,
     *,
-    missing: Missing = "refuse",
+    missing: Missing = "raise",
+    source_params: Mapping[str, Any] | None = None,
 ) -> optax.OptState:
-    """The state of `tx`, continued from MLX.
+    """Returns the state of `tx`, continued from MLX.
 
     Args:
-      peer_state: ``optimizer.state`` of an `mlx.optimizers.Adamax`, or its ``tree_flatten`` as a
-        dict, which is what MLX writes to files: ``{"layers.0.weight.m": ...}``. Its arrays may be
-        NumPy's, or whatever NumPy can read. The state of MLX's Adam has the same form. It is
-        refused where gradients were smaller than 1, for m is then greater than v; else nothing
-        tells the two apart.
-      params: our parameters.
-      tx: our transformation, an :func:`adamax` by itself or within others. The hyperparameters
-        are those it was made with: the learning rate in the state is not read.
-      names: for each parameter's name in MLX, such as ``"layers.0.weight"``, its path in
-        `params`, or a pair of path and the permutation of axes that makes MLX's array ours. None:
-        the name with "/" for ".", nothing permuted. :func:`flax_names` makes them for Flax.
-      missing: what becomes of a parameter for which there is nothing, because it never had a
-        gradient: ``"refuse"`` it, or start it at ``"zero"``.
+      source_state: ``optimizer.state`` of an `mlx.optimizers.Adamax`, or its ``tree_flatten`` as a
+        dict, which MLX writes to files: ``{"layers.0.weight.m": ...}``. Its arrays may be NumPy
+        arrays, or anything that NumPy can read. The state of MLX's Adam has the same form; it
+        raises if most of m is greater than Adamax allows, as it is for gradients below 1.
+      params: the parameters.
+      tx: the transformation, an :func:`adamax` by itself or within others. Its hyperparameters are
+        used; a constant learning rate that differs from that in the state is a warning.
+      layout: as for :func:`optax_adamax.compat.torch.load_state`, by MLX's names, such as
+        ``"layers.0.weight"``. A function gets a nested dict, as ``model.parameters()`` returns it.
+      missing: as there.
+      source_params: ``model.parameters()``, as there.
 
     Returns:
-      The state. Beside the count of Adamax, those of the schedules in its chain and of
-      :func:`optax.inject_hyperparams` around it are set. Other counters (of another optimizer, of
-      :func:`optax.ema`, of `optax.MultiSteps`) stand where `tx.init` puts them.
+      The state, with the counts that :func:`optax_adamax.compat.torch.load_state` sets.
 
     Raises:
-      ValueError: a missing, surplus or misshapen entry, names that do not fit, moments that are not
-        those of Adamax, an infinity norm out of the range of ``v_dtype``, or the state of a
-        `MultiOptimizer`.
-      TypeError: an entry of the wrong type.
+      ValueError: as there, and for the state of a `MultiOptimizer`.
+      TypeError: an entry of the wrong type, or the name of a file.
+
+    Warns:
+      UserWarning: the learning rate of `tx` is constant and differs from that of the state.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
       >>> from optax_adamax.compat import mlx as compat_mlx
       >>> moments = {"m": np.ones((3, 2)), "v": np.ones((3, 2))}
-      >>> peer_state = {"step": 25, "learning_rate": 0.1, "layers": [{"weight": moments}]}
+      >>> source_state = {"step": 25, "learning_rate": 0.1, "layers": [{"weight": moments}]}
       >>> params = {"kernel": jnp.zeros((2, 3))}
-      >>> names = {"layers.0.weight": ("kernel", (1, 0))}
-      >>> state = compat_mlx.load_state(peer_state, params, compat_mlx.adamax(0.1), names)
+      >>> layout = {"layers.0.weight": ("kernel", (1, 0))}
+      >>> state = compat_mlx.load_state(source_state, params, compat_mlx.adamax(0.1), layout)
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "m")["kernel"].shape)
       25 (2, 3)
     """
-    flat = dict(_flatten(peer_state))
+    _arrays.check_is_read("The state of an optimizer of MLX", source_state)
+    flat = dict(_flatten(source_state))
     if flat and all(name.startswith("states.") for name in flat):
         raise ValueError(
             "This is the state of a MultiOptimizer: give that of the Adamax in it, "
             "optimizer.optimizers[i].state, with an optax.partition as `tx`. Give those of several "
-            "Adamax of the same steps as one dict of what tree_flatten makes of each."
+            "Adamax of the same steps as one dict of the tree_flatten of each, without the "
+            "learning_rate."
         )
     if "step" not in flat:
         raise ValueError(f"There is no 'step' in this state: it has {list(flat)}.")
-    step = PeerValue("'step'", flat.pop("step"))
-    flat.pop("learning_rate", None)
-    moments: dict[str, dict[str, PeerValue]] = {}
+    step = _arrays.read_step("'step'", flat.pop("step"))
+    rate = flat.pop("learning_rate", None)
+    source, example = Moments({}, {}, {}), next(iter(flat.values()), None)
     for name, value in flat.items():
         key, _, field = name.rpartition(".")
         if field not in ("m", "v") or not key:
             raise ValueError(
-                f"{name!r} is nothing that Adamax keeps: its entries end in .m and .v."
+                f"{name!r} is not part of a state of Adamax: its entries end in .m and .v."
             )
-        moments.setdefault(key, {})[field] = PeerValue(repr(name), value)
-    for key, entry in moments.items():
-        for field in ("m", "v"):
-            if field not in entry:
+        getattr(source, field)[key] = _arrays.read_array(repr(name), value)
+        source.step[key] = step
+    for field, other in (("m", "v"), ("v", "m")):
+        for key in getattr(source, other):
+            if key not in getattr(source, field):
                 raise ValueError(f"There is no {f'{key}.{field}'!r} in this state.")
-    entries: dict[Key, PeerMoments | None] = {
-        key: PeerMoments(entry["m"], entry["v"], step) for key, entry in moments.items()
-    }
-    return _state.load(tx, params, entries, names, missing)
+    return _transfer.load(
+        source,
+        params,
+        tx,
+        _with_nested_input(layout),
+        missing=missing,
+        source_params=dict(_flatten(source_params or {})),
+        groups=[dict.fromkeys(source.m, None if rate is None else float(rate))],
+        example=example,
+    )
 
 
 def dump_state(
     state: optax.OptState,
     params: optax.Params,
-    names: Names | None = None,
+    layout: Layout | None = None,
     *,
     learning_rate: float,
+    source_params: Mapping[str, Any] | None = None,
     to_array: Callable[[np.ndarray], Any] = np.asarray,
 ) -> dict[str, Any]:
-    """The state as MLX keeps it, for ``optimizer.state = ...``; the inverse of :func:`load_state`.
+    """Returns the state for ``optimizer.state = ...``, the inverse of :func:`load_state`.
 
     Args:
       state: of an :func:`adamax`, by itself or within others.
-      params: our parameters.
-      names: see :func:`load_state`. None: the paths with "." for "/".
-      learning_rate: MLX keeps it in its state, optax does not. With a schedule, any number.
-      to_array: what makes an array of a NumPy array: `mlx.core.array`.
+      params: the parameters.
+      layout: a mapping as for :func:`load_state`, or the function that moves weights back, to
+        arrays by name or to a nested dict of them. None: the names are the paths with "." for "/".
+      learning_rate: MLX stores it in its state, optax does not. With a schedule, any number.
+      source_params: ``model.parameters()``, of which a mapping needs the shapes if it regroups
+        axes.
+      to_array: makes an array from a NumPy array: `mlx.core.array`.
 
     Returns:
       A nested dict, with lists where names have numbers.
 
     Raises:
-      ValueError: names that do not fit.
+      ValueError: a layout that does not fit.
     """
-    names = _mapping.peer_names(params) if names is None else names
-    found = _state.dump(state, params, names, names)
-    step = _state.single_step(found)
+    shapes = dict(_flatten(source_params or {}))
+    moments = _transfer.dump(state, params, _with_flat_output(layout), source_params=shapes)
     flat: dict[str, Any] = {
-        "step": to_array(np.array(step, np.uint64)),
+        "step": to_array(np.array(_transfer.single_step(moments), np.uint64)),
         "learning_rate": to_array(np.array(learning_rate, np.float32)),
     }
-    for key, moments in found.items():
-        flat[f"{key}.m"], flat[f"{key}.v"] = to_array(moments.m), to_array(moments.v)
+    for name in moments.step:
+        flat[f"{name}.m"], flat[f"{name}.v"] = map(to_array, (moments.m[name], moments.v[name]))
     return _unflatten(flat)
 
 
+def load_params(
+    source_params: Mapping[str, Any], params: optax.Params, layout: Layout | None = None
+) -> optax.Params:
+    """Returns MLX's parameters as a tree like `params`.
+
+    As :func:`optax_adamax.compat.torch.load_params`; `source_params` is ``model.parameters()`` or
+    its ``tree_flatten`` as a dict.
+    """
+    _arrays.check_is_read("A mapping of the source's parameters by name", source_params)
+    return _params.load_params(dict(_flatten(source_params)), params, _with_nested_input(layout))
+
+
+def dump_params(
+    params: optax.Params,
+    layout: Layout | None = None,
+    *,
+    source_params: Mapping[str, Any] | None = None,
+    to_array: Callable[[np.ndarray], Any] = np.asarray,
+) -> dict[str, Any]:
+    """Returns the parameters for ``model.update(...)``, the inverse of :func:`load_params`.
+
+    As :func:`optax_adamax.compat.torch.dump_params`, but a nested dict, with lists where names have
+    numbers.
+    """
+    shapes, layout = dict(_flatten(source_params or {})), _with_flat_output(layout)
+    return _unflatten(_params.dump_params(params, layout, source_params=shapes, to_array=to_array))
+
+
 def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -> dict[Key, Entry]:
-    r"""Names for :func:`load_state` where `params` are those of a Flax module.
+    r"""Returns a layout for :func:`load_state` if `params` are those of a Flax module.
 
     As :func:`optax_adamax.compat.torch.flax_names`, for MLX's layouts: its convolutions are
     (out, \*space, in).
     """
-    return _mapping.flax_names(params, modules, channels_last=True)
+    return _params.flax_names(params, modules, channels_last=True)
+
+
+def _with_nested_input(layout: Layout | None) -> Layout | None:
+    return (lambda flat: layout(_unflatten(flat))) if callable(layout) else layout
+
+
+def _with_flat_output(layout: Layout | None) -> Layout | None:
+    return (lambda tree: dict(_flatten(layout(tree)))) if callable(layout) else layout
 
 
 def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,7 @@
 """Shards the optimizer state like the parameters or further (ZeRO-1), or stores it in host memory.
 
 Functions:
-  shard: wraps any optax transformation or chain, so that its state is sharded.
+  shard: wraps any optax transformation or chain, and shards its state.
 """
 
 from optax_adamax.sharding._placement import UnshardedLeaf

@@ -1,7 +1,7 @@
 """Moves the leaves of a tree to given shardings, inside a jitted function.
 
-Shardings are looked up by the names of leaves, because Flax nnx boxes the leaves of some trees and
-not of others (see `optax_adamax._paths`).
+Shardings are looked up by the names of leaves, because Flax nnx wraps the leaves of only some trees
+in variables; see `optax_adamax._paths`.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ ByName = Mapping[str, NamedSharding]
 
 
 def constrain(tree: Any, shardings: ByName) -> Any:
-    """Shards traced arrays over axes of either type."""
+    """Constrains the shardings of traced arrays, over explicit and automatic mesh axes."""
     wanted = jax.tree.leaves(select(shardings, tree))
     leaves = [_constrain(x, s) for x, s in zip(jax.tree.leaves(tree), wanted, strict=True)]
     return jax.tree.structure(tree).unflatten(leaves)
@@ -29,12 +29,12 @@ def move(tree: Any, shardings: ByName) -> Any:
 
 
 def select(shardings: ByName, tree: Any) -> Any:
-    """A tree like `tree` with the sharding of each leaf."""
+    """Returns a tree like `tree` with the sharding of each leaf."""
     return jax.tree.structure(tree).unflatten([shardings[name] for name, _ in named_leaves(tree)])
 
 
 def on_device(shardings: ByName) -> ByName:
-    """The same shardings in the default memory of the devices."""
+    """Returns the same shardings in the default memory of the devices."""
     return {name: NamedSharding(s.mesh, s.spec) for name, s in shardings.items()}
 
 
@@ -49,10 +49,10 @@ def _constrain(x: jax.Array, sharding: NamedSharding) -> jax.Array:
 
 
 def _only(sharding: NamedSharding, axis_type: AxisType) -> NamedSharding:
-    """`sharding` without the axes of another type."""
+    """Returns `sharding` without the axes of another type."""
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     entries = [
-        tuple(axis for axis in _placement.axes(entry) if types[axis] == axis_type) or None
+        tuple(axis for axis in _placement.axes_of(entry) if types[axis] == axis_type) or None
         for entry in sharding.spec
     ]
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))

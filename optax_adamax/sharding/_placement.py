@@ -10,25 +10,26 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from optax_adamax._messages import describe_value, with_article
 from optax_adamax._paths import named_leaves, path_name
 from optax_adamax.wrappers.packing import PackedState
 
 
 class UnshardedLeaf(NamedTuple):
-    """A state leaf that is sharded less than :func:`shard` was asked to."""
+    """A state leaf that is sharded less than requested."""
 
-    path: str  # in the form of jax.tree_util.keystr, without a box of Flax
+    path: str  # in the state, such as "0/m/layer/kernel"
     bytes: int  # per device
-    reason: str
+    reason: str  # why it is not sharded as requested
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafPlacement:
-    """Sharding of one state leaf; not a pytree, so that trees can have it as a leaf."""
+    """Sharding of one state leaf. It is not a pytree, and can therefore be a leaf of a tree."""
 
     sharding: NamedSharding
     bytes: int  # per device
-    reason: str | None = None  # why it is sharded less than asked
+    reason: str | None = None  # why it is not sharded as requested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,11 @@ def place_state(
     zero1_axes: tuple[str, ...],
     memory_kind: str | None,
 ) -> Any:
-    """A tree like the state of `tx`, with a `LeafPlacement` for each leaf."""
+    """Returns a tree like the state of `tx`, with a `LeafPlacement` for each leaf."""
     if memory_kind is not None and not isinstance(memory_kind, str):
         raise TypeError(
-            f"memory_kind must be a string such as 'pinned_host', but {memory_kind!r} was given."
+            f"memory_kind must be None or a string such as 'pinned_host', but "
+            f"{describe_value(memory_kind)} was given."
         )
     mesh = jax.tree.leaves(described)[0].sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec(), memory_kind=memory_kind)
@@ -54,7 +56,7 @@ def place_state(
     def place(match: _LeafMatch) -> LeafPlacement:
         if match.parameter is not None:
             return place_leaf(match.leaf, match.parameter, zero1_axes, memory_kind)
-        reason = "it belongs to no parameter" if match.leaf.ndim else None
+        reason = "it does not belong to a parameter" if match.leaf.ndim else None
         return LeafPlacement(replicated, _bytes(match.leaf.shape, match.leaf), reason)
 
     return jax.tree.map(place, _match_leaves(tx, described))
@@ -66,7 +68,7 @@ def place_leaf(
     zero1_axes: tuple[str, ...],
     memory_kind: str | None,
 ) -> LeafPlacement:
-    """Placement of a state leaf that belongs to `parameter`."""
+    """Returns the placement of a state leaf that belongs to `parameter`."""
     own: NamedSharding = parameter.sharding
     spec, reason = own.spec, None
     if leaf.shape != parameter.shape:
@@ -87,14 +89,14 @@ def place_leaf(
 def _add_axes(
     shape: tuple[int, ...], spec: PartitionSpec, zero1_axes: tuple[str, ...], sizes: Any
 ) -> PartitionSpec | None:
-    """`spec` with the ZeRO-1 axes on the largest possible dimension, or None if there is none."""
+    """Adds the ZeRO-1 axes to the largest dimension that they can shard; None if they cannot."""
     entries = [*spec, *(None,) * (len(shape) - len(spec))]
-    used = {axis for entry in entries for axis in axes(entry)}
+    used = {axis for entry in entries for axis in axes_of(entry)}
     added = tuple(axis for axis in zero1_axes if axis not in used)
     if not added:
         return spec
     count = math.prod(sizes[axis] for axis in added)
-    free = [d for d, n in enumerate(shape) if not axes(entries[d]) and n and n % count == 0]
+    free = [d for d, n in enumerate(shape) if not axes_of(entries[d]) and n and n % count == 0]
     if not free:
         return None
     name, *others = added
@@ -107,14 +109,14 @@ def _bytes(shape: tuple[int, ...], leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _match_leaves(tx: optax.GradientTransformation, described: Any) -> Any:
-    """A tree like the state, with the parameter that each leaf belongs to."""
+    """Returns a tree like the state, with the parameter to which each leaf belongs."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), described)
     state = jax.eval_shape(tx.init, shapes)
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PackedState))
     if any(isinstance(node, PackedState) for node in nodes):
         raise TypeError(
-            "The transformation contains pack_small_leaves, which is meant for one CPU and whose "
-            "buffers cannot be sharded. Give shard the transformation without pack_small_leaves."
+            "The transformation contains pack_small_leaves, whose buffers cannot be sharded. Pass "
+            "the transformation without pack_small_leaves, which is for one CPU."
         )
     try:
         return optax.tree.map_params(
@@ -123,38 +125,41 @@ def _match_leaves(tx: optax.GradientTransformation, described: Any) -> Any:
             state,
             described,
             transform_non_params=_LeafMatch,
-            # optax.masked and optax.partition leave this node for parameters of others.
+            # optax.masked and optax.partition put this node in place of parameters that they skip.
             is_leaf=lambda x: isinstance(x, optax.MaskedNode),
         )
     except Exception as error:
         raise TypeError(
-            "optax.tree.map_params cannot find the leaves of this state that belong to parameters: "
-            "the init of the transformation does more than map over its argument (as in "
+            "optax.tree.map_params cannot find the leaves of this state that belong to parameters, "
+            "because the init of the transformation does more than map over its argument (as in "
             "optax.lbfgs and optax.sm3). Shard its state with shardings of your own."
         ) from error
 
 
-def axes(entry: Any) -> tuple[str, ...]:
-    """The mesh axes that one entry of a PartitionSpec names."""
+def axes_of(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes in one entry of a PartitionSpec."""
     if isinstance(entry, tuple):
         return entry
     return () if entry is None else (entry,)
 
 
 def describe(params: optax.Params) -> Any:
-    """A tree of `jax.ShapeDtypeStruct`, each with a NamedSharding on the one mesh of `params`."""
+    """Returns the shapes, dtypes and shardings of parameters on one mesh."""
     described = jax.tree_util.tree_map_with_path(_describe_leaf, params)
     meshes: dict[Mesh | AbstractMesh, str] = {}
     for name, leaf in named_leaves(described):
         meshes.setdefault(leaf.sharding.mesh, f"params{name}")
     if not meshes:
-        raise ValueError("params has no leaf: give the parameters, or their shapes and shardings.")
+        raise ValueError(
+            "params must have at least one leaf, but it is empty. Pass the parameters, or their "
+            "shapes and shardings."
+        )
     if len(meshes) > 1:
         found = "; ".join(f"{name} on {mesh}" for mesh, name in meshes.items())
         raise ValueError(
-            f"The parameters are on {len(meshes)} meshes: {found}. Put them all on one with "
-            f"jax.device_put(params, NamedSharding(mesh, spec)), or shard one transformation for "
-            f"each mesh."
+            f"The parameters must be on one mesh, but they are on {len(meshes)} meshes: {found}. "
+            f"Put them all on one with jax.device_put(params, NamedSharding(mesh, spec)), or shard "
+            f"one transformation for each mesh."
         )
     return described
 
@@ -162,7 +167,9 @@ def describe(params: optax.Params) -> Any:
 def _describe_leaf(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     name = f"params{path_name(path)}"
     if isinstance(leaf, Tracer):
-        raise TypeError(f"{name} is traced: call shard outside of jax.jit.")
+        raise TypeError(
+            f"{name} must be concrete, but it is traced. Call shard outside of jax.jit."
+        )
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, jax.sharding.SingleDeviceSharding):
         mesh = Mesh(np.array(*sharding.device_set), ())
@@ -170,22 +177,22 @@ def _describe_leaf(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     if not isinstance(sharding, NamedSharding):
         found = f"a {type(sharding).__name__}" if sharding is not None else "no sharding"
         raise TypeError(
-            f"{name} is a {type(leaf).__name__} with {found}: place it first with "
-            f"jax.device_put(params, NamedSharding(mesh, spec)), or give a "
-            f"jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))."
+            f"{name} must have a NamedSharding, but it is {with_article(type(leaf).__name__)} with "
+            f"{found}. Place it first with jax.device_put(params, NamedSharding(mesh, spec)), or "
+            f"pass a jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))."
         )
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def validate_axes(zero1_axis: Any, described: Any) -> tuple[str, ...]:
-    """The names of the ZeRO-1 axes, none for None."""
+    """Returns the names of the ZeRO-1 axes as a tuple, after checks."""
     if zero1_axis is None:
         return ()
     names = zero1_axis if isinstance(zero1_axis, tuple) else (zero1_axis,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"zero1_axis must be the name of a mesh axis or a tuple of names, but {zero1_axis!r} "
-            f"was given."
+            f"zero1_axis must be None, the name of a mesh axis or a tuple of names, but "
+            f"{zero1_axis!r} was given."
         )
     mesh = jax.tree.leaves(described)[0].sharding.mesh
     if not mesh.axis_names:
@@ -196,6 +203,6 @@ def validate_axes(zero1_axis: Any, described: Any) -> tuple[str, ...]:
     if not set(names) <= set(mesh.axis_names) or len(set(names)) < len(names):
         raise ValueError(
             f"zero1_axis is {zero1_axis!r}, but the mesh of the parameters has the axes "
-            f"{mesh.axis_names}: name one or several of these, each once."
+            f"{mesh.axis_names}. Write one or several of these, each once."
         )
     return names

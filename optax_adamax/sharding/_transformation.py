@@ -1,4 +1,4 @@
-"""Wraps an optax transformation so that its state is sharded."""
+"""Wraps an optax transformation, and shards its state."""
 
 from typing import Any
 
@@ -6,51 +6,62 @@ import jax
 import optax
 from jax.core import Tracer
 
+from optax_adamax._inner import as_transformation
+from optax_adamax._messages import ORDER
 from optax_adamax._paths import named_leaves
 from optax_adamax.sharding import _constraints, _placement
 from optax_adamax.sharding._placement import UnshardedLeaf
 
+# pyright --verifytypes does not read optax, which has no py.typed marker. With the annotation, the
+# base class is then known to be a tuple. Otherwise it is known to be optax's class.
+_Transformation: type[tuple[Any, ...]] = optax.GradientTransformationExtraArgs
 
-class ShardedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation with a sharded state, made by :func:`shard`.
 
-    ``init`` makes the state in place: no leaf is ever unsharded on one device, unless its sharding
-    says so. For `jax.ShapeDtypeStruct` parameters it returns the state as
-    `jax.ShapeDtypeStruct` with shardings, a target for checkpoints. It can be called inside
-    `jax.jit`. (`jax.eval_shape` drops shardings over automatic mesh axes; ``init`` of shapes does
-    not.)
+class ShardedTransformation(_Transformation):
+    """An optax transformation with a sharded state; the result of :func:`shard`.
 
-    ``update`` returns updates that are sharded like the parameters. With ZeRO-1 it gathers
-    the updates, for callers that add them (`optax.apply_updates`, Flax). Call it inside `jax.jit`.
+    ``init`` creates each shard on its own device. No leaf is unsharded on one device, unless its
+    sharding says so. For `jax.ShapeDtypeStruct` parameters, ``init`` returns the state as
+    `jax.ShapeDtypeStruct` with shardings, a target for checkpoints. (`jax.eval_shape` drops
+    shardings over automatic mesh axes.) ``init`` also works inside `jax.jit`.
+
+    ``update`` returns updates that are sharded like the parameters. With ZeRO-1, it gathers them
+    for callers that add updates themselves (`optax.apply_updates`, Flax). Call it inside `jax.jit`.
     """
 
     # Properties, because a pytree round trip rebuilds this tuple from init and update alone.
 
     @property
     def shardings(self) -> optax.OptState:
-        """A tree like the state, with the `NamedSharding` of each leaf."""
+        """Returns a tree like the state, with the `NamedSharding` of each leaf."""
         return _implementation(self).shardings
 
     @property
     def unsharded(self) -> tuple[UnshardedLeaf, ...]:
-        """The leaves that are sharded less than asked, in the order of the state.
+        """Returns the leaves that are sharded less than requested, in the order of the state.
 
-        With `zero1_axis`: leaves that it cannot shard. Without: leaves whose shape differs from
-        the shape of their parameter. In both cases: arrays that belong to no parameter.
-        Scalars that belong to no parameter are left out.
+        With `zero1_axis`, these are leaves that it cannot shard. Without, these are leaves whose
+        shape differs from the shape of their parameter. Arrays that do not belong to a parameter
+        are listed in both cases, except scalars.
         """
         return _implementation(self).unsharded
 
     def apply_gradients(
         self, gradients: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Params, optax.OptState]:
-        """Computes the new parameters and the new state; call it inside `jax.jit`.
+        """Returns the new parameters and the new state; call it inside `jax.jit`.
 
         With ZeRO-1, each device adds its shard of the updates to its shard of the parameters, and
         XLA gathers the sums, once per parameter. ``update`` followed by `optax.apply_updates`
-        communicates as much, but each device adds all updates to all parameters. (For 224 million
-        float32 parameters on 256 chips of TPU v5e, XLA's compiler estimates 6.1 instead of 10.5
-        million cycles; not run.)
+        communicates as much, but each device adds all updates to all parameters. For 224 million
+        float32 parameters on 256 chips of TPU v5e, this takes 6.1 instead of 10.5 million cycles
+        (estimated by the compiler; not run).
+
+        Args:
+          gradients: a tree like `params`.
+          state: the state from ``init`` or from the last step.
+          params: the parameters, with the shapes and shardings given to :func:`shard`.
+          **extra: further arguments for ``update`` of the wrapped transformation.
         """
         return _implementation(self).apply_gradients(gradients, state, params, **extra)
 
@@ -67,41 +78,44 @@ def shard(
 ) -> ShardedTransformation:
     """Shards the state of any optax transformation.
 
-    A state leaf that belongs to a parameter gets the sharding of that parameter. Every other leaf
-    (a step count, a hyperparameter) is replicated on the same mesh, and so is a leaf whose shape
-    differs from its parameter's, as in `optax.adafactor`.
+    A state leaf that belongs to a parameter gets the sharding of that parameter. Every other leaf,
+    such as a step count or a hyperparameter, is replicated on the same mesh. A leaf whose shape
+    differs from the shape of its parameter is also replicated, as in `optax.adafactor`.
 
-    The arithmetic is the same as on one device. Bits may differ where XLA contracts a product and
-    a sum to a fused multiply-add in one program and not in another (JAX 0.10.2 on CPU does, for
-    example at ``p + learning_rate * u``).
+    The arithmetic is the same as on one device. Results may differ in the last bit, because XLA on
+    CPU (JAX 0.10.2) contracts a product and a sum to a fused multiply-add in some programs only,
+    for example in ``p + learning_rate * u``.
 
     Make it the outermost wrapper: ``shard(optax.chain(...), params)``. Inside `optax.chain` or
-    `optax.MultiSteps`, it shards its own part of the state only, and the result of
-    `optax.chain` has no ``apply_gradients``.
+    `optax.MultiSteps`, it shards only its own part of the state, and the result of `optax.chain`
+    does not have ``apply_gradients``.
 
     Args:
-      tx: an optax transformation, chains included, without :func:`optax_adamax.pack_small_leaves`.
+      tx: an optax transformation or chain without :func:`optax_adamax.pack_small_leaves`, or an
+        object with ``init`` and ``update``.
       params: a tree of arrays, or of `jax.ShapeDtypeStruct` with shardings. Each has a
-        `NamedSharding` on one mesh, concrete or abstract, or all are on one single device. Only
-        shapes, dtypes and shardings are used.
+        `NamedSharding` on one mesh, concrete or abstract, or all are on one device. Only shapes,
+        dtypes and shardings are used.
       zero1_axis: name of a mesh axis, or a tuple of names, over which state leaves are sharded
-        further (ZeRO-1). They shard the largest dimension that the parameter's sharding leaves
-        unsharded and that their size divides. A leaf without such a dimension keeps the sharding
-        of its parameter and is listed in ``unsharded``. Axes that shard the parameter already are
-        left out.
-      memory_kind: kind of memory for the state between steps, for example ``"pinned_host"``. The
-        step moves the state to the devices and back: donate it, or it exists twice. None: the
-        memory kind of the parameter. (On a mesh with axes of both types, JAX 0.10.2 drops the
-        memory kind of results: give the jitted step ``tx.shardings`` as `out_shardings`.)
+        further (ZeRO-1). The axes shard the largest dimension that is unsharded in the parameter
+        and divisible by their size. A leaf without such a dimension has the sharding of its
+        parameter, and is listed in ``unsharded``. Axes that already shard the parameter are
+        ignored.
+      memory_kind: kind of memory for the state between steps, for example ``"pinned_host"``. None:
+        the memory kind of the parameter. A step moves the state to the devices and back. Donate
+        the state to avoid a second copy. On a mesh with both explicit and automatic
+        axes, JAX 0.10.2 drops the memory kind of results: pass ``tx.shardings`` as `out_shardings`
+        of the jitted step.
 
     Returns:
       A transformation with the state of `tx`; see :class:`ShardedTransformation`.
 
     Raises:
-      TypeError: a parameter without a sharding, or with one that names no mesh; a transformation
-        whose state `optax.tree.map_params` cannot map; a packed state.
+      TypeError: a parameter without a `NamedSharding` that is not on one device; a `tx` that is not
+        a transformation, or whose state `optax.tree.map_params` cannot map; a packed state.
       ValueError: parameters on several meshes, or no parameters; an axis that the mesh does not
-        have, or `zero1_axis` for parameters that are not on a mesh; an unknown memory kind.
+        have; `zero1_axis` for parameters that are not on a mesh; an unknown memory kind. From
+        ``init`` and ``update``: other parameters. From ``update``: another state.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,20 +135,17 @@ def shard(
       Rajbhandari et al., `ZeRO: Memory Optimizations Toward Training Trillion Parameter Models
       <https://arxiv.org/abs/1910.02054>`_, 2020, stage 1.
     """
-    if isinstance(tx, optax.MultiSteps):  # not a GradientTransformation, but passes extra arguments
-        tx = optax.GradientTransformationExtraArgs(*tx.gradient_transformation())
-    if not callable(getattr(tx, "init", None)) or not callable(getattr(tx, "update", None)):
-        raise TypeError(f"tx must be an optax transformation, but {tx!r} was given.")
+    tx = as_transformation(tx, "shard(adamax(1e-3), params)")
     sharded = _Implementation(tx, params, zero1_axis, memory_kind)
     return ShardedTransformation(sharded.init, sharded.update)
 
 
 class _Implementation:
-    """The functions of a `ShardedTransformation`, and what they share."""
+    """The methods of a `ShardedTransformation` and their shared data."""
 
     def __init__(
         self,
-        tx: optax.GradientTransformation,
+        tx: optax.GradientTransformationExtraArgs,
         params: optax.Params,
         zero1_axis: str | tuple[str, ...] | None,
         memory_kind: str | None,
@@ -142,11 +153,11 @@ class _Implementation:
         described = _placement.describe(params)
         zero1_axes = _placement.validate_axes(zero1_axis, described)
         placements = _placement.place_state(tx, described, zero1_axes, memory_kind)
-        self.inner = optax.with_extra_args_support(tx)
+        self.inner = tx
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, placements)
         self.unsharded = tuple(
-            UnshardedLeaf(name, leaf.bytes, leaf.reason)
-            for name, leaf in named_leaves(placements)
+            UnshardedLeaf(path, leaf.bytes, leaf.reason)
+            for path, leaf in named_leaves(placements, "/")
             if leaf.reason
         )
         self.stored = dict(named_leaves(self.shardings))
@@ -166,8 +177,8 @@ class _Implementation:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
             return jax.tree.map(lambda x, s: x.update(sharding=s), structs, shardings)
         if any(isinstance(x, Tracer) for x in leaves):
-            # Inside another jit, JAX 0.10.2 uses only the mesh of out_shardings over explicit axes,
-            # and nowhere their memory kind.
+            # Inside another jit, JAX 0.10.2 ignores the memory kind of out_shardings, and with
+            # explicit axes also their specs.
             shardings = _constraints.select(self.computed, structs)
             state = jax.jit(self.inner.init, out_shardings=shardings)(params)
             return self._store(_constraints.constrain(state, self.computed))
@@ -197,7 +208,7 @@ class _Implementation:
         params: optax.Params | None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """The new state, and updates that are not gathered yet."""
+        """Returns the updates, sharded over the ZeRO-1 axes, and the new state."""
         self._check_parameters("update", updates)
         self._check_state(state)
         if self.stored != self.computed:
@@ -206,7 +217,7 @@ class _Implementation:
         if params is not None:
             params = _constraints.constrain(params, self.zero1_params)
         updates, state = self.inner.update(updates, state, params, **extra_args)
-        # Without this constraint, XLA may gather inputs of the updates in addition.
+        # Without this constraint, XLA may gather the inputs of the updates as well.
         updates = _constraints.constrain(updates, self.zero1_params)
         return updates, self._store(_constraints.constrain(state, self.computed))
 
@@ -214,19 +225,21 @@ class _Implementation:
         return state if self.stored == self.computed else _constraints.move(state, self.stored)
 
     def _check_parameters(self, function: str, tree: Any) -> None:
+        order = f" {ORDER}" if function == "update" else ""
         for name, leaf in named_leaves(tree):
             found, known = jax.numpy.shape(leaf), self.shapes.get(name)
             if found != known:
-                reason = "no such leaf" if known is None else f"a leaf of shape {known}"
+                label = f"leaf {name}".rstrip()
+                wanted = "was called without it" if known is None else f"received shape {known}"
                 raise ValueError(
-                    f"{function} received a leaf {name or 'alone'} of shape {found}, but shard was "
-                    f"given {reason}. Call shard with the parameters that are trained."
+                    f"{function} received a {label} of shape {found}, but shard {wanted}. Call "
+                    f"shard with the parameters that are trained.{order}"
                 )
 
     def _check_state(self, state: optax.OptState) -> None:
         for name, _ in named_leaves(state):
             if name not in self.stored:
                 raise ValueError(
-                    f"update received a state with a leaf {name}, which the state of this "
-                    f"transformation does not have. Give the state that its init returned."
+                    f"update received a state with the leaf {name or 'array'}, which is not in the "
+                    f"state of this transformation. Pass the state that its init returned. {ORDER}"
                 )

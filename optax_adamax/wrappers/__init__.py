@@ -1,1 +1,1 @@
-"""Wrappers around any optax transformation: nothing here knows Adamax."""
+"""Wrappers for any optax transformation; they do not depend on Adamax."""

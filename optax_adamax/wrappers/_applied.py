@@ -1,4 +1,4 @@
-"""Checks for debugging that parameters were changed by the updates that were returned."""
+"""Check, for debugging, that parameters were changed by exactly the returned updates."""
 
 import functools
 from typing import Any
@@ -11,12 +11,12 @@ from optax_adamax.wrappers._residual_tree import is_absent
 
 
 def initial(residual: Any) -> Any:
-    """Returns the expected parameters of a new state. `check` ignores them at count 0."""
+    """Returns the expected parameters of a new state: zeros, which `check` ignores at count 0."""
     return jax.tree.map(lambda r: jnp.zeros_like(r, dtype=jnp.bfloat16), residual)
 
 
 def expected(residual: Any, params: Any, updates: Any) -> Any:
-    """Returns the parameters that have a residual, as `optax.apply_updates` changes them."""
+    """Returns the parameters with a residual, after `optax.apply_updates`."""
 
     def applied(r: Any, p: Any, u: Any) -> Any:
         if is_absent(r) or u is None:
@@ -28,12 +28,12 @@ def expected(residual: Any, params: Any, updates: Any) -> Any:
 
 
 def check(matched: list[tuple[str, Any, Any]], expected: Any, count: jax.Array) -> None:
-    """Raises if the parameters are not the expected ones, when the program runs.
+    """Raises an error when the program runs, if parameters differ from the expected ones.
 
     Args:
       matched: name, parameter and residual of each leaf.
-      expected: the parameters after the last step; empty if that step did not store them.
-      count: the number of steps before this one.
+      expected: the parameters after the last step, or () if that step did not store them.
+      count: the number of steps before this step.
     """
     leaves = [(name, p) for name, p, r in matched if not is_absent(r)]
     changed = [
@@ -50,9 +50,9 @@ def _raise_if_changed(names: tuple[str, ...], counts: np.ndarray) -> None:
     worst = int(np.argmax(counts))
     if counts[worst] > 0:
         raise ValueError(
-            f"compensate_rounding received other parameters than its last updates lead to: "
-            f"{counts[worst]} elements of {names[worst] or 'the parameter'} differ. It must be the "
-            f"outermost transformation: write compensate_rounding(optax.chain(..., learning "
+            f"compensate_rounding must receive the parameters that result from its last updates, "
+            f"but {counts[worst]} elements of {names[worst] or 'the parameter'} differ. Make it "
+            f"the outermost transformation: write compensate_rounding(optax.chain(..., learning "
             f"rate)), not optax.chain(compensate_rounding(...), learning rate). Add its updates "
             f"unchanged, with optax.apply_updates."
         )

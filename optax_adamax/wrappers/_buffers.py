@@ -1,7 +1,7 @@
 """Concatenates the leaves of a tree into one flat array, and slices it again.
 
-The aim is a short compile time: XLA compiles one kernel per slice at a constant offset, ten
-milliseconds each on CPU. `slice_leaves` hides the offsets, so that all leaves of a size share one
+XLA on CPU compiles one kernel for each slice at a constant offset, which takes 10 ms per slice
+(jaxlib 0.10.2). `slice_leaves` hides the offsets from XLA. Leaves of equal size then share one
 kernel.
 """
 
@@ -17,12 +17,13 @@ from jax.typing import ArrayLike
 
 
 def concatenate_leaves(leaves: list[Any]) -> Any:
-    """One flat array of all leaves, which are arrays or shapes."""
+    """Returns one flat array of all leaves; its shape if a leaf is a `jax.ShapeDtypeStruct`."""
     dtypes = {jnp.result_type(x) for x in leaves}
     if len(dtypes) > 1:
         raise TypeError(
-            f"The gradients of leaves in one buffer are {' and '.join(sorted(map(str, dtypes)))}: "
-            f"cast them to one dtype. Leaves are in one buffer if their parameters have one dtype."
+            f"The gradients in one buffer must have one dtype, but "
+            f"{' and '.join(sorted(map(str, dtypes)))} were given. Cast the gradients of "
+            f"parameters with equal dtypes to one dtype."
         )
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jax.ShapeDtypeStruct((sum(x.size for x in leaves),), *dtypes)
@@ -36,7 +37,7 @@ def _concatenate(leaves: list[ArrayLike]) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="shapes")
 def slice_leaves(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """The arrays of these shapes, which follow each other in `flat`, sorted by size."""
+    """Slices `flat` into consecutive arrays of the given shapes, which are sorted by size."""
     sizes = [math.prod(shape) for shape in shapes]
     base = math.isqrt(max(Counter(sizes).values())) + 1
     flat, digits = _hide_offsets(flat, base)
@@ -51,11 +52,11 @@ def slice_leaves(flat: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[j
 
 
 def _hide_offsets(flat: jax.Array, base: int) -> tuple[jax.Array, list[jax.Array]]:
-    """`flat` and the numbers below `base`, which XLA on CPU does not treat as constants.
+    """Returns `flat` and the numbers below `base`, which XLA on CPU does not treat as constants.
 
-    XLA CPU (jaxlib 0.10.2) neither looks into a branch nor compares the two branches. So it
-    computes `flat` once instead of a part in each kernel, and does not know the numbers. On a GPU,
-    a branch would make the host wait.
+    They are the result of a `lax.cond` with two equal branches. XLA on CPU (jaxlib 0.10.2) neither
+    folds the constants nor fuses across the branch, and computes `flat` once instead of a part of
+    it in each kernel. On GPUs, a branch would block the host.
     """
 
     def constant(flat: jax.Array) -> tuple[jax.Array, list[jax.Array]]:

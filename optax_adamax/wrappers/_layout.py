@@ -1,4 +1,4 @@
-"""Where `pack_small_leaves` stores each leaf."""
+"""The layout of a packed tree: the place of each leaf in the buffers of `pack_small_leaves`."""
 
 import functools
 import json
@@ -10,25 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from optax_adamax._messages import key_paths
 from optax_adamax._paths import named_leaves
 
 
 class PackedLeaf(NamedTuple):
-    path: str  # in the form of jax.tree_util.keystr, without a box of Flax
+    """The place of one leaf."""
+
+    path: str  # as from jax.tree_util.keystr, without Flax variables, such as "['dense']['bias']"
     shape: tuple[int, ...]
-    buffer: str  # its key in PackedTree.buffers, or "" for a leaf in PackedTree.unpacked
+    buffer: str  # key of PackedTree.buffers; "" for a leaf in PackedTree.unpacked
 
 
 Layout = tuple[PackedLeaf, ...]
 
 
 def choose(params: optax.Params, max_size: int) -> Layout:
-    """The layout of these parameters, from their paths, shapes and dtypes."""
+    """Chooses the layout from the paths, shapes and dtypes of the parameters."""
 
     def place(path: str, leaf: Any) -> PackedLeaf:
         try:
             dtype = jnp.result_type(leaf)
-        except TypeError:  # not an array: `inner` raises a better error
+        except TypeError:  # not an array: the init of `inner` raises the error
             return PackedLeaf(path, (), "")
         packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
         return PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
@@ -37,18 +40,18 @@ def choose(params: optax.Params, max_size: int) -> Layout:
 
 
 def encode(layout: Layout) -> str:
-    """The layout in JSON, the same text for the same layout."""
+    """Converts a layout to JSON. Equal layouts have equal text."""
     return json.dumps(layout, separators=(",", ":"))
 
 
 @functools.cache
 def decode(text: str) -> Layout:
-    """The inverse of `encode`."""
+    """Converts the text that `encode` returned to the layout."""
     return tuple(PackedLeaf(path, tuple(shape), buffer) for path, shape, buffer in json.loads(text))
 
 
-def order(layout: Layout) -> dict[str, list[int]]:
-    """The leaves of each buffer as indices into the layout, sorted by size."""
+def indices_by_buffer(layout: Layout) -> dict[str, list[int]]:
+    """Returns the leaves of each buffer as indices into the layout, sorted by leaf size."""
     found: dict[str, list[int]] = {}
     for index in sorted(range(len(layout)), key=lambda i: math.prod(layout[i].shape)):
         found.setdefault(layout[index].buffer, []).append(index)
@@ -57,30 +60,38 @@ def order(layout: Layout) -> dict[str, list[int]]:
 
 
 def validated_leaves(tree: Any, layout: Layout) -> list[Any]:
-    """The leaves of `tree` in the order of the layout, whatever the order of their keys."""
+    """Returns the leaves of `tree` in the order of the layout, after checks.
+
+    Raises:
+      ValueError: the paths or shapes differ from the layout; a leaf to pack is explicitly sharded.
+    """
     given = dict(named_leaves(tree))
-    known = {at.path for at in layout}
+    known = {place.path for place in layout}
     if given.keys() != known:
-        missing = [at.path for at in layout if at.path not in given]
+        missing = [place.path for place in layout if place.path not in given]
         surplus = [path for path in given if path not in known]
+        differences = [f"lacks {key_paths(missing)}"] if missing else []
+        differences += [f"has also {key_paths(surplus)}"] if surplus else []
         raise ValueError(
-            f"The tree differs from the tree that init received: it lacks {missing} and has the "
-            f"additional leaves {surplus}. Give zeros for a parameter without a gradient, freeze "
-            f"it by optax.set_to_zero in optax.partition, or call init again with these parameters."
+            f"The tree must have the leaves of the parameters given to init, but it "
+            f"{' and '.join(differences)}. Pass zeros for a parameter without a gradient, freeze "
+            f"it with optax.partition and optax.set_to_zero, or call init again with these "
+            f"parameters."
         )
-    for at in layout:
-        leaf = given[at.path]
-        if np.shape(leaf) != at.shape:
+    for place in layout:
+        leaf = given[place.path]
+        label = f"leaf {place.path}".rstrip()
+        if np.shape(leaf) != place.shape:
             raise ValueError(
-                f"The leaf {at.path or 'given'} has shape {np.shape(leaf)}, but init received "
-                f"shape {at.shape}."
+                f"The {label} must have shape {place.shape}, as in init, but its shape is "
+                f"{np.shape(leaf)}."
             )
-        if at.buffer and _is_explicitly_sharded(leaf):
+        if place.buffer and _is_explicitly_sharded(leaf):
             raise ValueError(
-                f"The leaf {at.path or 'given'} is sharded over explicit mesh axes, but "
-                f"pack_small_leaves is meant for one CPU: use the transformation without it."
+                f"The {label} is sharded over explicit mesh axes, but pack_small_leaves is for one "
+                f"CPU. Use the transformation without it."
             )
-    return [given[at.path] for at in layout]
+    return [given[place.path] for place in layout]
 
 
 def _is_explicitly_sharded(x: Any) -> bool:

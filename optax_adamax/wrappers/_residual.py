@@ -1,8 +1,8 @@
 """Residuals: the part of a master parameter that bfloat16 cannot represent.
 
-float32 is stored as sign and magnitude, and bfloat16 is its upper half. So the master parameter, as
-a 32-bit integer, is the stored parameter's bits followed by the residual's. All rounding is done on
-integers, because XLA may remove a cast to bfloat16 and back.
+A bfloat16 number has the upper 16 bits of a float32 number. So the bits of the master parameter are
+the bits of the stored parameter, shifted by 16, plus the residual as a signed integer. All rounding
+is done on integers, because XLA may remove a cast to bfloat16 and back.
 """
 
 import functools
@@ -32,10 +32,11 @@ def add(
       update_dtype: dtype of the update of p, float32 or bfloat16.
 
     Returns:
-      The update of p, which leaves the rounded new master parameter, and the new residual.
+      The update of p, after which p is the rounded new master parameter, and the new residual.
     """
     u = _forbid_derivative(u)
-    # XLA computes this sum in several kernels. u is a product, and must be rounded in all of them.
+    # XLA computes the sum below in several kernels. u is usually a product, which must be rounded
+    # before the addition in all of them.
     u = jax.lax.platform_dependent(u, count, cpu=without_fma, default=lambda u, count: u)
     theta = merge_residual(p, residual) + u
     stored = p.astype(jnp.float32)
@@ -44,8 +45,9 @@ def add(
     if update_dtype == jnp.bfloat16:
         step = jnp.clip(step, -LARGEST_BFLOAT16, LARGEST_BFLOAT16)
         step = jax.lax.reduce_precision(step, exponent_bits=8, mantissa_bits=7)
-    # Not every difference of two bfloat16 numbers is a number of `update_dtype`. If the sum misses
-    # `rounded` by half a bfloat16 ULP or more, the cast back to bfloat16 does not correct it.
+    # `update_dtype` cannot represent every difference of two bfloat16 numbers. If stored + step
+    # misses `rounded` by half a bfloat16 ULP or more, p becomes another number, and the residual is
+    # set to zero, because it belongs to `rounded`.
     reached = _bits(stored + step) - _bits(rounded) + 0x7FFF < 0xFFFF
     finite = jnp.isfinite(theta)
     new_residual = jnp.where(reached & finite, left, jnp.zeros_like(left))
@@ -57,13 +59,13 @@ def add(
 def merge_residual(p: jax.Array, residual: jax.Array) -> jax.Array:
     """Returns the master parameter in float32.
 
-    Zero, infinity and NaN have no residual, so the stored one is ignored: a parameter that was set
-    to zero from outside (for example by pruning) stays zero.
+    The residual of zero, infinity and NaN is ignored. So a parameter that the user sets to zero,
+    for example by pruning, remains zero.
     """
     bits = jax.lax.bitcast_convert_type(p, jnp.uint16).astype(jnp.uint32)
     unused_bits = 16 - jnp.iinfo(residual.dtype).bits
     lower = (residual.astype(jnp.int32) << unused_bits).astype(jnp.uint32)
-    has_residual = (bits & 0x7FFF) - 1 < 0x7F7F  # wraps at 0
+    has_residual = (bits & 0x7FFF) - 1 < 0x7F7F  # finite and not 0, for which this wraps
     merged = (bits << 16) + jnp.where(has_residual, lower, 0)
     return jax.lax.bitcast_convert_type(merged, jnp.float32)
 
@@ -95,9 +97,9 @@ def _bits(x: jax.Array) -> jax.Array:
 def _rounding_bits(count: jax.Array, u_bits: jax.Array) -> jax.Array:
     """Returns the bits for stochastic rounding in this step, uint32 in [0, 2**8).
 
-    They are a hash of the count, because they must not correlate with the updates. Updates may be
-    periodic, and they come from an m that was rounded with another hash of the count. The bits of u
-    make them differ between elements. The element's index would too, but it changes with sharding.
+    A hash of the count does not correlate with the updates, which may be periodic and result from
+    an m that was rounded with another hash of the count. The bits of u distinguish elements. The
+    index of an element would depend on the sharding.
     """
     x = hash_uint32(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
     return (x + (u_bits << 9)) >> 24
@@ -105,7 +107,7 @@ def _rounding_bits(count: jax.Array, u_bits: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _forbid_derivative(u: jax.Array) -> jax.Array:
-    """Returns u, and raises if it is differentiated, because rounding is piecewise constant."""
+    """Returns u, and raises a TypeError if it is differentiated; applied before rounding."""
     return u
 
 

@@ -10,6 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax._inner import as_transformation
+from optax_adamax._messages import CONTINUE, describe_value, with_article, wrong_state
 from optax_adamax._numerics import compute_dtype, upcast
 from optax_adamax.wrappers import _applied, _residual
 from optax_adamax.wrappers._residual_tree import (
@@ -17,7 +18,7 @@ from optax_adamax.wrappers._residual_tree import (
     is_absent,
     master,
     match,
-    unboxed,
+    unwrap_variables,
     zero_residual,
 )
 
@@ -25,15 +26,16 @@ T = TypeVar("T")
 
 
 class Int8Residual(NamedTuple):
-    """Container of 8-bit residuals. The field's name distinguishes checkpoints of each format."""
+    """8-bit residuals. The name of the field distinguishes their checkpoints."""
 
-    # shaped like the parameters, int8: 2**-8 ULP of the stored parameter, away from zero;
-    # optax.MaskedNode for parameters of 32 bits and more
+    # Tree like the parameters, int8, with the shapes of the parameters: in units of 2**-8 ULP of
+    # the stored parameter, positive away from zero. optax.MaskedNode for parameters with 32 bits or
+    # more.
     int8: Any
 
 
 class Int16Residual(NamedTuple):
-    """Container of 16-bit residuals. The field's name distinguishes checkpoints of each format."""
+    """16-bit residuals. The name of the field distinguishes their checkpoints."""
 
     int16: Any  # as in Int8Residual, but int16, in units of 2**-16 ULP
 
@@ -44,11 +46,11 @@ _CONTAINERS = {"int8": Int8Residual, "int16": Int16Residual}
 class CompensateRoundingState(NamedTuple):
     """State of `compensate_rounding`."""
 
-    # shape=(), dtype=int32: steps taken, stops at 2**31 - 1
+    # shape=(), dtype=int32: number of steps, saturates at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     residual: Int8Residual | Int16Residual
-    inner_state: Any  # the state of `inner`, initialized for float32 parameters
-    # With check_applied, the bfloat16 parameters after the last step; else empty.
+    inner_state: Any  # the state of `inner`, for float32 master parameters
+    # With check_applied, the bfloat16 parameters after the last step; else ().
     expected_params: Any = ()
 
 
@@ -70,57 +72,60 @@ def compensate_rounding(
         u_t &= \mathrm{inner}(g_t, \theta_{t-1}) \\
         \theta_t &= \theta_{t-1} + u_t, \qquad u_t' = \mathrm{round}(\theta_t) - p_{t-1}
 
-    `inner` receives float32 gradients (float64 gradients are not cast) and the master parameters,
-    also for weight decay, trust ratios and norms. :func:`optax.apply_updates` then changes p to
-    the rounded master parameter exactly. Parameters of 32 bits and more have no residual, and
-    their updates are the updates of `inner`.
+    `inner` receives float32 gradients and the master parameters, also for weight decay, trust
+    ratios and norms. float64 gradients are not cast. :func:`optax.apply_updates` then changes p to
+    exactly the rounded master parameter. Parameters with 32 bits or more are without a residual,
+    and their updates are the updates of `inner`.
 
     **It must be the outermost transformation**, because u' must reach the parameters unchanged.
-    A learning rate or weight decay outside of it is lost in the rounding:
+    A learning rate or weight decay outside of it is lost in rounding:
 
-    - right: ``compensate_rounding(optax.chain(scale_by_adamax(), optax.scale(-1e-4)))``
-    - wrong: ``optax.chain(compensate_rounding(scale_by_adamax()), optax.scale(-1e-4))``
+    - correct: ``compensate_rounding(optax.chain(scale_by_adamax(), optax.scale(-1e-4)))``
+    - incorrect: ``optax.chain(compensate_rounding(scale_by_adamax()), optax.scale(-1e-4))``
 
-    Only :func:`limit_spikes` and transformations before it may be outside; the latter receive p.
-    If the loss does not decrease, ``check_applied=True`` finds updates that were changed.
+    There are two exceptions. :func:`limit_spikes` may be around it. Transformations may precede it
+    in a chain, and receive p. If the loss does not decrease, ``check_applied=True`` finds updates
+    that were changed.
 
-    int16 represents :math:`\theta` as float32 does. int8 represents 16 significant bits of it, and
-    rounds stochastically, with bits from a hash of the step count and of the update: the mean over
-    the steps is unbiased, however small the updates are. In one step, :math:`\theta` is wrong by at
-    most :math:`2^{-15}` of the larger of :math:`|p_{t-1}|` and :math:`|\theta_t|` with int8. With
-    int16 it equals the float32 result, except if :math:`|\theta_t| < 2^{-16} |p_{t-1}|` (the error
-    is then at most :math:`2^{-24} |p_{t-1}|`). Parameters below :math:`10^{-35}` are not supported,
-    because XLA flushes their updates to zero. Non-finite parameters and updates are added directly.
+    int16 represents :math:`\theta` as float32 does. In each step :math:`\theta` equals the float32
+    result, with one exception: if :math:`|\theta_t| < 2^{-16} |p_{t-1}|`, its error is at most
+    :math:`2^{-24} |p_{t-1}|`. int8 represents 16 significant bits of :math:`\theta`. It rounds
+    stochastically, with bits from a hash of the step count and of the update, and the mean over the
+    steps is unbiased for updates of any size. The error of one step is at most :math:`2^{-15}` of
+    the larger of :math:`|p_{t-1}|` and :math:`|\theta_t|`.
+
+    Parameters below :math:`10^{-35}` are not supported, because XLA flushes their updates to zero.
+    Non-finite parameters and updates are added without a residual. Updates cannot be
+    differentiated.
 
     The residual adds 1 or 2 bytes of state per parameter. On CPU, a step with 2-byte state takes
     3.0 (int8) or 3.4 (int16) times as long as float32 :func:`optax.adamax` (measured). On TPU v5e
-    and v6e, it is limited by arithmetic, and takes 0.56 and 0.73 of the cycles of float32
-    :func:`optax.adamax` with int8 (estimated by the compiler). Updates cannot be differentiated.
+    and v6e, it is compute-bound, and takes 0.56 and 0.73 of the cycles of float32
+    :func:`optax.adamax` with int8 (estimated by the compiler).
 
     Args:
-      inner: the whole optimizer, for example :func:`adamaxw`, or an object with ``init`` and
+      inner: the complete optimizer, for example :func:`adamaxw`, or an object with ``init`` and
         ``update``, for example :class:`optax.MultiSteps`.
       residual_dtype: dtype of r: int8 or int16.
-      update_dtype: dtype of u' for bfloat16 parameters. float32 requires a sum that is cast back,
-        as in :func:`optax.apply_updates`. ``"bfloat16"`` also supports loops that compute p + u'
-        in bfloat16, as ``equinox.apply_updates``, optimistix and flowjax do. If a step changes the
-        sign of a parameter, or its size by more than a factor of two, u' is rounded, and
-        :math:`\theta` may be wrong by 1.5 bfloat16 ULP of the larger number.
-      check_applied: for debugging. True stores the new parameters in the state (2 bytes per
-        parameter). The next ``update`` raises if it receives other parameters. Projections after
-        the step change parameters, too.
+      update_dtype: dtype of u' for bfloat16 parameters. float32 requires that p + u' is cast back
+        to bfloat16, as in :func:`optax.apply_updates`. ``"bfloat16"`` also supports loops that
+        compute p + u' in bfloat16, as ``equinox.apply_updates``, optimistix and flowjax do. If a
+        step then changes the sign of a parameter, or its size by more than a factor of two, u' is
+        rounded, and the error of :math:`\theta` may be 1.5 bfloat16 ULP of the larger number.
+      check_applied: for debugging. True stores the new parameters in the state, 2 bytes per
+        parameter. The next ``update`` raises an error if it receives other parameters, for example
+        after a projection.
 
     Returns:
       The transformation, with state :class:`CompensateRoundingState`. Its ``update`` needs the
-      parameters; further arguments are passed to `inner`. :func:`master_params` returns
-      :math:`\theta`.
+      parameters, and passes further arguments to `inner`. u' has the shape of p.
+      :func:`master_params` returns :math:`\theta`.
 
     Raises:
-      TypeError: `inner` is not a transformation, or another dtype. ``init`` raises it for 8-bit and
-        float16 parameters. ``update`` raises it if the state or the parameters have other dtypes
-        than those given to ``init``, or if it is differentiated.
-      ValueError: from ``update``, no parameters, or another tree than the tree given to ``init``.
-        With check_applied, the updates were not applied as returned; under :func:`jax.jit`, JAX
+      TypeError: `inner` is not a transformation; another dtype. From ``init``: 8-bit or float16
+        parameters. From ``update``: another state, other dtypes than in ``init``, or a derivative.
+      ValueError: from ``update``: no parameters, or another tree or other shapes than in ``init``.
+        With `check_applied`: the updates were not applied as returned. Under :func:`jax.jit`, JAX
         raises this error as a :class:`jax.errors.JaxRuntimeError`.
 
     Example:
@@ -163,8 +168,8 @@ def compensate_rounding(
     ) -> tuple[optax.Updates, CompensateRoundingState]:
         if params is None:
             raise ValueError(
-                "compensate_rounding needs the parameters, but got None. Call "
-                "update(updates, state, params)."
+                "compensate_rounding needs the parameters, but params=None was given. Call "
+                "update(gradients, state, params)."
             )
         state = _check_state(state, container)
         treedef, matched = match(state.residual[0], params)
@@ -174,8 +179,8 @@ def compensate_rounding(
         if check_applied:
             _applied.check(matched, state.expected_params, state.count)
         masters = treedef.unflatten([master(p, r) for _, p, r in matched])
-        wide = jax.tree.map(_as_float32, updates)
-        u, inner_state = inner.update(wide, state.inner_state, masters, **extra_args)
+        grads = jax.tree.map(_as_float32, updates)
+        u, inner_state = inner.update(grads, state.inner_state, masters, **extra_args)
         pairs = [
             _update_leaf(u, p, r, count, u_dtype)
             for u, (_, p, r) in zip(treedef.flatten_up_to(u), matched, strict=True)
@@ -191,17 +196,17 @@ def master_params(state: Any, params: T) -> T:
     """Returns the master parameters, for evaluation, export and averages.
 
     Args:
-      state: the state of an optimizer that contains :func:`compensate_rounding`, in any memory. It
-        may be boxed, as ``nnx.Optimizer.opt_state`` is.
-      params: the stored parameters; they may be boxed, too.
+      state: the state of an optimizer that contains :func:`compensate_rounding`, in device or host
+        memory. Its arrays may be wrapped in Flax variables, as in ``nnx.Optimizer.opt_state``.
+      params: the stored parameters. They may be wrapped in Flax variables, too.
 
     Returns:
       A tree like `params`: float32 for parameters with a residual, unchanged for all others.
 
     Raises:
-      ValueError: `state` contains no :class:`CompensateRoundingState`, or it belongs to another
-        tree of parameters.
-      TypeError: it belongs to parameters of other dtypes.
+      ValueError: `state` contains no :class:`CompensateRoundingState`, or its parameters have
+        another tree or other shapes.
+      TypeError: the parameters of the state have other dtypes.
 
     Example:
       >>> import jax.numpy as jnp
@@ -219,14 +224,15 @@ def master_params(state: Any, params: T) -> T:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     if not found:
         raise ValueError(
-            f"There is no CompensateRoundingState in this {type(state).__name__}. Pass the state "
-            f"of an optimizer that is or contains compensate_rounding(...), then the parameters."
+            f"The state must contain a CompensateRoundingState, but this {type(state).__name__} "
+            f"does not. Write master_params(state, params), with the state of an optimizer that "
+            f"contains compensate_rounding(...)."
         )
-    masters = unboxed(params)
+    masters = unwrap_variables(params)
     for each in found:
-        treedef, matched = match(unboxed(each.residual[0]), masters)
+        treedef, matched = match(unwrap_variables(each.residual[0]), masters)
         for name, p, r in matched:
-            if not is_absent(r):  # another state may have it, with optax.partition
+            if not is_absent(r):  # with optax.partition, another state may contain the residual
                 check_leaf(name, p, r)
         masters = treedef.unflatten([master(p, r) for _, p, r in matched])
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(masters))
@@ -242,7 +248,7 @@ def _update_leaf(
 
 
 def _as_master(p: Any) -> Any:
-    """A parameter with a zero residual, as `inner.init` receives it."""
+    """Returns the master parameter of a new parameter, array or shape."""
     if jnp.result_type(p) != jnp.bfloat16:
         return p
     if isinstance(p, jax.ShapeDtypeStruct):
@@ -262,21 +268,19 @@ def _one_of(name: str, dtype: DTypeLike, allowed: tuple[str, str]) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in allowed:
-        raise TypeError(f"{name} must be {allowed[0]} or {allowed[1]}, but got {dtype!r}.")
+        given = describe_value(dtype) if found is None else found.name
+        raise TypeError(f"{name} must be {allowed[0]} or {allowed[1]}, but {given} was given.")
     return found
 
 
 def _check_state(state: Any, container: type) -> CompensateRoundingState:
     if not isinstance(state, CompensateRoundingState):
-        raise TypeError(
-            f"The state must be a CompensateRoundingState, but got a {type(state).__name__}. Call "
-            f"update(updates, state, params). To continue a run without residuals, write "
-            f"init(params)._replace(inner_state=state)."
-        )
+        advice = CONTINUE.format("residuals")
+        raise TypeError(wrong_state(CompensateRoundingState, state, advice))
     if not isinstance(state.residual, container):
         raise TypeError(
-            f"The state stores residuals as {type(state.residual).__name__}, but the "
-            f"transformation was built for {container.__name__}. Pass the residual_dtype with "
-            f"which the state was initialized."
+            f"The state stores residuals in {with_article(type(state.residual).__name__)}, but the "
+            f"transformation was built for {with_article(container.__name__)}. Write the "
+            f"residual_dtype with which the state was initialized."
         )
     return state

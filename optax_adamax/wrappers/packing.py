@@ -1,8 +1,8 @@
-"""Packs the state of many small leaves into few buffers, for one CPU.
+"""Packs the state of many small leaves into a few buffers, for one CPU.
 
-A jitted step of a thousand leaves is bound by per-buffer overhead: parameter, m and v of each leaf
-are passed in and out. Packing reduces the buffers of the state to a few. `_buffers` concatenates
-and slices the leaves.
+The time of a jitted step with a thousand leaves is mostly per-buffer overhead, because the
+parameter, m and v of each leaf are inputs and outputs of the program. Packing reduces the state to
+a few buffers.
 """
 
 from typing import Any, NamedTuple
@@ -11,66 +11,72 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_adamax._inner import as_transformation
+from optax_adamax._messages import describe_value, key_paths, wrong_state
 from optax_adamax._paths import named_leaves
 from optax_adamax.wrappers import _buffers, _layout
 
 
 class PackedTree(NamedTuple):
-    """A tree like the parameters, in the form that `inner` of `pack_small_leaves` receives."""
+    """A packed tree of parameters, gradients or moments: the form that `inner` receives."""
 
-    unpacked: dict[str, Any]  # the leaves that are not packed, by their paths
-    buffers: dict[str, Any]  # by dtype, one-dimensional: the small leaves, sorted by size
+    unpacked: dict[str, Any]  # the leaves that are not packed, by path
+    buffers: dict[str, Any]  # by dtype of the parameter: 1-D array of the small leaves, by size
 
 
 class PackedState(NamedTuple):
     """State of `pack_small_leaves`."""
 
-    # One key without a value: path, shape and buffer of each parameter in JSON. A key, because
-    # checkpoints compare keys, and a string, because JAX exports and Flax saves only string keys.
+    # {text: None}, with path, shape and buffer of each parameter in JSON as text. The text is a
+    # key, because checkpoint libraries compare keys. It is a string, because JAX exports and Flax
+    # saves only string keys.
     layout: dict[str, Any]
-    inner_state: optax.OptState  # for parameters in the form of a PackedTree
+    inner_state: optax.OptState  # the state of `inner`, for parameters as a PackedTree
 
 
 def pack_small_leaves(
     inner: optax.GradientTransformation, max_size: int = 1024
 ) -> optax.GradientTransformationExtraArgs:
-    """Stores the state of small leaves in a few flat buffers; the results are the same bit for bit.
+    """Stores the state of small leaves in a few flat buffers, with bitwise equal updates.
 
-    It is meant for one CPU and for models of hundreds of small parameters, such as scales and
-    biases, whose steps are bound by per-buffer overhead. (On TPU, according to compiler estimates,
-    packing increases the number of loops in a GPT-2 step; a thousand leaves of 64 elements compile
-    in a tenth of the time.) ``update`` concatenates the gradients of the small leaves, and their
-    parameters if given, into one flat array per dtype of the parameters, and slices the updates of
-    `inner`. (The same gradients give the same bits. If XLA fuses ``update`` with the computation of
-    the gradients, it may contract a product and a sum in one program and not in the other.)
+    It is meant for one CPU and for models with hundreds of small parameters, such as scales and
+    biases, whose steps are bound by per-buffer overhead. On TPU, packing increases the number of
+    loops in a GPT-2 step, and compiles a thousand leaves of 64 elements in a tenth of the time
+    (estimated by the compiler; not run).
 
-    Which leaves are packed, and in which order, follows from the paths, shapes and dtypes of the
-    parameters and from `max_size` alone. A checkpoint fits as long as these are the same;
-    :func:`unpack_state` and :func:`repack_state` convert a state after a change.
-    :func:`optax_adamax.sharding.shard` does not accept this transformation.
+    ``update`` concatenates the gradients of the small leaves into one flat array per dtype of the
+    parameters, calls `inner`, and slices its updates. It does the same with the parameters if it
+    receives them. Equal gradients give bitwise equal updates. If one jitted function computes
+    gradients and updates, results may differ in the last bit, because XLA on CPU contracts a
+    product and a sum to a fused multiply-add in some programs only.
 
-    `inner` must be elementwise, as :func:`adamax` and :func:`adamaxw` are in every storage
-    format. It receives a :class:`PackedTree` instead of the parameters, so that norms of leaves
-    (LARS, LAMB, adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of
-    `adamaxw`) do not work inside. Put them around this transformation, or next to it in a chain.
-    :func:`optax.tree.map_params` cannot map over this state: unpack it first.
+    The layout depends only on `max_size` and on the paths, shapes and dtypes of the parameters. If
+    one of these changes, a checkpoint does not fit; :func:`unpack_state` and :func:`repack_state`
+    convert it. :func:`optax_adamax.sharding.shard` does not accept this transformation.
 
-    Leaves that are not real floats, and leaves of one element, are never packed. (XLA does not
-    always round scalars as it rounds arrays.)
+    `inner` must be elementwise, as :func:`adamax` and :func:`adamaxw` are in every storage format.
+    It receives a :class:`PackedTree` instead of the parameters. So norms of leaves (LARS, LAMB,
+    adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of `adamaxw`) do not work
+    inside. Put them around this transformation, or before or after it in a chain.
+    :func:`optax.tree.map_params` cannot map over the packed state: unpack it first.
+
+    Only real float leaves with more than one element are packed. XLA may round scalars and arrays
+    differently.
 
     Args:
-      inner: an elementwise optax transformation.
-      max_size: largest number of elements of a small leaf. On CPU, packing leaves of more than
-        about 4,000 costs more than it saves (`benchmarks/packing.py`).
+      inner: an elementwise optax transformation, or an object with ``init`` and ``update``.
+      max_size: largest number of elements of a leaf that is packed. On CPU, packing leaves of more
+        than about 4,000 elements costs more than it saves (measured by `benchmarks/packing.py`).
 
     Returns:
       The transformation, with state :class:`PackedState`.
 
     Raises:
-      ValueError: max_size < 0; from ``update``, gradients whose tree or shapes differ from the
-        parameters given to ``init``; a small leaf that is sharded over explicit mesh axes.
-      TypeError: max_size is not an integer; from ``update``, a state of another transformation, or
-        gradients of several dtypes for one buffer.
+      ValueError: max_size < 0. From ``init`` and ``update``: a small leaf that is sharded over
+        explicit mesh axes. From ``update``: gradients whose tree or shapes differ from the
+        parameters given to ``init``.
+      TypeError: `max_size` is not an integer, or `inner` is not a transformation. From ``update``:
+        the state of another transformation, or gradients of several dtypes for one buffer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -86,10 +92,11 @@ def pack_small_leaves(
       [-0.002 -0.002]
     """
     if isinstance(max_size, bool) or not isinstance(max_size, int):
-        raise TypeError(f"max_size must be an integer, but {max_size!r} was given.")
+        given = describe_value(max_size)
+        raise TypeError(f"max_size must be an integer, but {given} was given. Write max_size=1024.")
     if max_size < 0:
         raise ValueError(f"max_size must be at least 0, but {max_size} was given.")
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation(inner, "pack_small_leaves(adamax(1e-3))")
 
     def init(params: optax.Params) -> PackedState:
         layout = _layout.choose(params, max_size)
@@ -102,10 +109,8 @@ def pack_small_leaves(
         **extra_args: Any,
     ) -> tuple[optax.Updates, PackedState]:
         if not isinstance(state, PackedState):
-            raise TypeError(
-                f"The state must be a PackedState, but a {type(state).__name__} was given: give "
-                f"the state that the init of pack_small_leaves returned."
-            )
+            advice = "To pack a state, write repack_state(state, like=tx.init(params))."
+            raise TypeError(wrong_state(PackedState, state, advice))
         layout = _layout_of(state)
         gradients = _pack(updates, layout)
         parameters = None if params is None else _pack(params, layout)
@@ -118,21 +123,21 @@ def pack_small_leaves(
 def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
     """Converts a packed state to the state of the same transformation without packing.
 
-    Use it after a change of `max_size` or of the package::
+    If `max_size` or the layout of the package has changed, convert an old state like this::
 
         state = repack_state(unpack_state(old, params), like=tx.init(params))
 
     Args:
-      state: a state with any number of :class:`PackedState` in it, or with none.
-      params: the parameters of the state; only the tree and its paths are used.
+      state: any tree, with or without :class:`PackedState` nodes.
+      params: the parameters of the state. Only the tree and its paths are used.
 
     Returns:
-      The state, with the inner state of each :class:`PackedState` in its place, and a tree like
-      `params` in place of each :class:`PackedTree`. Parameters that the state does not have
-      (as in `optax.masked`) are ``optax.MaskedNode()`` there, as in the unpacked state.
+      The state, in which each :class:`PackedState` is replaced by its inner state, and each
+      :class:`PackedTree` by a tree like `params`. Parameters that are not in the packed tree, for
+      example because of `optax.masked`, become ``optax.MaskedNode()``.
 
     Raises:
-      ValueError: the state is packed for parameters that are not in `params`.
+      ValueError: the state contains parameters that are not in `params`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,11 +153,11 @@ def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
         if not isinstance(node, PackedState):
             return node
         layout = _layout_of(node)
-        unknown = [at.path for at in layout if at.path not in names]
+        unknown = [place.path for place in layout if place.path not in names]
         if unknown:
             raise ValueError(
-                f"The state is packed for {unknown}, which are not in params. Give the parameters "
-                f"that init received."
+                f"params must have the leaves of the parameters given to init, but it lacks "
+                f"{key_paths(unknown)}. Pass the parameters given to init."
             )
         return jax.tree.map(
             lambda x: _unpack(x, params, layout) if _is_packed_tree(x) else x,
@@ -164,18 +169,19 @@ def unpack_state(state: optax.OptState, params: optax.Params) -> optax.OptState:
 
 
 def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
-    """Packs a state in the layout of another state: the inverse of :func:`unpack_state`.
+    """Packs a state in the layout of another state; the inverse of :func:`unpack_state`.
 
     Args:
       state: a state without packing.
-      like: a packed state with the layout to use, of arrays or of shapes:
-        ``tx.init(params)``, or ``jax.eval_shape(tx.init, params)``.
+      like: a packed state with the new layout, of arrays or shapes: ``tx.init(params)`` or
+        ``jax.eval_shape(tx.init, params)``.
 
     Returns:
-      A state of the structure of `like`.
+      The state, with the structure of `like`.
 
     Raises:
-      ValueError: the two states belong to different transformations or parameters.
+      ValueError: the two states belong to different transformations or parameters, or have
+        different storage formats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -207,16 +213,17 @@ def repack_state(state: optax.OptState, like: optax.OptState) -> optax.OptState:
 def _check_like(state: optax.OptState, like: optax.OptState) -> None:
     if jax.tree.structure(state) != jax.tree.structure(like):
         raise ValueError(
-            f"The state belongs to another transformation than `like`: its structure is "
-            f"{jax.tree.structure(state)}, but `like` has {jax.tree.structure(like)}."
+            f"The state must have the structure of `like` after packing, but it is "
+            f"{jax.tree.structure(state)} instead of {jax.tree.structure(like)}. Pass `like` of "
+            f"the same transformation."
         )
     for (path, leaf), wanted in zip(named_leaves(state), jax.tree.leaves(like), strict=True):
         found = jnp.shape(leaf), jnp.result_type(leaf)
         if found != (wanted.shape, wanted.dtype):
             raise ValueError(
-                f"{path} has shape and dtype {found[0]}, {found[1]}, but in `like` "
-                f"{wanted.shape}, {wanted.dtype}. Give `like` for the same parameters. If the "
-                f"storage formats differ, first convert the state with encode_state."
+                f"{path} must have shape {wanted.shape} and dtype {wanted.dtype}, as in `like`, "
+                f"but it has {found[0]} and {found[1]}. Pass `like` for the same parameters. If "
+                f"the storage formats differ, first convert the state with encode_state."
             )
 
 
@@ -235,13 +242,15 @@ def _layout_of(state: PackedState) -> _layout.Layout:
 
 def _pack(tree: Any, layout: _layout.Layout) -> Any:
     leaves = _layout.validated_leaves(tree, layout)
-    if not layout:  # the placeholder of optax.tree.map_params is such a tree
+    if not layout:  # as for the placeholder that optax.tree.map_params passes to init
         return tree
-    order = _layout.order(layout)
     return PackedTree(
-        unpacked={at.path: x for at, x in zip(layout, leaves, strict=True) if not at.buffer},
+        unpacked={
+            place.path: x for place, x in zip(layout, leaves, strict=True) if not place.buffer
+        },
         buffers={
-            name: _buffers.concatenate_leaves([leaves[i] for i in order[name]]) for name in order
+            name: _buffers.concatenate_leaves([leaves[i] for i in indices])
+            for name, indices in _layout.indices_by_buffer(layout).items()
         },
     )
 
@@ -249,8 +258,8 @@ def _pack(tree: Any, layout: _layout.Layout) -> Any:
 def _unpack(packed: Any, like: Any, layout: _layout.Layout) -> Any:
     if not layout:
         return packed
-    found = {at.path: packed.unpacked[at.path] for at in layout if not at.buffer}
-    for name, indices in _layout.order(layout).items():
+    found = {place.path: packed.unpacked[place.path] for place in layout if not place.buffer}
+    for name, indices in _layout.indices_by_buffer(layout).items():
         shapes = tuple(layout[i].shape for i in indices)
         leaves = _buffers.slice_leaves(packed.buffers[name], shapes)
         found.update(zip((layout[i].path for i in indices), leaves, strict=True))

@@ -1,4 +1,4 @@
-"""Compares the gradients of a run with the range of a storage format."""
+"""Compares the gradients of a run with the range of a storage format of v."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
+from optax_adamax._messages import describe_value, wrong_state
 from optax_adamax._numerics import compute_dtype
 from optax_adamax._v_formats import v_format_of
 
@@ -17,24 +18,24 @@ from optax_adamax._v_formats import v_format_of
 class ProbeGradientsState(NamedTuple):
     """State of `probe_gradients`."""
 
-    # shape=(), dtype=int32: steps taken, stops at 2**31 - 1
+    # shape=(), dtype=int32: number of steps, saturates at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class GradientRange(NamedTuple):
     """The gradients of one step, compared with the range of a storage format of v.
 
-    Shares are fractions of all elements that are finite and not zero, from 0 to 1.
+    Fractions are of all elements that are finite and not zero, in [0, 1].
     """
 
-    step: int
-    smallest: float  # absolute value, of the elements that are finite and not zero; inf: no such
-    largest: float  # absolute value, of the finite elements
-    underflow_fraction: float  # |g| + eps is below the range: updates are too short
-    saturated_fraction: float  # |g| + eps is above the range: updates are as long as the bound
-    nonfinite_count: int  # elements
+    step: int  # 1 in the first step
+    smallest: float  # smallest |g| that is finite and not zero; inf without such an element
+    largest: float  # largest finite |g|
+    underflow_fraction: float  # elements with |g| + eps below the range: updates are too short
+    saturated_fraction: float  # elements with |g| + eps above the range: updates are too long
+    nonfinite_count: int  # elements that are NaN or infinite
     v_dtype: str
-    range: tuple[float, float]  # of v_dtype
+    range: tuple[float, float]  # of v in the storage format
 
     def __str__(self) -> str:
         low, high = self.range
@@ -53,20 +54,21 @@ def probe_gradients(
     every: int = 100,
     eps: ArrayLike = 1e-8,
 ) -> optax.GradientTransformation:
-    """Reports whether the gradients fit the range of a storage format of v, and passes them on.
+    """Reports whether gradients fit the range of a storage format of v, and returns them unchanged.
 
-    Chain it before an optimizer in training loops that do not return the optimizer's state (for
-    example dynamax, gpjax and flowjax). If you have the state, use :func:`describe_state`.
+    Chain it before an optimizer in training loops that do not return the optimizer's state, for
+    example in dynamax, gpjax and flowjax. If the loop returns the state, use
+    :func:`describe_state`.
 
     In a reported step, the gradients are read once more. In all other steps the cost is one
     comparison.
 
     Args:
-      v_dtype: the storage format, as in :func:`scale_by_adamax`.
-      report: a function that is called on the host with a :class:`GradientRange`, through
-        :func:`jax.debug.callback`. Under :func:`jax.shard_map` and :func:`jax.vmap`, it is called
-        for each device or row.
-      every: number of steps between two reports; the first step is reported.
+      v_dtype: storage format of v, as in :func:`scale_by_adamax`.
+      report: a function that :func:`jax.debug.callback` calls on the host with a
+        :class:`GradientRange`. Under :func:`jax.shard_map` and :func:`jax.vmap`, it is called for
+        each device or row.
+      every: number of steps between two reports. The first step is reported.
       eps: eps of the optimizer if it is added to the gradient's absolute value
         (``eps_placement="max"``), else 0.
 
@@ -74,13 +76,12 @@ def probe_gradients(
       The transformation, with state :class:`ProbeGradientsState`.
 
     Raises:
-      ValueError: another storage format, every < 1, or eps out of range.
-      TypeError: an argument of the wrong type.
+      ValueError: another storage format, `every` that is not an integer >= 1, or eps out of range.
+      TypeError: any other argument of another type. From ``update``: another state.
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from optax_adamax import adamax
-      >>> from optax_adamax.wrappers.probe import probe_gradients
+      >>> from optax_adamax import adamax, probe_gradients
       >>> tx = optax.chain(probe_gradients("uint8"), adamax(0.1, v_dtype="uint8"))
       >>> params = jnp.ones(4)
       >>> updates, _ = tx.update(jnp.array([0.0, 1e-12, 0.5, 1e10]), tx.init(params), params)
@@ -88,9 +89,15 @@ def probe_gradients(
     """
     v_format = v_format_of(v_dtype)
     if not callable(report):
-        raise TypeError(f"report must be a function, but got {report!r}. Write report=print.")
+        raise TypeError(
+            f"report must be a function, but {describe_value(report)} was given. Write "
+            f"report=print."
+        )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer >= 1, but got {every!r}.")
+        raise ValueError(
+            f"every must be an integer >= 1, but {describe_value(every)} was given. Write "
+            f"every=100."
+        )
     _checks.check_scalar("eps", eps, 0.0, float("inf"))
     low, high = v_format.range
     name = str(v_format.dtype)
@@ -126,7 +133,8 @@ def probe_gradients(
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, ProbeGradientsState]:
         del params
-        assert isinstance(state, ProbeGradientsState)
+        if not isinstance(state, ProbeGradientsState):
+            raise TypeError(wrong_state(ProbeGradientsState, state))
         grads = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
         step = jnp.asarray(optax.safe_increment(state.count))
         if sum(g.size for g in grads):
@@ -145,13 +153,15 @@ def _measured(
     for g in grads:
         size = jnp.abs(g).astype(compute_dtype(g))
         finite = jnp.isfinite(size)
-        counted = finite & (size > 0)
+        nonzero_finite = finite & (size > 0)
         v = size + jnp.asarray(eps, size.dtype)
-        smallest = jnp.minimum(smallest, jnp.min(jnp.where(counted, size, jnp.inf)).astype("f4"))
+        smallest = jnp.minimum(
+            smallest, jnp.min(jnp.where(nonzero_finite, size, jnp.inf)).astype("f4")
+        )
         largest = jnp.maximum(largest, jnp.max(jnp.where(finite, size, 0)).astype("f4"))
-        below += jnp.sum(counted & (v < low), dtype=jnp.float32)
-        above += jnp.sum(counted & (v > high), dtype=jnp.float32)
-        nonzero += jnp.sum(counted, dtype=jnp.float32)
+        below += jnp.sum(nonzero_finite & (v < low), dtype=jnp.float32)
+        above += jnp.sum(nonzero_finite & (v > high), dtype=jnp.float32)
+        nonzero += jnp.sum(nonzero_finite, dtype=jnp.float32)
         nonfinite += jnp.sum(~finite, dtype=jnp.float32)
     nonzero = jnp.maximum(nonzero, 1)
     return {

@@ -9,19 +9,21 @@ from jax.typing import ArrayLike
 
 from optax_adamax import _checks
 from optax_adamax._inner import as_transformation
+from optax_adamax._messages import CONTINUE, wrong_state
 from optax_adamax._numerics import compute_dtype, one_minus_power, saturating_cast, upcast
-from optax_adamax._xla import varying_axes
+from optax_adamax._varying_axes import varying_axes
 
 AxisName = str | tuple[str, ...]
 
-WARMUP_STEPS = 10  # number of norms that are averaged before the average limits a step
+WARMUP_STEPS = 10  # norms that are averaged before the average limits a step
 
 
 class LimitSpikesState(NamedTuple):
     """State of `limit_spikes`."""
 
-    spike_count: jax.Array  # shape=(), dtype=int32: steps skipped or clipped, stops at 2**31 - 1
-    norm_count: jax.Array  # shape=(), dtype=int32: norms averaged, stops at 2**31 - 1
+    # Counts saturate at 2**31 - 1.
+    spike_count: jax.Array  # shape=(), dtype=int32: steps skipped or clipped
+    norm_count: jax.Array  # shape=(), dtype=int32: norms averaged
     norm_ema: jax.Array  # shape=(), dtype=float32: their running average, not bias-corrected
     inner_state: Any  # the state of `inner`
 
@@ -37,25 +39,24 @@ def limit_spikes(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Skips or clips steps whose gradient norm exceeds a fixed limit or a multiple of its average.
 
-    With :math:`n_t` the global norm of the gradients, and :math:`\bar n_{t-1}` the bias-corrected
-    running average of the norms before it, step t is a spike if
+    Let :math:`n_t` be the global norm of the gradients, and :math:`\bar n_{t-1}` the bias-corrected
+    running average of earlier norms. Step t is a spike if :math:`n_t > \ell_t`, with
 
     .. math::
 
-        n_t &> \ell_t = \min(c\, \bar n_{t-1}, n_{\max}) \\
+        \ell_t &= \min(c\, \bar n_{t-1}, n_{\max}) \\
         s_t &= d\, s_{t-1} + (1 - d) \min(n_t, \ell_t), \quad
         \bar n_t = s_t / (1 - d^t)
 
-    A spike enters the average as :math:`\ell_t`, in the first steps too. So one spike raises the
-    average by a factor of at most :math:`1 + (1 - d)(c - 1)`. Gradients that become F times larger
-    permanently are accepted again after about :math:`\log(F/c) / \log(1 + (1 - d)(c - 1))` steps:
-    77 for c = 5, d = 0.99 and F = 100. During the first ten steps, only `max_norm` and infinity
-    limit the norm.
+    A spike enters the average as :math:`\ell_t`. So one spike multiplies the average by at most
+    :math:`1 + (1 - d)(c - 1)`. If gradients become F times larger permanently, steps are spikes for
+    about :math:`\log(F/c) / \log(1 + (1 - d)(c - 1))` steps: 77 for c = 5, d = 0.99 and F = 100. In
+    the first ten steps, only norms above `max_norm` and infinite norms are spikes.
 
-    Norms are computed in float32, where norms above 1.8e19 are infinite. An infinite norm is a
-    spike in every step, and clipping replaces such a gradient by zeros. Gradients whose norm is 0
-    or NaN are passed to `inner` and do not change the average: for NaN, use the argument
-    `nonfinite` of :func:`scale_by_adamax`.
+    Norms are computed in float32, in which norms above 1.8e19 are infinite. An infinite norm is
+    always a spike, and clipping replaces such a gradient by zeros. Gradients whose norm is 0 or NaN
+    are passed to `inner` and do not change the average. For NaN, use the argument `nonfinite` of
+    :func:`scale_by_adamax`.
 
     ``action="skip"`` computes the step and then selects the old or the new state. With float32
     state, this makes a step on CPU 2.4 times as long and needs 4 temporary bytes per parameter
@@ -65,8 +66,8 @@ def limit_spikes(
     Args:
       inner: the transformation to protect, for example :func:`adamax`, or an object with ``init``
         and ``update``, for example :class:`optax.MultiSteps`.
-      max_norm_ratio: c > 1; None: no limit relative to the average.
-      max_norm: the fixed limit :math:`n_{\max}` > 0, from the first step on; None: no fixed limit.
+      max_norm_ratio: c > 1. None: no limit relative to the average.
+      max_norm: the fixed limit :math:`n_{\max}` > 0, from the first step on. None: no fixed limit.
         At least one of the two limits is required.
       decay: d, in [0, 1). The average extends over about 1 / (1 - d) steps.
       action: ``"skip"``: the updates are zero and the state of `inner` does not change.
@@ -76,15 +77,15 @@ def limit_spikes(
         steps under :func:`jax.jit` alone, do not need it.
 
     Returns:
-      The transformation, with state :class:`LimitSpikesState`:
-      ``optax.tree.get(state, "spike_count")`` is the number of spikes. Further
-      arguments of ``update`` are passed to `inner`.
+      The transformation, with state :class:`LimitSpikesState`. The number of spikes is
+      ``optax.tree.get(state, "spike_count")``. Further arguments of ``update`` are passed to
+      `inner`.
 
     Raises:
       ValueError: neither max_norm_ratio nor max_norm; max_norm_ratio <= 1, max_norm <= 0, a decay
         out of range, or an unknown action. ``update`` raises it if gradients differ between the
         devices of a :func:`jax.shard_map` along an axis that `axis_name` does not name.
-      TypeError: an argument of the wrong type.
+      TypeError: an argument of another type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -128,12 +129,12 @@ def limit_spikes(
         spike |= jnp.isinf(norm)
 
         if action == "clip":
-            # The quotient of infinite norms is NaN.
+            # limit / norm would be NaN if both are infinite.
             factor = jnp.where(spike, jnp.where(jnp.isinf(norm), 0, limit / norm), 1)
             updates = jax.tree.map(lambda g: _scaled(jnp.asarray(g), factor), updates)
         u, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if action == "skip":
-            # jax.lax.cond instead would make XLA copy the state, and requires equal dtypes.
+            # With jax.lax.cond, XLA would copy the state, and both states would need equal dtypes.
             u = jax.tree.map(lambda x: jnp.where(spike, jnp.zeros_like(x), x), u)
             inner_state = jax.tree.map(
                 lambda old, new: jnp.where(spike, old, new), state.inner_state, inner_state
@@ -154,7 +155,7 @@ def limit_spikes(
 def _relative_limit(
     state: LimitSpikesState, max_norm_ratio: ArrayLike | None, decay: ArrayLike
 ) -> jax.Array:
-    """The multiple of the bias-corrected average; infinity before the first norm."""
+    """Returns c times the bias-corrected average; infinity before the first norm."""
     if max_norm_ratio is None:
         return jnp.asarray(jnp.inf, jnp.float32)
     count = jnp.maximum(state.norm_count, 1).astype(jnp.float32)
@@ -166,12 +167,12 @@ def _relative_limit(
 def _averaged(
     state: LimitSpikesState, limited: jax.Array, decay: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """The count and the average after a step; unchanged if the norm is 0 or not finite."""
-    counts = (limited > 0) & jnp.isfinite(limited)
+    """Returns the new `norm_count` and `norm_ema`. A norm of 0, infinity or NaN is left out."""
+    is_averaged = (limited > 0) & jnp.isfinite(limited)
     ema = state.norm_ema + jnp.asarray(1 - decay, jnp.float32) * (limited - state.norm_ema)
     return (
-        jnp.where(counts, optax.safe_increment(state.norm_count), state.norm_count),
-        jnp.where(counts, ema, state.norm_ema),
+        jnp.where(is_averaged, optax.safe_increment(state.norm_count), state.norm_count),
+        jnp.where(is_averaged, ema, state.norm_ema),
     )
 
 
@@ -190,8 +191,8 @@ def _global_norm(updates: optax.Updates, axis_name: AxisName | None) -> jax.Arra
 
 
 def _is_sharded(x: jax.Array, axis: str) -> bool:
-    """Whether x may differ between the devices of an axis; True if JAX does not track it."""
-    # JAX does not track it under jax.pmap and without check_vma.
+    """Returns whether x may differ between the devices of an axis."""
+    # JAX does not track this under jax.pmap and with check_vma=False.
     tracked = axis in varying_axes(jax.lax.axis_index(axis))
     return axis in varying_axes(x) or not tracked
 
@@ -203,47 +204,43 @@ def _check_agreement(norm: jax.Array, state: LimitSpikesState) -> None:
         axis_name = unnamed[0] if len(unnamed) == 1 else tuple(unnamed)
         raise ValueError(
             f"The gradients differ between the devices of {unnamed}, but the state of limit_spikes "
-            f"does not, so the devices would disagree about which step is a spike. If the "
-            f"gradients are sharded, write axis_name={axis_name!r}; otherwise average them first "
-            f"with jax.lax.pmean."
+            f"does not, and a step could be a spike on one device only. If the gradients are "
+            f"sharded, write axis_name={axis_name!r}. If they are not, average them first with "
+            f"jax.lax.pmean."
         )
 
 
 def _check_arguments(max_norm_ratio: Any, max_norm: Any, decay: ArrayLike, action: str) -> None:
     if max_norm_ratio is None and max_norm is None:
         raise ValueError(
-            "limit_spikes needs a limit, but got neither max_norm_ratio nor max_norm. Write "
+            "limit_spikes needs a limit, but neither max_norm_ratio nor max_norm was given. Write "
             "max_norm_ratio=5.0 (relative to the average norm), max_norm=800.0, or both."
         )
     if max_norm_ratio is not None:
         _checks.check_scalar("max_norm_ratio", max_norm_ratio, 1.0, float("inf"))
         if not isinstance(max_norm_ratio, jax.Array) and max_norm_ratio == 1:
             raise ValueError(
-                "max_norm_ratio must be above 1, but got 1: the average could not follow growing "
-                "gradients. Write for example max_norm_ratio=5.0."
+                "max_norm_ratio must be above 1, but 1 was given: the average could not follow "
+                "growing gradients. Write for example max_norm_ratio=5.0."
             )
     if max_norm is not None:
         _checks.check_scalar("max_norm", max_norm, 0.0, float("inf"))
         if not isinstance(max_norm, jax.Array) and max_norm == 0:
             raise ValueError(
-                "max_norm must be above 0, but got 0: every step would be a spike. Write a norm "
-                "that gradients rarely exceed, for example max_norm=800.0."
+                "max_norm must be above 0, but 0 was given: every step would be a spike. Write a "
+                "norm that gradients rarely exceed, for example max_norm=800.0."
             )
     _checks.check_decay("decay", decay, closed=False)
     _checks.check_choice("action", action, ("skip", "clip"))
 
 
 def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
-    wide = upcast(g, compute_dtype(g))
-    scaled = jnp.where(factor == 0, 0, wide * factor.astype(wide.dtype))  # inf * 0 is NaN
+    x = upcast(g, compute_dtype(g))
+    scaled = jnp.where(factor == 0, 0, x * factor.astype(x.dtype))  # inf * 0 is NaN
     return saturating_cast(scaled, g.dtype)
 
 
 def _check_state(state: Any) -> LimitSpikesState:
     if not isinstance(state, LimitSpikesState):
-        raise TypeError(
-            f"limit_spikes needs the LimitSpikesState that its init returns, but got a "
-            f"{type(state).__name__}. To continue a run without limit_spikes, write "
-            f"init(params)._replace(inner_state=state)."
-        )
+        raise TypeError(wrong_state(LimitSpikesState, state, CONTINUE.format("limit_spikes")))
     return state

@@ -1,4 +1,4 @@
-"""What the comparisons with the peers share: awkward gradients, our run, the tolerance.
+"""Gradients, runs and tolerances for the comparisons with the source frameworks.
 
 A run is a list with one `Step` for each call of an optimizer.
 """
@@ -15,7 +15,7 @@ import pytest
 SHAPE = (3, 4)
 STEPS = 50
 KINDS = ("normal", "tiny", "huge", "decades", "fading", "sparse", "zeros", "spike")
-# Neither tiny nor zero gradients: in float16 every peer divides 0 by 0, for its eps is 0 there.
+# Without tiny and zero gradients: in float16 their eps is 0, so every framework divides 0 by 0.
 IN_FLOAT16 = ("normal", "fading", "spike")
 
 
@@ -32,7 +32,7 @@ def label(value):
 
 
 def grid(options, label=label):
-    """Each of these in float64, where nothing hides an error; in float32 a few, the others slow."""
+    """Returns all options in float64, which shows every error, and in float32 (most are slow)."""
     few = (options[0], options[-1])
     return [
         pytest.param(
@@ -47,7 +47,7 @@ def grid(options, label=label):
 
 
 def gradients(dtype, seed=0, kinds=KINDS):
-    """Gradients of every awkward kind: for each step, a dict from kind to array."""
+    """Returns gradients of every kind: for each step, a dict from kind to array."""
     rng = np.random.default_rng(seed)
     draws = iter(rng.standard_t(3, (8, STEPS, *SHAPE)))
     made = {
@@ -67,14 +67,14 @@ def gradients(dtype, seed=0, kinds=KINDS):
 
 
 def parameters(dtype, seed=1, kinds=KINDS):
-    """Parameters for `gradients`."""
+    """Returns parameters for `gradients`."""
     rng = np.random.default_rng(seed)
     return {kind: rng.standard_normal(SHAPE).astype(dtype) for kind in kinds}
 
 
 @functools.cache
 def our_call(tx):
-    """One compiled call: from parameters, state and gradients to the new two."""
+    """Returns a compiled call from parameters, state and gradients to new parameters and state."""
 
     @jax.jit
     def call(params, state, grads):
@@ -85,7 +85,7 @@ def our_call(tx):
 
 
 def our_run(tx, params, grads):
-    """Our run from the start."""
+    """Runs this package from the start."""
     call, params = our_call(tx), jax.tree.map(jnp.asarray, params)
     state = tx.init(params)
     steps = []
@@ -96,7 +96,7 @@ def our_run(tx, params, grads):
 
 
 def our_moments(state):
-    """m and v of a state as two dicts, from the groups that it may have."""
+    """Returns m and v of a state as two dicts, merged from all groups."""
     merged = ({}, {})
     for _, node in optax.tree.get_all_with_path(state, "ScaleByAdamaxState"):
         for tree, into in zip((node.m, node.v), merged, strict=True):
@@ -105,7 +105,7 @@ def our_moments(state):
 
 
 def our_step(tx, params, grads, moments, t):
-    """One call of ours, the t-th, from the moments of a peer."""
+    """Runs the t-th call of this package, from the moments of a source framework."""
     params = jax.tree.map(jnp.asarray, params)
     state = tx.init(params)
     like = optax.tree.get(state, "ScaleByAdamaxState")
@@ -119,19 +119,19 @@ def our_step(tx, params, grads, moments, t):
 
 
 def errors(start, run, peer, dtype, *, peer_fault=0.0, m=None):
-    """Largest difference in ulps a step, for each of "p", "m" and "v" and each kind.
+    """Returns the largest difference in ULPs per step, for each of "p", "m" and "v" and each kind.
 
-    The ulp of p is that of the largest of its magnitudes so far and of its steps; the ulp of m
-    that of its largest magnitude, forgotten by a tenth a step as m itself forgets; the ulp of v
-    its own.
+    For p, the ULP is taken at the largest magnitude of p and of its steps so far. For m, it is
+    taken at its largest magnitude, which decays by a tenth per step as m does. For v, it is taken
+    at v.
 
     Args:
       start: the parameters before the first step.
-      run: our steps.
-      peer: those of the peer.
-      dtype: whose ulp counts.
-      peer_fault: for each step, a known relative error of the peer's. Not counted in p.
-      m: the first moment before the first step, where it is not 0.
+      run: the steps of this package.
+      peer: the steps of the source framework.
+      dtype: defines the ULP.
+      peer_fault: a known relative error of the source framework per step, not counted in p.
+      m: the first moment before the first step, if it is not 0.
     """
     unit = float(jnp.finfo(dtype).eps)
     faults = np.broadcast_to(peer_fault, len(peer))
@@ -159,15 +159,15 @@ def _wide(x):
 
 
 def assert_same(start, run, peer, dtype, *, ulps=2.0, **how):
-    """Equal parameters and moments: float64 to 1e-12 at every step, else `ulps` a step."""
+    """Asserts equal parameters and moments: float64 to 1e-12, other dtypes to `ulps` per step."""
     if dtype == np.float64:
         ulps = 1e-12 / np.finfo(dtype).eps / len(peer)
     found = errors(start, run, peer, dtype, **how)
     wrong = {key: float(e) for key, e in found.items() if not e <= ulps}
-    assert not wrong, f"in ulps a step, where {ulps:g} are allowed: {wrong}"
+    assert not wrong, f"ULPs per step, more than the allowed {ulps:g}: {wrong}"
 
 
-# A model in Flax's layout, and the arrays of its gradients over the steps.
+# Shapes of the parameters of a model in Flax's layout.
 MODEL = {
     "Dense_0": {"kernel": (3, 4), "bias": (4,)},
     "Conv_0": {"kernel": (3, 2, 2, 5), "bias": (5,)},
@@ -177,7 +177,7 @@ MODEL = {
 
 
 def model_run(dtype, seed=5):
-    """Parameters of MODEL, and its gradients at STEPS steps."""
+    """Returns parameters of MODEL and gradients for STEPS steps."""
     rng = np.random.default_rng(seed)
 
     def draw():
@@ -190,7 +190,7 @@ def model_run(dtype, seed=5):
 
 
 def train(tx, params, state, grads):
-    """Parameters and state after these calls of ours."""
+    """Returns parameters and state after these calls of this package."""
     params = jax.tree.map(jnp.asarray, params)
     for g in grads:
         params, state = our_call(tx)(params, state, g)
@@ -198,7 +198,7 @@ def train(tx, params, state, grads):
 
 
 def assert_equal_trees(ours, theirs, dtype, *, ulps=2.0):
-    """Two flat dicts of arrays: float64 to 1e-12, else to `ulps` a step of the largest element."""
+    """Asserts equal dicts: float64 to 1e-12, else to `ulps` per step of the largest element."""
     assert ours.keys() == theirs.keys()
     limit = 1e-12 if dtype == np.float64 else ulps * STEPS * float(jnp.finfo(dtype).eps)
     for name, x in ours.items():

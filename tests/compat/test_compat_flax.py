@@ -68,10 +68,10 @@ def test_boxed_parameters_of_linen_are_loaded_and_dumped():
     params, tx = boxed_linen(), torch.adamax(0.1)
     names = torch.flax_names(params)
     assert names["Dense_0.weight"] == ("params/Dense_0/kernel", (1, 0))
-    state = torch.load_state(saved_by_torch(), params, tx, names, order=ORDER)
+    state = torch.load_state(saved_by_torch(), params, tx, names, names=ORDER)
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
     groups = saved_by_torch()["param_groups"]
-    dumped = torch.dump_state(state, params, groups, names, order=ORDER)
+    dumped = torch.dump_state(state, params, groups, names, names=ORDER)
     jax.tree.map(np.testing.assert_array_equal, dumped["state"], saved_by_torch()["state"])
     arrays = {"Dense_0.weight": np.full((3, 2), 2.0), "Dense_0.bias": np.full(3, 3.0)}
     loaded = torch.load_params(arrays, params, names)
@@ -99,7 +99,7 @@ def test_a_loaded_state_gets_into_the_optimizer_of_nnx(groups, formats):
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     params = nnx.as_pure(nnx.state(model, nnx.Param))
     names = torch.flax_names(params)
-    state = torch.load_state(saved_by_torch(), params, tx, names, order=ORDER)
+    state = torch.load_state(saved_by_torch(), params, tx, names, names=ORDER)
     nnx.update(optimizer.opt_state, nnx.state(state))
     grads = nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model)
     nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))(optimizer, model, grads)

@@ -26,7 +26,7 @@ def state_dict(m, v, step=5.0):
 
 def load(m, v, **options):
     params = {"w": np.zeros(np.shape(v), np.float32)}
-    return torch.load_state(state_dict(m, v), params, torch.adamax(**options), order=["w"])
+    return torch.load_state(state_dict(m, v), params, torch.adamax(**options), names=["w"])
 
 
 def test_paths_that_collide_are_refused():
@@ -37,15 +37,15 @@ def test_paths_that_collide_are_refused():
         torch.load_params({"a/b": np.ones(2)}, COLLIDING)
     tx = torch.adamax()
     with refused:
-        torch.load_state(state_dict(np.ones(2), np.ones(2)), COLLIDING, tx, order=["a/b"])
+        torch.load_state(state_dict(np.ones(2), np.ones(2)), COLLIDING, tx, names=["a/b"])
     with refused:
-        torch.dump_state(tx.init(COLLIDING), COLLIDING, [{"params": [0]}], order=["a/b"])
+        torch.dump_state(tx.init(COLLIDING), COLLIDING, [{"params": [0]}], names=["a/b"])
 
 
 def test_names_that_collide_are_refused():
-    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `names`"):
+    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `layout`"):
         torch.dump_params(DOTTED)
-    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `names`"):
+    with pytest.raises(ValueError, match=r"would be called 'a\.b': give `layout`"):
         mlx.dump_state(mlx.adamax(0.1).init(DOTTED), DOTTED, learning_rate=0.1)
     names = {"one": "a.b", "two": "a/b"}
     assert set(torch.dump_params(DOTTED, names)) == {"one", "two"}
@@ -57,21 +57,21 @@ def test_a_name_twice_in_the_order_is_refused():
     saved["state"][1] = saved["state"][0]
     saved["param_groups"][0]["params"] = [0, 1]
     with pytest.raises(ValueError, match="'w' twice"):
-        torch.load_state(saved, params, torch.adamax(), order=["w", "w"])
+        torch.load_state(saved, params, torch.adamax(), names=["w", "w"])
     with pytest.raises(ValueError, match="'w' twice"):
-        torch.dump_state(torch.adamax().init(params), params, [{"params": [0, 1]}], order=["w"] * 2)
+        torch.dump_state(torch.adamax().init(params), params, [{"params": [0, 1]}], names=["w"] * 2)
     variables = [5, 0.1, *[np.ones(2)] * 4]
     with pytest.raises(ValueError, match="'w' twice"):
-        keras.load_state(variables, params, keras.adamax(), order=["w", "w"])
+        keras.load_state(variables, params, keras.adamax(), names=["w", "w"])
 
 
 LOW, HIGH = v_format_of("uint8").range
 
 
-@pytest.mark.parametrize("largest", [1e6, 1.01 * HIGH, 0.99 * LOW, 1e-12])
+@pytest.mark.parametrize("largest", [1e12, 1.01 * HIGH, 0.99 * LOW, 1e-12])
 def test_a_norm_out_of_the_range_of_uint8_is_refused(largest):
     v = largest * np.array([1.0, 0.5, 1e-3])
-    held = re.escape(f"holds {LOW:.2g} to {HIGH:.3g}")
+    held = re.escape(f"represents {LOW:.2g} to {HIGH:.3g}")
     with pytest.raises(ValueError, match=rf"of 'w' is .* {held}: .*optax\.scale"):
         load(0.1 * v, v, m_dtype="int8", v_dtype="uint8")
     for options in ({}, {"v_dtype": "bfloat16"}):
@@ -88,8 +88,8 @@ def test_a_norm_that_fits_is_taken(v):
 def test_a_uint8_state_from_optax_is_refused_out_of_the_range():
     params, tx = {"w": jnp.ones(2)}, optax.adamax(0.1)
     with jax.numpy_dtype_promotion("standard"):
-        _, theirs = jax.jit(tx.update)({"w": np.full(2, 1e6, np.float32)}, tx.init(params))
-    with pytest.raises(ValueError, match="'w' is 1e\\+06"):
+        _, theirs = jax.jit(tx.update)({"w": np.full(2, 1e10, np.float32)}, tx.init(params))
+    with pytest.raises(ValueError, match="'w' is 1e\\+10"):
         compat_optax.load_state(theirs, params, compat_optax.adamax(0.1, v_dtype="uint8"))
 
 
@@ -105,7 +105,9 @@ def test_the_state_of_adam_is_told_from_that_of_adamax(scale):
         if not is_refused:
             compat_optax.load_state(state, params, compat_optax.adamax(0.1))
             continue
-        with pytest.raises(ValueError, match=r"no state of Adamax: .* The state of Adam"):
+        with pytest.raises(
+            ValueError, match=r"not a state of Adamax: .* 1.009 v .* The state of Adam"
+        ):
             compat_optax.load_state(state, params, compat_optax.adamax(0.1))
 
 
@@ -123,8 +125,8 @@ def test_what_never_had_a_gradient_starts_at_zero_on_request():
     params = {"w": jnp.ones(2), "x": jnp.ones(3)}
     saved = state_dict(np.ones(2), np.ones(2))
     saved["param_groups"][0]["params"] = [0, 1]
-    how = {"order": ["w", "x"]}
-    with pytest.raises(ValueError, match=r"nothing for 'x' \(there 'x'\).* give missing='zero'"):
+    how = {"names": ["w", "x"]}
+    with pytest.raises(ValueError, match=r"no moments for 'x' \(there 'x'\).* give missing='zero'"):
         torch.load_state(saved, params, torch.adamax(), **how)
     with pytest.raises(ValueError, match="missing must be"):
         torch.load_state(saved, params, torch.adamax(), **how, missing="one")
@@ -146,7 +148,7 @@ def test_packed_small_leaves_are_carried(formats):
     for i, x in enumerate(params.values()):
         v = rng.uniform(0.5, 2, x.shape).astype(np.float32)
         saved["state"][i] = {"step": 5.0, "exp_avg": v / 2, "exp_inf": v}
-    plain, how = torch.adamax(**formats), {"order": list(params)}
+    plain, how = torch.adamax(**formats), {"names": list(params)}
     packed = optax.chain(optax.clip(1.0), pack_small_leaves(plain))
     state = torch.load_state(saved, params, packed, **how)
     assert jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(packed.init, params))
@@ -165,11 +167,11 @@ def test_packed_small_leaves_are_carried(formats):
 def test_two_moments_of_one_parameter_are_refused():
     tx = optax.chain(torch.adamax(), torch.adamax())
     with pytest.raises(ValueError, match="two ScaleByAdamaxState with moments of 'w'"):
-        torch.load_state(state_dict([1.0], [1.0]), {"w": jnp.ones(1)}, tx, order=["w"])
+        torch.load_state(state_dict([1.0], [1.0]), {"w": jnp.ones(1)}, tx, names=["w"])
 
 
 def test_the_error_names_m_and_v():
     params = {"w": jnp.ones(2)}
     for theirs in (optax.adamax(0.1), optax.sgd(0.1)):
         with pytest.raises(ValueError, match="m and v of Adamax are mu and nu in optax's"):
-            torch.dump_state(theirs.init(params), params, [{"params": [0]}], order=["w"])
+            torch.dump_state(theirs.init(params), params, [{"params": [0]}], names=["w"])

@@ -1,6 +1,7 @@
 """States in and out of `compat` where no peer is needed: bad entries, formats, places, names."""
 
 import copy
+import pathlib
 import subprocess
 import sys
 
@@ -51,13 +52,21 @@ def with_entry(tree, value, *path):
 
 FIRST = r"state\[0\] \('fc.weight'\)"
 BAD_STATE_DICTS = [
-    (state_dict(exp_avg=np.ones((2, 3))), ValueError, FIRST + r"\['exp_avg'\] has shape \(2, 3\)"),
-    (state_dict(exp_inf=np.ones(6)), ValueError, FIRST + r"\['exp_inf'\] has shape \(6,\)"),
-    (state_dict(exp_inf=-np.ones((3, 2))), ValueError, FIRST + r"\['exp_inf'\] holds negative"),
+    (
+        state_dict(exp_avg=np.ones((2, 3))),
+        ValueError,
+        FIRST + r": 'exp_avg' and .* shapes \(2, 3\) and",
+    ),
+    (state_dict(exp_inf=np.ones(6)), ValueError, FIRST + r": .* shapes \(3, 2\) and \(6,\)"),
+    (
+        state_dict(exp_inf=-np.ones((3, 2))),
+        ValueError,
+        r"norm of \['fc.weight'\] has negative elements",
+    ),
     (state_dict(exp_avg=np.ones((3, 2), int)), TypeError, r"\['exp_avg'\] must hold floats"),
     (state_dict(exp_avg="moments"), TypeError, FIRST + r"\['exp_avg'\] must hold floats"),
     (state_dict(exp_avg=None), TypeError, FIRST + r"\['exp_avg'\] must hold floats"),
-    (state_dict(exp_avg=1j * np.ones((3, 2))), TypeError, r"\['exp_avg'\] is complex"),
+    (state_dict(exp_avg=1j * np.ones((3, 2))), TypeError, "The array for 'fc/kernel' is complex"),
     (state_dict(exp_avg_sq=np.ones((3, 2))), ValueError, FIRST + r" has \['exp_avg_sq'\]"),
     (without(state_dict(), "state", 0, "exp_inf"), ValueError, FIRST + r" has no \['exp_inf'\]"),
     (without(state_dict(), "state", 0, "step"), ValueError, FIRST + r" has no \['step'\]"),
@@ -77,7 +86,9 @@ BAD_STATE_DICTS = [
     (state_dict(step=6.0), ValueError, "different numbers of steps, .*'fc/kernel': 6"),
     (without(state_dict(), "param_groups"), ValueError, "no 'param_groups'"),
     ({"fc.weight": np.ones(2)}, ValueError, "state_dict of an optimizer, not of a model"),
-    (5, ValueError, "state_dict of an optimizer"),
+    (5, TypeError, "The state_dict of an optimizer was expected, but a int"),
+    ("model.pt", TypeError, "the name of a file was given: 'model.pt'. Read the file"),
+    (pathlib.Path("model.pt"), TypeError, "the name of a file was given"),
     (without(state_dict(), "param_groups", 0, "params"), ValueError, "the entry 'params'"),
 ]
 
@@ -85,13 +96,13 @@ BAD_STATE_DICTS = [
 @pytest.mark.parametrize(("bad", "error", "match"), BAD_STATE_DICTS)
 def test_a_bad_state_dict_names_its_entry(bad, error, match):
     with pytest.raises(error, match=match):
-        torch.load_state(bad, PARAMS, torch.adamax(), NAMES, order=ORDER)
+        torch.load_state(bad, PARAMS, torch.adamax(), NAMES, names=ORDER)
 
 
 @pytest.mark.parametrize("step", [5, 5.0, np.int64(5), np.float32(5), jnp.asarray(5)])
 def test_a_good_state_dict_is_read(step):
     good = state_dict(step=step)
-    state = torch.load_state(good, PARAMS, torch.adamax(), NAMES, order=ORDER)
+    state = torch.load_state(good, PARAMS, torch.adamax(), NAMES, names=ORDER)
     moments = optax.tree.get(state, "ScaleByAdamaxState")
     assert (int(moments.count), moments.count.dtype) == (5, np.int32)
     np.testing.assert_array_equal(moments.m["fc"]["kernel"], good["state"][0]["exp_avg"].T)
@@ -99,34 +110,46 @@ def test_a_good_state_dict_is_read(step):
 
 
 BAD_NAMES = [
-    (None, None, "have only numbers here"),
-    (NAMES, None, "give the names in this order as `order`"),
-    (NAMES, ["fc.weight"], "order has 1 names for 2 parameters"),
-    ({**NAMES, "fc.extra": "fc/bias"}, ORDER, r"names has entries for \['fc.extra'\]"),
+    (None, None, r"numbers for its parameters, \[0, 1\]: give .* as `names`"),
+    (NAMES, None, "give the names in this order as `names`"),
+    (NAMES, ["fc.weight"], r"names has \[1\] names, but the groups have \[2\] parameters"),
+    ({**NAMES, "fc.extra": "fc/bias"}, ORDER, r"layout has entries for \['fc.extra'\]"),
     ({**NAMES, "fc.bias": "fc/kernel"}, ORDER, "both go to 'fc/kernel'"),
-    ({**NAMES, "fc.bias": "fc/base"}, ORDER, "'fc/base', which is no parameter: there are"),
-    ({**NAMES, "fc.weight": ("fc/kernel", (0, 2))}, ORDER, r"permutes the axes to \(0, 2\)"),
-    ({**NAMES, "fc.weight": "fc/kernel"}, ORDER, r"\['exp_avg'\] has shape \(3, 2\), but"),
-    ({"fc.weight": NAMES["fc.weight"]}, ORDER, r"no place for .*state\[1\] \('fc.bias'\)"),
+    (
+        {**NAMES, "fc.bias": "fc/base"},
+        ORDER,
+        r"'fc/base', but there is no such .* \['fc/bias', 'fc/kernel'\]",
+    ),
+    (
+        {**NAMES, "fc.weight": ("fc/kernel", (0, 2))},
+        ORDER,
+        r"axes \(0, 2\), which are no permutation",
+    ),
+    (
+        {**NAMES, "fc.weight": "fc/kernel"},
+        ORDER,
+        r"shape \(3, 2\) of \['fc.weight'\] for .* 'fc/kernel'",
+    ),
+    ({"fc.weight": NAMES["fc.weight"]}, ORDER, r"no place for the moments of \['fc.bias'\]"),
 ]
 
 
 @pytest.mark.parametrize(("names", "order", "match"), BAD_NAMES)
 def test_bad_names_name_themselves(names, order, match):
     with pytest.raises(ValueError, match=match):
-        torch.load_state(state_dict(), PARAMS, torch.adamax(), names, order=order)
+        torch.load_state(state_dict(), PARAMS, torch.adamax(), names, names=order)
 
 
 def test_numbers_can_be_names():
     names = {0: ("fc/kernel", (1, 0)), 1: "fc/bias"}
     by_number = torch.load_state(state_dict(), PARAMS, torch.adamax(), names)
-    by_name = torch.load_state(state_dict(), PARAMS, torch.adamax(), NAMES, order=ORDER)
+    by_name = torch.load_state(state_dict(), PARAMS, torch.adamax(), NAMES, names=ORDER)
     jax.tree.map(np.testing.assert_array_equal, by_number, by_name)
 
 
 def test_dumping_needs_names_for_everything_trained():
     state = torch.adamax().init(PARAMS)
-    with pytest.raises(ValueError, match="There is nothing for 'fc/bias'"):
+    with pytest.raises(ValueError, match=r"no place for the moments of \['fc/bias'\]"):
         torch.dump_state(state, PARAMS, [{"params": [0]}], {0: "fc/kernel"})
     with pytest.raises(ValueError, match="no ScaleByAdamaxState in this state"):
         torch.dump_state(optax.adam(1.0).init(PARAMS), PARAMS, [{"params": [0, 1]}], {0: "fc/bias"})
@@ -141,11 +164,23 @@ def mlx_state(**changes):
 BAD_MLX_STATES = [
     (without(mlx_state(), "step"), ValueError, "There is no 'step'"),
     (mlx_state(step="now"), TypeError, "'step' must be a number"),
-    (with_entry(mlx_state(), np.ones(4), "fc", "weight", "m"), ValueError, "'fc.weight.m' has sh"),
+    (
+        with_entry(mlx_state(), np.ones(4), "fc", "weight", "m"),
+        ValueError,
+        r"'fc/kernel' orders axes as \(1, 0\), but",
+    ),
     (without(mlx_state(), "fc", "weight", "v"), ValueError, "There is no 'fc.weight.v'"),
-    (with_entry(mlx_state(), np.ones(3), "fc", "bias", "vr"), ValueError, "'fc.bias.vr' is noth"),
-    (without(mlx_state(), "fc", "weight"), ValueError, "names has entries for .*fc.weight"),
-    (mlx_state(extra={"m": np.ones(1), "v": np.ones(1)}), ValueError, "no place for .*extra.m"),
+    (
+        with_entry(mlx_state(), np.ones(3), "fc", "bias", "vr"),
+        ValueError,
+        "'fc.bias.vr' is not part",
+    ),
+    (without(mlx_state(), "fc", "weight"), ValueError, "layout has entries for .*fc.weight"),
+    (
+        mlx_state(extra={"m": np.ones(1), "v": np.ones(1)}),
+        ValueError,
+        r"no place for .*\['extra'\]",
+    ),
 ]
 
 
@@ -168,13 +203,21 @@ def keras_variables():
     """Of an optimizer with an average, and a rate that is no schedule."""
     weights = [np.ones((3, 2)), np.ones(3)]
     moments = [np.ones((3, 2))] * 2 + [np.ones(3)] * 2
-    return [np.asarray(5), np.asarray(0.1), *weights, *moments]
+    return [np.asarray(5), np.asarray(0.001), *weights, *moments]
 
 
 BAD_KERAS_VARIABLES = [
     (keras_variables()[:-2], ValueError, "There are 6 variables"),
-    (with_entry(keras_variables(), np.ones(1), 7), ValueError, r"variables\[7\] \(norm of 'fc.b"),
-    (with_entry(keras_variables(), np.ones(1), 3), ValueError, r"variables\[3\] \(average of"),
+    (
+        with_entry(keras_variables(), np.ones(1), 7),
+        ValueError,
+        r"The norm of 'fc.bias' has shape \(1,\)",
+    ),
+    (
+        with_entry(keras_variables(), np.ones(1), 3),
+        ValueError,
+        r"The average of 'fc.bias' has shape \(1,\)",
+    ),
     (with_entry(keras_variables(), "now", 0), TypeError, r"variables\[0\] \(iteration\) must be"),
     (with_entry(keras_variables(), 2.5, 0), ValueError, r"variables\[0\] \(iteration\) must be"),
     ({"0": 5, "2": 0.1}, ValueError, "there is no '1'"),
@@ -184,17 +227,20 @@ BAD_KERAS_VARIABLES = [
 @pytest.mark.parametrize(("bad", "error", "match"), BAD_KERAS_VARIABLES)
 def test_bad_variables_of_keras_name_themselves(bad, error, match):
     tx = keras.adamax(use_ema=True)
-    good = keras.load_state(keras_variables(), PARAMS, tx, NAMES, order=ORDER)
+    good = keras.load_state(keras_variables(), PARAMS, tx, NAMES, names=ORDER)
     assert good.iteration == 5
     with pytest.raises(error, match=match):
-        keras.load_state(bad, PARAMS, tx, NAMES, order=ORDER)
+        keras.load_state(bad, PARAMS, tx, NAMES, names=ORDER)
 
 
 @pytest.mark.parametrize(
     ("theirs", "match"),
     [
-        ({"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(3)}, "'fc.weight' has shape"),
-        ({"fc.bias": np.ones(3)}, "names has entries for"),
+        (
+            {"fc.weight": np.ones((2, 3)), "fc.bias": np.ones(3)},
+            r"shape \(3, 2\) of \['fc.weight'\] for .* 'fc/kernel'",
+        ),
+        ({"fc.bias": np.ones(3)}, "layout has entries for"),
         ({"fc.weight": np.ones((3, 2)), "fc.bias": np.ones(3), "x": np.ones(1)}, r"\['x'\]"),
     ],
 )
@@ -206,7 +252,7 @@ def test_bad_parameters_name_themselves(theirs, match):
 def test_parameters_for_which_there_is_nothing_are_named():
     with pytest.raises(ValueError, match=r"nothing for the parameters .*'fc/bias'"):
         torch.load_params({"a": np.ones((2, 3))}, PARAMS, {"a": "fc/kernel"})
-    with pytest.raises(ValueError, match=r"names does not lead to .*'fc/bias'"):
+    with pytest.raises(ValueError, match=r"layout does not lead to .*'fc/bias'"):
         torch.dump_params(PARAMS, {"a": "fc/kernel"})
 
 
@@ -235,6 +281,11 @@ def test_names_of_flax_modules():
     expected["conv.weight"] = ("params/Conv_0/kernel", (1, 2, 3, 0))
     expected["Conv_1.weight"] = ("params/Conv_1/kernel", (1, 2, 0))
     assert mlx.flax_names(params, modules) == expected
+    both = {"Block_0": "blocks.0", "Block_0/Dense_0": "fc"}
+    params["params"]["Block_0"]["Dense_1"] = {"bias": jnp.ones(3)}
+    nested = torch.flax_names(params, both)
+    assert nested["fc.bias"] == "params/Block_0/Dense_0/bias"
+    assert nested["blocks.0.Dense_1.bias"] == "params/Block_0/Dense_1/bias"
     with pytest.raises(ValueError, match=r"\['Dense_7'\]"):
         torch.flax_names(params, {"Dense_7": "fc"})
 
@@ -257,11 +308,11 @@ def test_every_storage_format_is_filled_and_read(formats, m_error, v_error):
     theirs = state_dict(exp_avg=m, exp_inf=v)
     theirs["state"][1] = {"step": 5.0, "exp_avg": m[:, 0], "exp_inf": v[:, 0]}
     tx = torch.adamax(**formats)
-    state = torch.load_state(theirs, PARAMS, tx, NAMES, order=ORDER)
+    state = torch.load_state(theirs, PARAMS, tx, NAMES, names=ORDER)
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(
         lambda x: x.dtype, jax.eval_shape(tx.init, PARAMS)
     )
-    how = {"names": NAMES, "order": ORDER}
+    how = {"layout": NAMES, "names": ORDER}
     dumped = torch.dump_state(state, PARAMS, theirs["param_groups"], **how)
     for i in (0, 1):
         for field, error in (("exp_avg", m_error), ("exp_inf", v_error)):
@@ -276,7 +327,7 @@ def test_moments_are_placed_where_the_parameters_are():
     sharding = NamedSharding(mesh, PartitionSpec("x", None))
     params = jax.tree.map(jnp.asarray, PARAMS)
     params["fc"]["kernel"] = jax.device_put(params["fc"]["kernel"], sharding)
-    state = torch.load_state(state_dict(), params, torch.adamax(), NAMES, order=ORDER)
+    state = torch.load_state(state_dict(), params, torch.adamax(), NAMES, names=ORDER)
     moments = optax.tree.get(state, "ScaleByAdamaxState")
     for tree in (moments.m, moments.v):
         assert tree["fc"]["kernel"].sharding.is_equivalent_to(sharding, 2)

@@ -25,7 +25,11 @@ def state_dict(params):
 
 def load(tx, names=("w", "x")):
     params = {name: PARAMS[name] for name in names}
-    return torch.load_state(state_dict(params), PARAMS, tx, order=list(params))
+    return torch.load_state(state_dict(params), PARAMS, tx, names=list(params))
+
+
+def twice_masked(tx):
+    return optax.masked(optax.masked(tx, {"w": True, "x": True}), {"w": True, "x": True})
 
 
 def counters(state):
@@ -78,6 +82,8 @@ def test_another_link_of_the_chain_is_left_alone(other):
         (compat_optax.adamaxw(schedule, weight_decay=schedule, mask={"w": True, "x": False}), 3),
         (optax.named_chain(("a", torch.adamax()), ("b", optax.scale_by_schedule(schedule))), 2),
         (optax.masked(torch.adamax(schedule), {"w": True, "x": True}), 2),
+        (optax.chain(torch.adamax(), twice_masked(optax.scale_by_schedule(schedule))), 2),
+        (twice_masked(optax.chain(torch.adamax(), optax.scale_by_schedule(schedule))), 2),
         (optax.inject_hyperparams(torch.adamax)(lr=0.1), 2),
         (optax.inject_hyperparams(torch.adamax)(lr=schedule), 3),
         (
@@ -112,7 +118,7 @@ def test_a_schedule_of_groups_with_different_steps_counts_the_most():
     tx = optax.chain(torch.adamax(groups=[{"params": "w"}, {}]), optax.scale_by_schedule(schedule))
     saved = state_dict(PARAMS)
     saved["state"][0]["step"] = 3
-    state = torch.load_state(saved, PARAMS, tx, order=list(PARAMS))
+    state = torch.load_state(saved, PARAMS, tx, names=list(PARAMS))
     assert sorted(counters(state).values()) == [3, STEP, STEP]
     assert int(state[1].count) == STEP
 

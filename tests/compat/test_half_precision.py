@@ -1,4 +1,4 @@
-"""The constructors compute in float32 whatever the dtypes of gradients and parameters.
+"""The constructors compute in float32 for every dtype of gradients and parameters.
 
 A step in half precision is compared with the same step from the same numbers in float32.
 """
@@ -24,7 +24,7 @@ CONSTRUCTORS = {
 
 
 def steps(tx, params, grads):
-    """The updates at these gradients, with the parameters held."""
+    """Returns the updates for these gradients and constant parameters, and the last state."""
     state, found = jax.jit(tx.init)(params), []
     update = jax.jit(tx.update)
     for g in grads:
@@ -56,11 +56,11 @@ def widened(tree, dtype=np.float32):
         ),
     ],
 )
-def test_a_step_is_rounded_once(dtype, name):
+def test_step_is_rounded_once(dtype, name):
     tx, (params, grads) = CONSTRUCTORS[name](), draw(dtype)
     found, _ = steps(tx, params, grads)
     expected, _ = steps(tx, widened(params), widened(grads))
-    # Half an ulp, beside what XLA's contraction of products may change in float32: 2 ulps of 0.1.
+    # Half an ULP of rounding, and 2 float32 ULPs of 0.1 because XLA may contract products.
     kind = jnp.finfo(dtype)
     atol = 0.1 * 2**-22 + float(kind.smallest_subnormal) / 2
     for ours, exact in zip(found, expected, strict=True):
@@ -70,7 +70,7 @@ def test_a_step_is_rounded_once(dtype, name):
 
 
 @pytest.mark.parametrize("limit", ["clipnorm", "global_clipnorm"])
-def test_a_norm_above_256_is_no_zero_step_in_float16(limit):
+def test_norm_above_256_gives_full_step_in_float16(limit):
     params = {"w": jnp.ones(100, jnp.float16)}
     grads = {"w": jnp.full(100, 60.0, jnp.float16)}  # a norm of 600, whose square overflows
     tx = keras.adamax(0.1, **{limit: 1.0})
@@ -80,7 +80,7 @@ def test_a_norm_above_256_is_no_zero_step_in_float16(limit):
     np.testing.assert_allclose(m, 0.1 * 0.1, rtol=1e-3)  # (1 - beta_1) times 1 / sqrt(100)
 
 
-def test_what_a_loss_scale_saves_is_kept_in_float16():
+def test_scaled_loss_gives_full_step_in_float16():
     # 1e-4 / 2**14 is 0 in float16, whose smallest number is 6e-8.
     params = {"w": jnp.ones(3, jnp.float16)}
     tx = keras.adamax(0.1, epsilon=1e-12, loss_scale_factor=2.0**14)
@@ -116,9 +116,18 @@ def test_updates_have_the_wider_dtype(gradient, parameter, wider, name):
 
 
 def step_types(tx, params, gradient):
-    """The types of the first state, the updates and the next state."""
+    """Returns the types of the first state, the updates and the next state."""
     state = jax.eval_shape(tx.init, params)
     return state, *jax.eval_shape(tx.update, gradient, state, params)
+
+
+def test_averages_of_bfloat16_parameters_are_float32():
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = keras.adamax(0.1, use_ema=True, ema_momentum=0.999)
+    grads = [{"w": jnp.full(3, g, jnp.bfloat16)} for g in (1.0, 0.0, 0.0)]
+    (_, first), (_, last) = steps(tx, params, grads[:1]), steps(tx, params, grads)
+    assert first.average["w"].dtype == last.average["w"].dtype == np.float32
+    assert np.all(last.average["w"] > first.average["w"])  # by less than an ULP of bfloat16
 
 
 def test_float64_stays_float64():
@@ -131,14 +140,14 @@ def test_float64_stays_float64():
             assert updates["w"].dtype == np.float64, name
 
 
-def test_parameters_are_not_needed_where_nothing_decays():
+def test_update_without_weight_decay_needs_no_parameters():
     grads = {"w": jnp.ones(3, jnp.bfloat16)}
     for tx in (torch.adamax(), lucid.adamax(), mlx.adamax(0.1), keras.adamax(clipnorm=1.0)):
         updates, _ = jax.eval_shape(tx.update, grads, jax.eval_shape(tx.init, grads))
         assert updates["w"].dtype == jnp.bfloat16
 
 
-def test_what_the_core_refuses_is_refused_still():
+def test_invalid_gradients_raise_as_in_the_core():
     params = {"w": jnp.ones(3), "z": jnp.ones(2, jnp.complex64)}
     tx = torch.adamax()
     state = tx.init(params)

@@ -128,7 +128,7 @@ def test_continued_from_keras_and_in_keras(options, schedule, dtype):
         theirs = keras.optimizers.schedules.PiecewiseConstantDecay([30], [0.01, 0.001])
         ours = lambda count: jnp.where(count <= 30, 0.01, 0.001)  # noqa: E731
     tx = compat_keras.adamax(ours, **options)
-    how = {"order": Peer().order}
+    how = {"names": Peer().order}
     rate = None if schedule else 0.01
     whole = Peer(weights, theirs, **options).train(grads)
 
@@ -165,7 +165,7 @@ def test_a_file_of_keras_is_read(options, dtype, tmp_path):
         warnings.simplefilter("ignore", DeprecationWarning)
         peer.model.save_weights(file)
     tx = compat_keras.adamax(0.01, **options)
-    how = {"order": peer.order}
+    how = {"names": peer.order}
     params = nested(weights)
     with h5py.File(file) as opened:
         from_file = compat_keras.load_state(opened["optimizer/vars"], params, tx, names, **how)
@@ -180,13 +180,13 @@ def test_variables_of_another_optimizer_are_refused(dtype):
     optimizer.build(peer.variables)
     with pytest.raises(ValueError, match="variables"):
         compat_keras.load_state(
-            optimizer.variables, nested(weights), compat_keras.adamax(), names, order=peer.order
+            optimizer.variables, nested(weights), compat_keras.adamax(), names, names=peer.order
         )
     optimizer = keras.optimizers.Adam(0.01)
     optimizer.build(peer.variables)
     with pytest.raises(ValueError, match="is called 'model_first_kernel_velocity'"):
         compat_keras.load_state(
-            optimizer.variables, nested(weights), compat_keras.adamax(), names, order=peer.order
+            optimizer.variables, nested(weights), compat_keras.adamax(), names, names=peer.order
         )
 
 
@@ -196,7 +196,7 @@ def test_the_average_is_that_of_finalize_variable_values(dtype):
     params = compat_keras.load_params(peer.arrays(), nested(weights), names)
     tx = compat_keras.adamax(0.01, use_ema=True)
     variables = peer.optimizer.variables
-    state = compat_keras.load_state(variables, params, tx, names, order=peer.order)
+    state = compat_keras.load_state(variables, params, tx, names, names=peer.order)
     peer.optimizer.finalize_variable_values(peer.variables)
     final = compat_keras.finalize_variable_values(params, state)
     ours = compat_keras.dump_params(final, names)

@@ -36,7 +36,7 @@ DTYPES = {
 @pytest.fixture(autouse=True, scope="module")
 def on_the_cpu():
     before = mx.default_device()
-    mx.set_default_device(mx.cpu)  # float64 exists nowhere else
+    mx.set_default_device(mx.cpu)  # only the CPU has float64
     yield
     mx.set_default_device(before)
 
@@ -52,7 +52,7 @@ def array(x):
 
 
 def mlx_run(params, grads, *, compiled=False, **options):
-    """MLX's run."""
+    """Runs MLX."""
     optimizer = mlx_optimizers.Adamax(**{"learning_rate": 1e-3, **options})
     params = jax.tree.map(mlx_array, params)
     optimizer.init(params)
@@ -71,21 +71,21 @@ def ours(**options):
     return compat_mlx.adamax(**{"learning_rate": 1e-3, **options})
 
 
-@pytest.mark.parametrize(  # which is MLX's alone
+@pytest.mark.parametrize(  # refers to MLX only
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
 @pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
-def test_every_step_is_that_of_mlx(dtype, options, compiled):
-    # 2 ulps a step in float32: measured, at most 0.9; MLX eager and compiled are equal.
+def test_steps_equal_those_of_mlx(dtype, options, compiled):
+    # 2 ULPs per step in float32; at most 0.9 were measured. MLX eager and compiled are equal.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
     with jax.enable_x64(dtype == np.float64):
         run = peer_grid.our_run(ours(**options), start, grads)
     assert_same(start, run, mlx_run(start, grads, compiled=compiled, **options), dtype)
 
 
-def test_a_schedule_is_given_the_steps_before_this_one():
-    # MLX's own schedules compute in float32, ours are optax's: the largest difference in the rate
-    # is 2 ulps, which `peer_fault` allows.
+def test_schedule_receives_number_of_previous_steps():
+    # MLX's schedules compute in float32. The rates of optax's differ by at most 2 ULPs, which
+    # `peer_fault` allows.
     theirs = mlx_optimizers.exponential_decay(0.1, 0.5)
     start, grads = peer_grid.parameters(np.float32), peer_grid.gradients(np.float32)
     tx = ours(learning_rate=optax.exponential_decay(0.1, 1, 0.5))
@@ -94,9 +94,9 @@ def test_a_schedule_is_given_the_steps_before_this_one():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
-def test_a_step_in_half_precision_differs_by_its_rounding(dtype):
-    # From MLX's own state, step by step. MLX rounds to the dtype of the parameters after each of
-    # the five operations of m and of the step: 3 ulps; measured, at most 2.14.
+def test_step_in_half_precision_differs_by_rounding(dtype):
+    # Each step starts from MLX's state. MLX rounds to the dtype of the parameters after each of the
+    # five operations of m and of the step: 3 ULPs; at most 2.14 were measured.
     kinds = peer_grid.IN_FLOAT16 if dtype == np.float16 else peer_grid.KINDS
     start = peer_grid.parameters(dtype, kinds=kinds)
     grads = peer_grid.gradients(dtype, kinds=kinds)[:20]
@@ -108,7 +108,7 @@ def test_a_step_in_half_precision_differs_by_its_rounding(dtype):
         assert_same(before, [step], [peer[t]], dtype, ulps=3.0, m=peer[t - 1].m)
 
 
-def test_complex_parameters_have_a_real_v():
+def test_complex_parameters_have_real_v():
     rng = np.random.default_rng(4)
     grads = [{"z": (a + 1j * b).astype(np.complex64)} for a, b in rng.standard_normal((20, 2, 6))]
     start = {"z": np.ones(6, np.complex64)}
@@ -120,24 +120,24 @@ def test_complex_parameters_have_a_real_v():
 
 
 def lone_element(dtype, grads, **options):
-    """Both runs of a single parameter, ours first."""
+    """Runs this package and MLX on a single element."""
     start, grads = {"x": np.ones(1, dtype)}, [{"x": np.full(1, g, dtype)} for g in grads]
     return peer_grid.our_run(ours(**options), start, grads), mlx_run(start, grads, **options)
 
 
-def test_v_decays_in_bfloat16_but_not_in_mlx():
+def test_v_decays_in_bfloat16_unlike_mlx():
     run, peer = lone_element(jnp.bfloat16, [1.0] + [0.0] * 500)
     assert peer[-1].v["x"] == 1.0
     np.testing.assert_allclose(run[-1].v["x"], 0.999**500, rtol=1e-4)
 
 
-def test_a_zero_gradient_in_float16_is_no_nan_but_in_mlx():
+def test_zero_gradient_in_float16_is_finite_unlike_mlx():
     run, peer = lone_element(np.float16, [0.0])
     assert np.isnan(peer[-1].p["x"])
     assert run[-1].p["x"] == 1.0
 
 
-def test_a_zero_gradient_without_eps_is_no_nan_but_in_mlx():
+def test_zero_gradient_without_eps_is_finite_unlike_mlx():
     run, peer = lone_element(np.float32, [0.0], eps=0.0)
     assert np.isnan(peer[-1].p["x"])
     assert run[-1].p["x"] == 1.0
@@ -148,14 +148,14 @@ def test_a_zero_gradient_without_eps_is_no_nan_but_in_mlx():
     [{"eps": -1e-8}, {"betas": [1.0, 0.999]}, {"betas": [0.9, 1.0]}, {"betas": [-0.1, 0.999]}],
     ids=str,
 )
-def test_what_mlx_refuses_is_refused(options):
+def test_values_invalid_in_mlx_raise(options):
     with pytest.raises(ValueError):
         mlx_optimizers.Adamax(1e-3, **options)
     with pytest.raises(ValueError):
         compat_mlx.adamax(1e-3, **options)
 
 
-def test_the_signature_is_that_of_mlx():
+def test_signature_equals_that_of_mlx():
     theirs = list(inspect.signature(mlx_optimizers.Adamax).parameters.values())
     mine = inspect.signature(compat_mlx.adamax).parameters
     assert list(mine)[: len(theirs)] == [p.name for p in theirs]

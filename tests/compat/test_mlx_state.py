@@ -7,6 +7,7 @@ import peer_grid
 import pytest
 
 mx = pytest.importorskip("mlx.core")
+mlx_nn = pytest.importorskip("mlx.nn")
 mlx_optimizers = pytest.importorskip("mlx.optimizers")
 mlx_utils = pytest.importorskip("mlx.utils")
 
@@ -39,7 +40,7 @@ class Peer:
         return mx.array(x, self.dtype)
 
     def tree(self, arrays):
-        return mlx_utils.tree_unflatten([(k, self.array(x)) for k, x in arrays.items()])
+        return jax.tree.map(self.array, arrays)
 
     def train(self, grads):
         for g in grads:
@@ -72,13 +73,13 @@ def test_continued_from_mlx(dtype):
         state = compat_mlx.load_state(peer.optimizer.state, params, tx, names)
         params, state = peer_grid.train(tx, params, state, grads[HALF:])
         peer.train(their_grads[HALF:])
-        ours = compat_mlx.dump_params(params, names)
+        ours = dict(mlx_utils.tree_flatten(compat_mlx.dump_params(params, names)))
         peer_grid.assert_equal_trees(ours, peer.arrays(), dtype)
         moments = optax.tree.get(state, "ScaleByAdamaxState")
         assert moments.count == peer_grid.STEPS
         both = {}
         for field, tree in (("m", moments.m), ("v", moments.v)):
-            dumped = compat_mlx.dump_params(tree, names)
+            dumped = dict(mlx_utils.tree_flatten(compat_mlx.dump_params(tree, names)))
             both |= {f"{name}.{field}": x for name, x in dumped.items()}
         peer_grid.assert_equal_trees(both, peer.moments(), dtype)
 
@@ -132,7 +133,7 @@ def test_the_state_of_adam_is_refused_where_it_can_be_told():
     optimizer = mlx_optimizers.Adam(learning_rate=0.01)
     for g in 0.1 * rng.standard_normal((20, 50)):
         optimizer.apply_gradients({"w": mx.array(g.astype("f4"))}, {"w": mx.zeros(50)})
-    with pytest.raises(ValueError, match=r"no state of Adamax: .* The state of Adam"):
+    with pytest.raises(ValueError, match=r"not a state of Adamax: .* The state of Adam"):
         compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
 
 
@@ -143,7 +144,7 @@ def test_a_parameter_without_a_gradient_starts_at_zero_on_request():
     fresh = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     jax.tree.map(np.testing.assert_array_equal, fresh, tx.init(params))
     optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
-    with pytest.raises(ValueError, match=r"There is nothing for 'x'.* missing='zero'"):
+    with pytest.raises(ValueError, match=r"There are no moments for 'x'.* missing='zero'"):
         compat_mlx.load_state(optimizer.state, params, tx)
     state = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     assert np.all(optax.tree.get(state, "m")["x"] == 0)
@@ -167,6 +168,7 @@ def test_the_state_of_a_multi_optimizer_is_named():
     merged = {}
     for adamax in optimizer.optimizers:
         merged |= dict(mlx_utils.tree_flatten(adamax.state))
+    del merged["learning_rate"]
     state = compat_mlx.load_state(merged, params, tx)
     for label, name in (("a", "w"), ("b", "x")):
         node = state.inner_states[label].inner_state[0]
@@ -175,3 +177,63 @@ def test_the_state_of_a_multi_optimizer_is_named():
     one = optax.partition({"a": compat_mlx.adamax(0.01), "b": optax.sgd(0.1)}, {"w": "a", "x": "b"})
     state = compat_mlx.load_state(optimizer.optimizers[0].state, params, one)
     assert int(optax.tree.get(state, "count")) == 3
+
+
+class Net(mlx_nn.Module):
+    """Nested modules, in a list as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [mlx_nn.Linear(3, 4), mlx_nn.ReLU(), mlx_nn.Linear(4, 2)]
+        self.norm = mlx_nn.LayerNorm(2)
+
+
+def from_mlx(params):
+    """A function gets what `model.parameters()` is like."""
+    first, _, second = params["layers"]
+    norm = {"scale": params["norm"]["weight"], "bias": params["norm"]["bias"]}
+    layers = [{"kernel": x["weight"].T, "bias": x["bias"]} for x in (first, second)]
+    return {"first": layers[0], "second": layers[1], "norm": norm}
+
+
+def to_mlx(params):
+    layers = [
+        {"weight": params[k]["kernel"].T, "bias": params[k]["bias"]} for k in ("first", "second")
+    ]
+    norm = {"weight": params["norm"]["scale"], "bias": params["norm"]["bias"]}
+    return {"layers": [layers[0], {}, layers[1]], "norm": norm}
+
+
+@pytest.mark.parametrize("by_function", [True, False])
+def test_nested_modules_are_updated(by_function):
+    mx.random.seed(0)
+    model, optimizer = Net(), mlx_optimizers.Adamax(learning_rate=0.01)
+    grads = jax.tree.map(mx.ones_like, model.parameters())
+    optimizer.update(model, grads)
+    template = jax.tree.map(lambda x: np.zeros(x.shape, "f4"), from_mlx(model.parameters()))
+    modules = {"first": "layers.0", "second": "layers.2"}
+    names = compat_mlx.flax_names(template, modules)
+    there, back = (from_mlx, to_mlx) if by_function else (names, names)
+    params = compat_mlx.load_params(model.parameters(), template, there)
+    state = compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01), there)
+    assert int(optax.tree.get(state, "count")) == 1
+    how = {"to_array": mx.array}
+    optimizer.state = compat_mlx.dump_state(state, params, back, learning_rate=0.01, **how)
+    other = Net()
+    other.update(compat_mlx.dump_params(params, back, **how))
+    for mine in (model, other):
+        optimizer.state = compat_mlx.dump_state(state, params, back, learning_rate=0.01, **how)
+        optimizer.update(mine, grads)
+    for a, b in zip(*map(jax.tree.leaves, (model.parameters(), other.parameters())), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert optimizer.step.item() == 2
+
+
+def test_a_rate_that_differs_warns():
+    params = {"w": np.ones(3, np.float32)}
+    optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
+    optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
+    with pytest.warns(UserWarning, match=r"0\.1 here and 0\.01 in the checkpoint"):
+        compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.1))
+    with pytest.raises(TypeError, match=r"the name of a file was given: 'a.safetensors'"):
+        compat_mlx.load_state("a.safetensors", params, compat_mlx.adamax(0.1))

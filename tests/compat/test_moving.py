@@ -159,49 +159,21 @@ def test_the_table_of_conventions(row):
     assert weight_decay.startswith("decoupled" if decoupled else "added to the gradient")
 
 
-@pytest.mark.parametrize("row", table("`torch.optim.lr_scheduler`"), ids=lambda row: row[0])
-def test_the_table_of_schedules(row):
-    torch = pytest.importorskip("torch")
-    optimizer = torch.optim.Adamax([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    names = vars(torch.optim.lr_scheduler) | {
-        "optax": optax,
-        "optimizer": optimizer,
-        "lr": 0.1,
-        "gamma": 0.7,
-        "step_size": 6,
-        "milestones": [5, 9, 30],
-        "T_max": 40,
-        "eta_min": 0.003,
-        "start_factor": 0.25,
-        "end_factor": 0.9,
-        "total_iters": 11,
-        "lr_lambda": lambda count: 1 / (1 + count),
-    }
-    # All arguments by keyword, as torch's own order has others between.
-    call, given = re.fullmatch(r"(\w+)\(optimizer, (.*)\)", row[0]).groups()
-    arguments = {name: names[name] for name in given.split(", ")}
-    scheduler, schedule = names[call](optimizer, **arguments), eval(row[1], names)
-    for count in range(40):
-        assert float(schedule(count)) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6), count
-        optimizer.step()
-        scheduler.step()
-
-
 @pytest.mark.parametrize("row", table("| your state"), ids=lambda row: row[0])
 def test_the_table_of_states(row):
     name, code = row
     peer = PEERS[name]()
-    constructors = {line[0]: line[1] for line in table("| you wrote")}
-    optimizer = eval(constructors[name], peer.names)
+    constructors = {line[0]: line[1:] for line in table("| you wrote")}
+    optimizer = eval(constructors[name][0], peer.names)
     after = peer.train(optimizer)
     names = {
         "optimizer": optimizer,
         "compat": compat,
         "params": {"inner": {"w": jnp.asarray(after)}} if name != "optax" else {"w": after},
-        "tx": OURS[name].adamax(0.1),
-        "names": {"w": "inner/w"},
-        "order": ["w"],
-        "peer_state": getattr(peer, "state", None),
+        "tx": eval(constructors[name][1], Optax().names),
+        "layout": {"w": "inner/w"},
+        "names": ["w"],
+        "source_state": getattr(peer, "state", None),
     }
     state = eval(code, names)
     assert int(optax.tree.get(state, "count")) == len(GRADIENTS)
@@ -231,7 +203,7 @@ MODULES = {"PyTorch": "torch", "Keras": "keras", "MLX": "mlx.core"}
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", FILES)
-def test_there_and_here_and_there_again(name, tmp_path):
+def test_the_round_trip_continues_the_loss_curve(name, tmp_path):
     pytest.importorskip(MODULES[name])
     page = run(name, file=str(tmp_path / FILES[name]))
     losses = np.array(page["losses"])
@@ -241,6 +213,12 @@ def test_there_and_here_and_there_again(name, tmp_path):
     assert np.all(losses[21:] < 1.02 * losses[20:-1])
     bytes_per_param = sum(x.nbytes for x in jax.tree.leaves(page["state"]) if x.ndim) / 15
     assert bytes_per_param == 2
+
+
+def test_names_of_are_per_group():
+    pytest.importorskip("torch")
+    expected = [["head.weight", "head.bias"], ["body.weight", "body.bias"]]
+    assert run("groups")["names"] == expected
 
 
 def test_into_the_optimizer_of_nnx(tmp_path):

@@ -100,8 +100,8 @@ def test_another_state_of_optax_is_refused():
     tx = compat_optax.adamax(0.1)
     with pytest.raises(ValueError, match="no ScaleByAdamState"):
         compat_optax.load_state(optax.sgd(0.1).init(params), params, tx)
-    with pytest.raises(ValueError, match="mu of 'w' has shape"):
+    with pytest.raises(ValueError, match=r"moments for 'w' have shape \(2,\), not \(3,\)"):
         compat_optax.load_state(optax.adamax(0.1).init(params), {"w": jnp.ones(3)}, tx)
-    with pytest.raises(ValueError, match="There is nothing for 'x'"):
+    with pytest.raises(ValueError, match=r"moments for \['w'\], but .* trains \['w', 'x'\]"):
         theirs = optax.adamax(0.1).init(params)
         compat_optax.load_state(theirs, {"w": jnp.ones(2), "x": jnp.ones(1)}, tx)

@@ -46,13 +46,13 @@ def array(x):
 
 
 def torch_run(params, grads, **options):
-    """PyTorch's run."""
+    """Runs PyTorch."""
     leaves = {k: torch.nn.Parameter(tensor(p)) for k, p in params.items()}
     return torch_steps(torch.optim.Adamax(leaves.values(), **options), leaves, grads)
 
 
 def torch_steps(optimizer, leaves, grads):
-    """The steps of an optimizer of these parameters."""
+    """Runs an optimizer of these parameters."""
     steps = []
     for g in grads:
         for k, p in leaves.items():
@@ -70,8 +70,8 @@ def torch_steps(optimizer, leaves, grads):
 
 
 @pytest.mark.parametrize(("dtype", "options"), peer_grid.grid(OPTIONS))
-def test_every_step_is_that_of_torch(dtype, options):
-    # 2 ulps a step in float32: measured, at most 1.3.
+def test_steps_equal_those_of_torch(dtype, options):
+    # 2 ULPs per step in float32; at most 1.3 were measured.
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
     with jax.enable_x64(dtype == np.float64):
         run = peer_grid.our_run(compat_torch.adamax(**options), start, grads)
@@ -79,7 +79,7 @@ def test_every_step_is_that_of_torch(dtype, options):
 
 
 def part(steps, name):
-    """The real or the imaginary half of a complex run."""
+    """Returns the real or the imaginary half of a complex run."""
     is_leaf = lambda x: hasattr(x, name)  # noqa: E731
     return [jax.tree.map(lambda x: getattr(x, name), s, is_leaf=is_leaf) for s in steps]
 
@@ -102,8 +102,8 @@ def test_complex_parameters_are_pairs_of_reals(dtype, options):
 
 @pytest.mark.parametrize("options", [{}, {"lr": 0.1, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
-def test_a_step_in_half_precision_differs_by_its_rounding(dtype, options):
-    # From PyTorch's own state, step by step: it keeps m and u in the dtype of the parameters.
+def test_step_in_half_precision_differs_by_rounding(dtype, options):
+    # Each step starts from PyTorch's state, whose m and u have the dtype of the parameters.
     kinds = peer_grid.IN_FLOAT16 if dtype == np.float16 else peer_grid.KINDS
     start = peer_grid.parameters(dtype, kinds=kinds)
     grads = peer_grid.gradients(dtype, kinds=kinds)[:20]
@@ -116,32 +116,32 @@ def test_a_step_in_half_precision_differs_by_its_rounding(dtype, options):
 
 
 def lone_element(dtype, grads, **options):
-    """Both runs of a single parameter, ours first."""
+    """Runs this package and PyTorch on a single element."""
     start, grads = {"x": np.ones(1, dtype)}, [{"x": np.full(1, g, dtype)} for g in grads]
     ours = peer_grid.our_run(compat_torch.adamax(**options), start, grads)
     return ours, torch_run(start, grads, **options)
 
 
-def test_u_decays_in_bfloat16_but_not_in_torch():
+def test_u_decays_in_bfloat16_unlike_torch():
     ours, theirs = lone_element(jnp.bfloat16, [1.0] + [0.0] * 500)
     assert theirs[-1].v["x"] == 1.0
     np.testing.assert_allclose(ours[-1].v["x"], 0.999**500, rtol=1e-4)
 
 
-def test_a_zero_gradient_in_float16_is_no_nan_but_in_torch():
+def test_zero_gradient_in_float16_is_finite_unlike_torch():
     ours, theirs = lone_element(np.float16, [0.0, 1.0])
     assert np.isnan(theirs[-1].p["x"])
     assert ours[0].p["x"] == 1.0
     assert np.isfinite(ours[1].p["x"])
 
 
-def test_a_zero_gradient_without_eps_is_no_nan_but_in_torch():
+def test_zero_gradient_without_eps_is_finite_unlike_torch():
     ours, theirs = lone_element(np.float32, [0.0, 0.0], eps=0.0)
     assert np.isnan(theirs[-1].p["x"])
     assert ours[-1].p["x"] == 1.0
 
 
-def test_opposite_huge_gradients_do_not_overflow_but_in_torch():
+def test_opposite_huge_gradients_are_finite_unlike_torch():
     ours, theirs = lone_element(np.float32, [3e38] * 20 + [-3e38])
     assert np.isinf(theirs[-1].m["x"])
     assert np.isfinite(ours[-1].m["x"])
@@ -162,14 +162,14 @@ def test_opposite_huge_gradients_do_not_overflow_but_in_torch():
     ],
     ids=str,
 )
-def test_what_torch_refuses_is_refused(options):
+def test_values_invalid_in_torch_raise(options):
     with pytest.raises(ValueError):
         torch.optim.Adamax([torch.nn.Parameter(torch.ones(1))], **options)
     with pytest.raises(ValueError):
         compat_torch.adamax(**options)
 
 
-def test_the_signature_is_that_of_torch():
+def test_signature_equals_that_of_torch():
     theirs = list(inspect.signature(torch.optim.Adamax).parameters.values())[1:]
     ours = inspect.signature(compat_torch.adamax).parameters
     assert list(ours)[: len(theirs)] == [p.name for p in theirs]
@@ -186,7 +186,7 @@ CHOSEN = [("normal", "tiny", "huge"), ("decades", "fading"), ("sparse", "zeros",
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_groups_are_those_of_torch(dtype):
+def test_groups_equal_those_of_torch(dtype):
     start, grads = peer_grid.parameters(dtype), peer_grid.gradients(dtype)
     leaves = {k: torch.nn.Parameter(tensor(p)) for k, p in start.items()}
     groups = [
@@ -199,3 +199,33 @@ def test_groups_are_those_of_torch(dtype):
     with jax.enable_x64(dtype == np.float64):
         run = peer_grid.our_run(compat_torch.adamax(lr=0.01, groups=groups), start, grads)
     assert_same(start, run, peer, dtype)
+
+
+SCHEDULERS = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+    "CyclicLR": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_groups_copied_from_torch_are_accepted(name):
+    optimizer = torch.optim.Adamax([("w", torch.nn.Parameter(torch.ones(1)))], lr=0.01)
+    SCHEDULERS[name](optimizer)
+    (group,) = optimizer.state_dict()["param_groups"]
+    assert "param_names" in group and "initial_lr" in group
+    tx = compat_torch.adamax(groups=[{**group, "params": "w"}])
+    params = {"w": jnp.ones(1)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -group["lr"], rtol=1e-6)
+    with pytest.raises(TypeError, match="must be a pattern"):
+        compat_torch.adamax(groups=[group])
+
+
+def test_empty_group_is_allowed_as_in_torch():
+    groups = [{"params": [], "lr": 0.1}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
+    assert len(torch.optim.Adamax(groups).param_groups) == 2
+    params = {"w": jnp.ones(1)}
+    tx = compat_torch.adamax(groups=[{"params": [], "lr": 0.1}, {"params": "w"}])
+    updates, _ = tx.update(params, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -2e-3, rtol=1e-6)

@@ -58,6 +58,8 @@ def largest_ratio(m_dtype):
     return M_FORMATS[m_dtype].largest_ratio
 
 
-def step_bound(t, b1, b2):
+def step_bound(t, b1, b2, *, bias_correction=True, nesterov=False):
     """Returns C_t, the largest |u_t| for constant b1 < b2."""
-    return (1 - b1) * (1 - (b1 / b2) ** t) / ((1 - b1 / b2) * (1 - b1**t))
+    ratio = (1 - b1) * (1 - (b1 / b2) ** t) / (1 - b1 / b2)  # of m to v
+    bias, next_bias = (1 - b1**t, 1 - b1 ** (t + 1)) if bias_correction else (1, 1)
+    return b1 * ratio / next_bias + (1 - b1) / bias if nesterov else ratio / bias

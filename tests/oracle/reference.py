@@ -53,7 +53,8 @@ def step(
 
 def one_minus_power(b, t):
     """Returns 1 - b**t without cancellation for b near 1."""
-    return 1 - b**t if b <= 0 else -np.expm1(t * np.log(b))
+    with np.errstate(divide="ignore"):
+        return -np.expm1(t * np.log(b))
 
 
 def run(gradients, **hyperparameters):

@@ -30,7 +30,7 @@ def good():
 
 # Parameters, keyword arguments, exception, and what its message must say.
 CASES = {
-    "numpy": (lambda: {"w": np.ones(3)}, {}, TypeError, r"params\['w'\] is a ndarray with no shar"),
+    "numpy": (lambda: {"w": np.ones(3)}, {}, TypeError, r"params\['w'\] must .* ndarray with no"),
     "number": (lambda: {"w": 1.0}, {}, TypeError, "float with no sharding.*jax.device_put"),
     "struct": (
         lambda: jax.ShapeDtypeStruct((3,), np.float32),
@@ -38,7 +38,7 @@ CASES = {
         TypeError,
         r"no sharding.*ShapeDtypeStruct\(shape, dtype, sharding=",
     ),
-    "empty": (dict, {}, ValueError, "params has no leaf"),
+    "empty": (dict, {}, ValueError, "params must have at least one leaf"),
     "two meshes": (two_meshes, {}, ValueError, r"2 meshes: params\['a'\] on .*params\['b'\] on "),
     "mesh and device": (
         lambda: {"a": on(mesh_of()), "b": jnp.ones(3)},
@@ -50,13 +50,13 @@ CASES = {
         good,
         {"zero1_axis": "fsdp"},
         ValueError,
-        r"zero1_axis is 'fsdp', but .* axes \('data', 'model'\): name one",
+        r"zero1_axis is 'fsdp', but .* axes \('data', 'model'\). Write one",
     ),
     "one axis of two": (
         good,
         {"zero1_axis": ("data", "fsdp")},
         ValueError,
-        r"zero1_axis is \('data', 'fsdp'\), but .* axes \('data', 'model'\): name one",
+        r"zero1_axis is \('data', 'fsdp'\), but .* axes \('data', 'model'\). Write one",
     ),
     "an axis twice": (
         good,
@@ -84,7 +84,7 @@ CASES = {
         good,
         {"memory_kind": 1},
         TypeError,
-        "memory_kind must be a string such as 'pinned_host', but 1",
+        "memory_kind must be None or a string such as 'pinned_host', but 1",
     ),
 }
 
@@ -98,7 +98,8 @@ def test_bad_arguments_raise(case):
 
 @pytest.mark.parametrize("tx", ["adamax", TX.init, None])
 def test_a_value_that_is_not_a_transformation_raises(tx):
-    with pytest.raises(TypeError, match="tx must be an optax transformation, but "):
+    words = "must be an optax transformation, or .*, but .* was given. Write shard"
+    with pytest.raises(TypeError, match=words):
         sharding.shard(tx, good())
 
 
@@ -124,7 +125,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("zero1_axis", [None, "data"])
 def test_a_packed_state_raises(wrapper, zero1_axis):
     packed = WRAPPERS[wrapper](optax_adamax.pack_small_leaves(TX))
-    with pytest.raises(TypeError, match="pack_small_leaves, which is meant for one CPU"):
+    with pytest.raises(TypeError, match="pack_small_leaves, whose buffers cannot be sharded"):
         sharding.shard(packed, good(), zero1_axis=zero1_axis)
 
 
@@ -139,18 +140,18 @@ def test_traced_parameters_raise():
     def inside(params):
         sharding.shard(TX, params)
 
-    with pytest.raises(TypeError, match=r"params\['w'\] is traced: call shard outside of jax.jit"):
+    with pytest.raises(TypeError, match=r"params\['w'\] must be .* traced. Call shard outside of"):
         inside(good())
 
 
 OTHER = {
     "another name": (
         {"b": np.ones((8, 4), np.float32)},
-        r"\['b'\] of shape \(8, 4\).*no such leaf",
+        r"\['b'\] of shape \(8, 4\), but shard was called without it",
     ),
     "another shape": (
         {"w": np.ones((4, 8), np.float32)},
-        r"\['w'\] of shape \(4, 8\).*a leaf of shape \(8, 4\). Call shard with",
+        r"\['w'\] of shape \(4, 8\), but shard received shape \(8, 4\). Call shard with",
     ),
 }
 
@@ -169,5 +170,13 @@ def test_other_parameters_raise(case):
 def test_the_state_of_another_transformation_raises():
     tx = sharding.shard(TX, good(), zero1_axis="data")
     state = optax.adam(1e-3).init(good())
-    with pytest.raises(ValueError, match=r"a leaf \[0\].mu\['w'\], which the state of this"):
+    with pytest.raises(ValueError, match=r"the leaf \[0\].mu\['w'\], which is not in the state"):
         tx.update(good(), state, good())
+
+
+def test_swapped_arguments_raise_an_error_with_their_order():
+    tx = sharding.shard(TX, good())
+    with pytest.raises(ValueError, match=r"update\(gradients, state, params\), in this order"):
+        tx.update(tx.init(good()), good(), good())
+    with pytest.raises(ValueError, match=r"update\(gradients, state, params\), in this order"):
+        tx.update(good(), good(), tx.init(good()))

@@ -1,6 +1,6 @@
 """`keras.optimizers.Adamax`: its constructor, and its variables in and out."""
 
-from optax_adamax.compat._mapping import dump_params, load_params
+from optax_adamax.compat._params import dump_params, load_params
 from optax_adamax.compat.keras._constructor import adamax
 from optax_adamax.compat.keras._state import dump_state, finalize_variable_values, load_state
 

@@ -3,9 +3,11 @@
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat._float32 import compute_in_float32
-from optax_adamax.compat.keras import _arguments, _links
+from optax_adamax.compat._arguments import number
+from optax_adamax.compat._arithmetic import compute_in_float32
+from optax_adamax.compat.keras import _arguments, _transforms
 
 
 def adamax(
@@ -28,7 +30,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`keras.optimizers.Adamax`, all of its surface.
+    r"""Adamax with all arguments of `keras.optimizers.Adamax`.
 
     .. math::
 
@@ -37,53 +39,52 @@ def adamax(
         w_t &= (1 - \alpha_t \lambda) w_{t-1}
             - \alpha_t m_t / ((1 - \beta_1^t) (u_t + \varepsilon))
 
-    A call divides the gradient by the loss scale, accumulates it, and at every
-    ``gradient_accumulation_steps``-th call clips the mean and takes the step above; then it
-    updates the average of the parameters.
+    Each call divides the gradient by the loss scale and accumulates it. Every
+    ``gradient_accumulation_steps``-th call clips the mean and applies the equations. Each call
+    then updates the average of the parameters.
 
     Args:
-      learning_rate: :math:`\alpha_t` >= 0, a float or a schedule. As in Keras a schedule is given
-        the number of calls so far, those that only accumulate included.
+      learning_rate: :math:`\alpha_t` >= 0, a float or a schedule. As in Keras, a schedule receives
+        the number of calls, including those that only accumulate.
       beta_1: decay rate of the first moment, in [0, 1).
       beta_2: decay rate of the infinity norm, in [0, 1].
       epsilon: :math:`\varepsilon` >= 0, in the units of the gradient.
-      weight_decay: :math:`\lambda` >= 0, decoupled. None: none.
-      clipnorm: largest norm of the gradient of each array by itself. At most one of the three
-        limits can be given, and one <= 0 is none, as in Keras.
-      clipvalue: largest magnitude of each element.
+      weight_decay: :math:`\lambda` >= 0, decoupled. None: no weight decay.
+      clipnorm: largest norm of the gradient of each array. At most one of the three limits can be
+        given. As in Keras, a limit <= 0 has no effect.
+      clipvalue: largest magnitude of each element of the gradient.
       global_clipnorm: largest norm of all gradients together.
-      use_ema: whether to keep a moving average of the parameters; see
-        :func:`finalize_variable_values`.
-      ema_momentum: its decay rate, in [0, 1].
-      ema_overwrite_frequency: every how many updates the average becomes the parameters. None:
-        never.
-      loss_scale_factor: what the loss was multiplied with. None: nothing.
-      gradient_accumulation_steps: calls to an update, at least 2. None: every call is one.
-      name: accepted and of no effect.
-      exclude_from_weight_decay: parameters without weight decay. A sequence of patterns, searched
-        as by the method of this name in Keras in the last part of the parameter's path (its own
-        name, without its layer's), each of which some parameter must match; or a tree of booleans
-        like the parameters (or a prefix of it), True for those excluded; or a function from the
-        parameters to such a tree.
-      m_dtype: dtype in which the first moment is kept, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: dtype in which the infinity norm is kept, likewise.
+      use_ema: whether to average the parameters; see :func:`finalize_variable_values`.
+      ema_momentum: decay rate of the average, in [0, 1].
+      ema_overwrite_frequency: number of updates after which the average replaces the parameters.
+        None: never.
+      loss_scale_factor: factor by which the loss was multiplied. None: 1.
+      gradient_accumulation_steps: number of calls per update, at least 2. None: 1.
+      name: has no effect.
+      exclude_from_weight_decay: parameters without weight decay. Either a regular expression or a
+        list of them, which are searched in the last part of each parameter's path, as by Keras'
+        method of this name. Or a function from the parameters to a tree of booleans like the
+        parameters (or a prefix of it).
+      m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 
     Returns:
-      The transformation. With weight decay or an average its ``update`` needs the parameters as
-      its third argument. All of its arithmetic is in float32 at least; the updates have the wider
-      dtype of gradient and parameter.
+      The transformation. With weight decay or an average, ``update`` needs the parameters. All
+      arithmetic is in float32 or float64. The updates have the wider of the dtypes of gradient and
+      parameter.
 
-    Where Keras goes wrong we do not follow: with bfloat16 parameters its u never decays; in
-    float16 its own default epsilon gives NaN on a zero gradient, and so does ``epsilon=0`` in every
-    dtype; norms of 256 and more overflow in float16, and what the loss scale saved is lost there;
-    its bias correction in float32 is off by 1e-3 for a ``beta_1`` of 0.99999; a global norm that
-    overflows makes every parameter NaN (here the gradients become 0). Accumulators and averages
-    are kept in float32 at least.
+    Deliberate differences from Keras: with bfloat16 parameters, Keras' u never decays. In float16,
+    Keras' default epsilon gives NaN for a zero gradient, norms of 256 and more overflow, and small
+    gradients underflow when they are divided by the loss scale. With ``epsilon=0``, a zero gradient
+    gives NaN in every dtype. Keras' bias correction in float32 is off by 1e-3 for a ``beta_1`` of
+    0.99999. If the global norm overflows, Keras' parameters become NaN, but here the gradients
+    become 0. Here, sums and averages are float32 or float64, and complex gradients cannot be
+    accumulated.
 
     Raises:
-      ValueError: a hyperparameter out of range, more than one limit, an integer learning rate;
-        from ``init``, a pattern of `exclude_from_weight_decay` that no parameter matches.
-      TypeError: a hyperparameter of the wrong type.
+      ValueError: a hyperparameter is out of range, several limits are given, or the learning rate
+        is an integer; from ``init``, no parameter matches a pattern.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -96,20 +97,26 @@ def adamax(
       [0.9978 2.0016]
     """
     del name
-    _arguments.check_rate(learning_rate)
-    _arguments.check_average(use_ema, ema_momentum, ema_overwrite_frequency)
-    steps = _arguments.check_steps(gradient_accumulation_steps)
+    steps = _arguments.integer("gradient_accumulation_steps", gradient_accumulation_steps, 2) or 1
+    frequency = _arguments.integer("ema_overwrite_frequency", ema_overwrite_frequency, 1)
+    momentum = number("ema_momentum", ema_momentum, 0.0, 1.0, closed=True)
+    _checks.check_flag("use_ema", use_ema)
+    _checks.check_decay("beta_1", beta_1, closed=False)
+    _checks.check_decay("beta_2", beta_2, closed=True)
     tx = optax.chain(
-        *_arguments.limit(clipnorm, clipvalue, global_clipnorm),
+        *_arguments.clip(clipnorm, clipvalue, global_clipnorm),
         scale_by_adamax(
-            beta_1, beta_2, epsilon, eps_placement="denominator", m_dtype=m_dtype, v_dtype=v_dtype
+            beta_1,
+            beta_2,
+            number("epsilon", epsilon),
+            eps_placement="denominator",
+            m_dtype=m_dtype,
+            v_dtype=v_dtype,
         ),
         *_arguments.decay(weight_decay, exclude_from_weight_decay),
-        optax.scale_by_learning_rate(_arguments.by_updates(learning_rate, steps)),
+        optax.scale_by_learning_rate(_arguments.rate_of_updates(learning_rate, steps)),
     )
     if steps > 1:
-        tx = _links.accumulate(tx, steps)
+        tx = _transforms.accumulate(tx, steps)
     tx = compute_in_float32(optax.chain(*_arguments.unscale(loss_scale_factor), tx))
-    if use_ema:
-        tx = _links.average(tx, ema_momentum, ema_overwrite_frequency, steps)
-    return tx
+    return _transforms.average(tx, momentum, frequency, steps) if use_ema else tx

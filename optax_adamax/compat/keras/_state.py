@@ -1,23 +1,26 @@
 """The variables of `keras.optimizers.Adamax`, in and out."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from optax_adamax import repack_state, unpack_state
 from optax_adamax._state import states_in
-from optax_adamax.compat import _arrays, _mapping, _state
-from optax_adamax.compat._mapping import Names
-from optax_adamax.compat.keras import _variables
-from optax_adamax.compat.keras._links import AccumulateState, AverageState
+from optax_adamax.compat import _arrays, _plan, _transfer
+from optax_adamax.compat._layout import Key, Layout
+from optax_adamax.compat._moments import Moments, put_tree
+from optax_adamax.compat._paths import check_order, path_name, paths
+from optax_adamax.compat.keras._transforms import is_accumulation, is_average
+from optax_adamax.compat.keras._variables import Slots, read_variables
+
+Kind = TypeVar("Kind")
 
 
 def finalize_variable_values(params: optax.Params, state: optax.OptState) -> optax.Params:
-    """The parameters at the end of training: with ``use_ema`` their average, as `fit` leaves them.
+    """Returns the parameters at the end of training, with ``use_ema`` their average, as `fit` does.
 
     Args:
       params: the parameters.
@@ -45,18 +48,15 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
       0.800 0.899
     """
     state = unpack_state(state, params)
-    states_in(state)  # refuses what is no state
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState))
-    averages: dict[str, jax.Array] = {}
-    for node in nodes:
-        if isinstance(node, AverageState):
-            averages |= _mapping.paths(node.average)
-    surplus = sorted(averages.keys() - _mapping.paths(params).keys())
+    states_in(state)  # raises if there is none
+    nodes = jax.tree.leaves(state, is_leaf=is_average)
+    averages = {path: x for n in nodes if is_average(n) for path, x in paths(n.average).items()}
+    surplus = sorted(averages.keys() - paths(params).keys())
     if surplus:
-        raise ValueError(f"The state has averages of {surplus}, which are no parameters.")
+        raise ValueError(f"The state has averages of {surplus}, which are not parameters.")
 
     def final(path: Any, p: jax.Array) -> jax.Array:
-        name = _mapping.path_name(path)
+        name = path_name(path)
         return averages[name].astype(p.dtype) if name in averages else p
 
     return jax.tree_util.tree_map_with_path(final, params)
@@ -66,36 +66,39 @@ def load_state(
     variables: Any,
     params: optax.Params,
     tx: optax.GradientTransformation,
-    names: Names | None = None,
+    layout: Layout | None = None,
     *,
-    order: Sequence[str],
+    names: Sequence[str],
 ) -> optax.OptState:
-    """The state of `tx`, continued from Keras.
+    """Returns the state of `tx`, continued from Keras.
 
     Args:
       variables: ``optimizer.variables`` of a `keras.optimizers.Adamax`, or their values in this
-        order, or a mapping of them by number as ``save_own_variables`` and Keras' files have it:
-        ``h5py.File("model.weights.h5")["optimizer/vars"]``. A ``model.keras`` is a zip archive
-        with this file in it.
-      params: our parameters.
-      tx: our transformation: an :func:`adamax` with the arguments that Keras' had.
-      names: for each name in `order` a path in `params`, or a pair of path and the permutation of
-        axes that makes Keras' array ours. None: the name is the path. (Flax lays its kernels out
-        as Keras does.)
-      order: the names of the variables in the order in which the optimizer got them,
-        ``[v.path for v in model.trainable_variables]``. Where two have one path, call them
-        otherwise, and give `names`.
+        order, or a mapping of them by number as in the files of Keras 3,
+        ``h5py.File("model.weights.h5")["optimizer/vars"]``, or the ``h5py.File("model.h5")`` of a
+        legacy file, whose ``weight_names`` have the order, also that of Keras 2. A ``model.keras``
+        is a zip archive with a ``model.weights.h5`` in it.
+      params: the parameters.
+      tx: the transformation: an :func:`adamax` with the arguments of Keras' optimizer. A constant
+        learning rate that differs from Keras' is a warning.
+      layout: as for :func:`optax_adamax.compat.torch.load_state`, by the names in `names`. None:
+        the name is the path. (Flax has the layout of Keras.)
+      names: the names of the variables in the order of the optimizer,
+        ``[v.path for v in model.trainable_variables]``. If two have one path, give them other
+        names, and a `layout`.
 
     Returns:
-      The state. Beside the counts of Adamax, of its accumulation and of its average, those of the
-      schedules in its chain and of :func:`optax.inject_hyperparams` around it are set. Other
-      counters stand where `tx.init` puts them.
+      The state. The counts of Adamax, of its accumulation and of its average are set, and those of
+      schedules in its chain and of :func:`optax.inject_hyperparams` around it.
 
     Raises:
-      ValueError: a missing, surplus or misshapen variable, one whose own name is that of another,
-        names that do not fit, moments that are not those of Adamax, or an infinity norm out of the
-        range of ``v_dtype``.
-      TypeError: a variable of the wrong type.
+      ValueError: a missing, surplus or misshapen variable, one that has the name of another, a
+        layout that does not fit, moments that are not those of Adamax, or an infinity norm out of
+        the range of ``v_dtype``.
+      TypeError: a variable of the wrong type, or the name of a file.
+
+    Warns:
+      UserWarning: the learning rate of `tx` is constant and differs from that of the variables.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -103,90 +106,115 @@ def load_state(
       >>> variables = [25, 1e-3, np.ones((2, 3)), np.ones((2, 3))]
       >>> params = {"dense": {"kernel": jnp.zeros((2, 3))}}
       >>> tx = compat_keras.adamax()
-      >>> state = compat_keras.load_state(variables, params, tx, order=["dense/kernel"])
+      >>> state = compat_keras.load_state(variables, params, tx, names=["dense/kernel"])
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "m")["dense"]["kernel"].shape)
       25 (2, 3)
     """
     template = tx.init(params)
-    unpacked = unpack_state(template, params)
-    accumulated = _variables.find(unpacked, AccumulateState)
-    averaged = _variables.find(unpacked, AverageState)
-    steps = _steps(accumulated)
-    peer = _variables.read(variables, unpacked, order)
-    calls = _arrays.read_step(*peer.iteration)
-    updates = peer.iteration._replace(value=calls // steps)
-    moments = {key: x and x._replace(step=updates) for key, x in peer.moments.items()}
-    state = unpack_state(_state.load(tx, params, moments, names), params)
-    targets = _mapping.find_targets(order, params, names)
-    if averaged is not None:
-        state = _variables.replace(
-            state,
-            AverageState,
-            iteration=jnp.asarray(calls, jnp.int32),
-            average=_variables.load_tree(averaged.average, peer.averages, targets),
-        )
-    if accumulated is not None:
-        sums = accumulated.gradient_accumulator
-        state = _variables.replace(
-            state,
-            AccumulateState,
-            micro_step=jnp.asarray(calls % steps, jnp.int32),
-            gradient_accumulator=_variables.load_tree(sums, peer.sums, targets),
-        )
+    average, accumulation, slots = _find_slots(unpack_state(template, params))
+    read = read_variables(variables, slots, names)
+    calls, steps = read.iteration, _steps_per_update(accumulation)
+    source = Moments(
+        read.arrays["momentum"], read.arrays["norm"], dict.fromkeys(names, calls // steps)
+    )
+    rates: dict[Key, float | None] = dict.fromkeys(names, read.learning_rate)
+    state = _transfer.load(source, params, tx, layout, groups=[rates])
+    state = unpack_state(state, params)
+    shapes = {name: x.shape for name, x in source.m.items()}
+    move = _plan.plan_load(layout, names, shapes, params).move
+
+    def put(node: Any, kind: str, counts: Mapping[str, int], field: str) -> Any:
+        new = {k: _arrays.put_like(np.asarray(x), getattr(node, k)) for k, x in counts.items()}
+        new[field] = put_tree(getattr(node, field), move(read.arrays[kind]))
+        return node._replace(**new)
+
+    if average is not None:
+        counts = {"iteration": calls}
+        state = _map(lambda x: put(x, "average", counts, "average"), state, is_average)
+    if accumulation is not None:
+        counts = {"mini_step": calls % steps, "gradient_step": calls // steps}
+        kind = "gradient_accumulator"
+        state = _map(lambda x: put(x, kind, counts, "acc_grads"), state, is_accumulation)
     return repack_state(state, like=template)
 
 
 def dump_state(
     state: optax.OptState,
     params: optax.Params,
-    names: Names | None = None,
+    layout: Layout | None = None,
     *,
-    order: Sequence[str],
+    names: Sequence[str],
     learning_rate: float | None,
+    source_params: Mapping[str, Any] | None = None,
     to_array: Callable[[np.ndarray], Any] = np.asarray,
 ) -> list[Any]:
-    """The state for ``optimizer.set_weights``, the inverse of :func:`load_state`.
+    """Returns the values for ``optimizer.set_weights``, the inverse of :func:`load_state`.
 
     Args:
       state: of an :func:`adamax`.
-      params: our parameters.
+      params: the parameters.
+      layout: a mapping as for :func:`load_state`, or the function that moves weights back, from a
+        tree like `params` to arrays by name.
       names: see :func:`load_state`.
-      order: see :func:`load_state`.
-      learning_rate: Keras keeps it as a variable, optax does not. None: Keras' is a schedule,
-        which is no variable.
-      to_array: what makes an array of Keras' backend of a NumPy array; Keras takes NumPy arrays.
+      learning_rate: Keras stores it as a variable, optax does not. None: Keras' learning rate is a
+        schedule, which is not a variable.
+      source_params: ``{v.path: v for v in model.trainable_variables}``, of which a mapping needs
+        the shapes if it regroups axes.
+      to_array: makes an array of Keras' backend from a NumPy array; Keras accepts NumPy arrays.
 
     Returns:
       The values of ``optimizer.variables`` in order.
 
     Raises:
-      ValueError: names that do not fit.
+      ValueError: names or a layout that do not fit.
     """
-    _mapping.check_order(order)
-    state = unpack_state(state, params)
-    accumulated = _variables.find(state, AccumulateState)
-    averaged = _variables.find(state, AverageState)
-    targets = _mapping.find_targets(order, params, names)
-    found = _state.dump(state, params, order, names)
-    calls = _state.single_step(found) * _steps(accumulated)
-    values: dict[tuple[str, str], Any] = {}
-    if averaged is not None:
-        dumped = _variables.dump_tree(averaged.average, order, targets)
-        values |= {("average", key): x for key, x in dumped.items()}
-    if accumulated is not None:
-        calls += int(accumulated.micro_step)
-        dumped = _variables.dump_tree(accumulated.gradient_accumulator, order, targets)
-        values |= {("gradient_accumulator", key): x for key, x in dumped.items()}
-    values["iteration", ""] = np.array(calls, np.int32)
-    values["learning_rate", ""] = np.array(learning_rate or 0.0)
-    for key, moments in found.items():
-        values["momentum", str(key)], values["norm", str(key)] = moments.m, moments.v
-    layout = _variables.Layout(
-        learning_rate is not None, averaged is not None, accumulated is not None
-    )
-    return [to_array(values[slot]) for slot in layout.slots(order)]
+    check_order(names)
+    average, accumulation, slots = _find_slots(unpack_state(state, params))
+    moments = _transfer.dump(state, params, layout, names, source_params)
+    calls = _transfer.single_step(moments) * _steps_per_update(accumulation)
+    arrays: dict[str, Mapping[Any, Any]] = {"momentum": moments.m, "norm": moments.v}
+    move = _plan.plan_dump(layout, names, params, source_params).move
+    if average is not None:
+        arrays["average"] = move(_fetch_all(average.average))
+    if accumulation is not None:
+        calls += int(_arrays.fetch(accumulation.mini_step))
+        arrays["gradient_accumulator"] = move(_fetch_all(accumulation.acc_grads))
+    arrays["iteration"] = {"": np.array(calls, np.int32)}
+    arrays["learning_rate"] = {"": np.array(learning_rate or 0.0)}
+    slots = slots._replace(learning_rate=learning_rate is not None)
+    return [to_array(arrays[kind][name]) for kind, name in slots.order(names)]
 
 
-def _steps(accumulated: AccumulateState | None) -> int:
-    """The number of calls to an update."""
-    return 1 if accumulated is None else int(accumulated.gradient_accumulation_steps)
+def _find_slots(state: Any) -> tuple[Any, Any, Slots]:
+    """Returns the states of the average and of the accumulation, and which variables they mean."""
+    average, accumulation = _find(state, is_average), _find(state, is_accumulation)
+    return average, accumulation, Slots(True, average is not None, accumulation is not None)
+
+
+def _find(state: Any, is_kind: Callable[[Any], TypeGuard[Kind]]) -> Kind | None:
+    """Returns the state of this kind, if there is one.
+
+    Raises:
+      ValueError: there are several.
+    """
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(x)]
+    if len(found) > 1:
+        raise ValueError(
+            f"There are {len(found)} {type(found[0]).__name__} in this state, but an optimizer of "
+            f"Keras has one: give the state of each compat.keras.adamax by itself."
+        )
+    return found[0] if found else None
+
+
+def _map(function: Callable[[Any], Any], state: Any, is_kind: Callable[[Any], bool]) -> Any:
+    return jax.tree.map(lambda x: function(x) if is_kind(x) else x, state, is_leaf=is_kind)
+
+
+def _fetch_all(tree: Any) -> dict[str, np.ndarray]:
+    return {path: _arrays.fetch(x) for path, x in paths(tree).items()}
+
+
+def _steps_per_update(accumulation: optax.MultiStepsState | None) -> int:
+    """Returns the number of calls per update."""
+    constant: Any = None if accumulation is None else accumulation.skip_state
+    return 1 if constant is None else int(constant.gradient_accumulation_steps)

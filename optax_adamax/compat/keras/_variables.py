@@ -1,28 +1,26 @@
-"""The variables of a Keras optimizer, which it keeps in one list."""
+"""The variables of a Keras optimizer, which it stores in one list."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import optax
 
-from optax_adamax.compat import _arrays, _mapping, _state
-from optax_adamax.compat._state import PeerMoments, PeerValue
-from optax_adamax.compat.keras._links import AccumulateState, AverageState
+from optax_adamax.compat import _arrays
+from optax_adamax.compat._paths import check_order
 
-Kind = TypeVar("Kind", AccumulateState, AverageState)
+# The last or second part of a variable's name in Keras 2, where `v` or `u` is the infinity norm.
+KERAS_2_KINDS = {"m": "momentum", "u": "norm", "v": "norm"}
 
 
-class Layout(NamedTuple):
-    """What a Keras optimizer keeps beside its moments, besides the count of calls."""
+class Slots(NamedTuple):
+    """The variables that an optimizer has besides its moments and the count of calls."""
 
     learning_rate: bool  # a variable, unless it is a schedule
     average: bool
     gradient_accumulator: bool
 
-    def slots(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """The kinds of all variables in order, each with the name of its parameter."""
+    def order(self, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yields kind and parameter of all variables in the order of Keras 3."""
         yield "iteration", ""
         if self.learning_rate:
             yield "learning_rate", ""
@@ -34,121 +32,76 @@ class Layout(NamedTuple):
             yield "norm", name
 
 
-class KerasVariables(NamedTuple):
-    """The variables by what they are."""
+class Variables(NamedTuple):
+    """The variables of an optimizer by kind; the arrays by the names of their parameters."""
 
-    iteration: PeerValue
-    moments: dict[_mapping.Key, PeerMoments | None]
-    averages: dict[str, PeerValue]
-    sums: dict[str, PeerValue]
-
-
-def find(state: optax.OptState, kind: type[Kind]) -> Kind | None:
-    """The state of this kind within a state, if there is one.
-
-    Raises:
-      ValueError: there are several.
-    """
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-    found = [x for x in nodes if isinstance(x, kind)]
-    if len(found) > 1:
-        raise ValueError(
-            f"There are {len(found)} {kind.__name__} in this state, but an optimizer of Keras has "
-            f"one: give the state of each compat.keras.adamax by itself."
-        )
-    return found[0] if found else None
+    iteration: int
+    learning_rate: float | None
+    arrays: dict[str, dict[Any, np.ndarray]]
 
 
-def replace(state: optax.OptState, kind: type[Kind], **fields: Any) -> optax.OptState:
-    """`state` with new fields in the states of this kind."""
-    return jax.tree.map(
-        lambda x: x._replace(**fields) if isinstance(x, kind) else x,
-        state,
-        is_leaf=lambda x: isinstance(x, kind),
-    )
+def read_variables(variables: Any, slots: Slots, names: Sequence[str]) -> Variables:
+    """Sorts the variables of an optimizer.
 
-
-def read(variables: Any, state: optax.OptState, order: Sequence[str]) -> KerasVariables:
-    """Sorts the variables of an optimizer that has what `state` has.
+    Args:
+      variables: see `load_state`.
+      slots: the kinds of variables that it has; the learning rate may be absent.
+      names: the names of the parameters.
 
     Raises:
-      ValueError: too many or too few of them, or one of another name.
+      TypeError: a variable of the wrong type.
+      ValueError: too many or too few variables, or one of another name or shape.
     """
-    _mapping.check_order(order)
-    values = _in_order(variables)
-    layout = Layout(
-        learning_rate=True,
-        average=find(state, AverageState) is not None,
-        gradient_accumulator=find(state, AccumulateState) is not None,
-    )
-    slots = list(layout.slots(order))
-    if len(values) == len(slots) - 1:
-        slots = list(layout._replace(learning_rate=False).slots(order))
-    if len(values) != len(slots):
-        kinds = list(dict.fromkeys(kind for kind, _ in slots))
+    check_order(names)
+    labels, values = _in_order(variables)
+    expected = list(slots.order(names))
+    if len(values) == len(expected) - 1:
+        expected = list(slots._replace(learning_rate=False).order(names))
+    if len(values) != len(expected):
+        kinds = list(dict.fromkeys(kind for kind, _ in expected))
         raise ValueError(
-            f"There are {len(values)} variables, but an optimizer of {len(order)} parameters with "
-            f"{kinds} has {len(slots)}, or one less where the learning rate is a schedule: give "
-            f"`tx` the arguments and `order` the names of the parameters that Keras' had."
+            f"There are {len(values)} variables, but an optimizer of {len(names)} parameters with "
+            f"{kinds} has {len(expected)}, or one less if the learning rate is a schedule. Give "
+            f"`tx` the arguments and `names` the parameters that Keras' optimizer had."
         )
-    named: dict[tuple[str, str], PeerValue] = {}
-    for i, ((kind, name), value) in enumerate(zip(slots, values, strict=True)):
-        label = f"variables[{i}] ({kind}" + (f" of {name!r})" if name else ")")
-        _check_name(label, kind, name, value, order)
-        named[kind, name] = PeerValue(label, value)
-    step = named["iteration", ""]
-    return KerasVariables(
-        iteration=step,
-        moments={k: PeerMoments(named["momentum", k], named["norm", k], step) for k in order},
-        averages={k: named["average", k] for k in order if layout.average},
-        sums={k: named["gradient_accumulator", k] for k in order if layout.gradient_accumulator},
+    scalars, arrays = {}, {}
+    for i, ((kind, name), label, value) in enumerate(zip(expected, labels, values, strict=True)):
+        where = f"variables[{i}] ({kind}" + (f" of {name!r})" if name else ")")
+        _check_name(where, kind, name, label, names)
+        if name:
+            arrays.setdefault(kind, {})[name] = _arrays.read_array(where, value)
+        else:
+            scalars[kind] = (where, value)
+    for kind, of_kind in arrays.items():
+        for name, array in of_kind.items():
+            shape = arrays["momentum"][name].shape
+            if array.shape != shape:
+                raise ValueError(
+                    f"The {kind} of {name!r} has shape {array.shape}, but its momentum has "
+                    f"{shape}. If Keras 2 wrote the variables, all momenta may come before all "
+                    f"norms: give momentum and norm of each parameter in turn."
+                )
+    rate = scalars.get("learning_rate")
+    return Variables(
+        iteration=_arrays.read_step(*scalars["iteration"]),
+        learning_rate=None if rate is None else float(_arrays.read_array(*rate)),
+        arrays=arrays,
     )
 
 
-def load_tree(
-    tree: Any,
-    variables: Mapping[str, PeerValue],
-    targets: Mapping[_mapping.Key, _mapping.Target],
-) -> Any:
-    """`tree` with the peer's arrays."""
-    ours = _mapping.paths(tree)
-    arrays = {}
-    for key, (label, value) in variables.items():
-        path = targets[key].path
-        array = targets[key].to_ours(label, _arrays.read_array(label, value), ours[path].shape)
-        arrays[path] = PeerValue(label, array)
-    return _state.put_arrays(tree, arrays, "value")
-
-
-def dump_tree(
-    tree: Any, order: Sequence[str], targets: Mapping[_mapping.Key, _mapping.Target]
-) -> dict[str, np.ndarray]:
-    """The arrays of `tree` by the peer's names and in its layout."""
-    ours = _mapping.paths(tree)
-    return {key: targets[key].to_peer(np.asarray(ours[targets[key].path])) for key in order}
-
-
-def _check_name(label: str, kind: str, name: str, value: Any, order: Sequence[str]) -> None:
-    """Refuses a variable that Keras calls otherwise; arrays, and those in a file, have no names."""
-    variable_name = getattr(value, "name", None)
-    if not isinstance(variable_name, str) or not hasattr(value, "path"):
-        return
-    if not variable_name.endswith(kind):
-        raise ValueError(f"{label} is called {variable_name!r}.")
-    param_name = variable_name.removesuffix(f"_{kind}")
-    names = {x.replace("/", "_"): x for x in order}
-    if name and param_name in names and names[param_name] != name:
-        raise ValueError(
-            f"{label} is called {variable_name!r}, so it is that of {names[param_name]!r}: give "
-            f"`order` as the optimizer got the variables, [v.path for v in "
-            f"model.trainable_variables]."
-        )
-
-
-def _in_order(variables: Any) -> list[Any]:
-    """The variables as a list, from one or from what ``save_own_variables`` writes."""
+def _in_order(variables: Any) -> tuple[list[str], list[Any]]:
+    """Returns names, empty if unknown, and values in the order of Keras 3."""
     if not hasattr(variables, "keys"):
-        return list(variables)
+        _arrays.check_is_read("A list of variables, or a mapping of them", variables, object)
+        values = list(variables)
+        has_names = [isinstance(getattr(x, "path", None), str) for x in values]
+        names = [x.name if has else "" for x, has in zip(values, has_names, strict=True)]
+        return names, values
+    if "optimizer_weights" in variables:
+        variables = variables["optimizer_weights"]
+    if "weight_names" in getattr(variables, "attrs", {}):  # a legacy file model.h5
+        names = [x.decode() if isinstance(x, bytes) else x for x in variables.attrs["weight_names"]]
+        return _from_keras_2(names, [variables[name] for name in names])
     wanted = [str(i) for i in range(len(variables))]
     missing = [key for key in wanted if key not in variables]
     if missing:
@@ -156,4 +109,33 @@ def _in_order(variables: Any) -> list[Any]:
             f"The variables must be numbered from 0 on, but there is no {missing[0]!r}: there are "
             f"{list(variables.keys())}."
         )
-    return [variables[key] for key in wanted]
+    return [""] * len(wanted), [variables[key] for key in wanted]
+
+
+def _from_keras_2(names: list[str], values: list[Any]) -> tuple[list[str], list[Any]]:
+    """Returns names and values in the order of Keras 3, if the names are those of Keras 2."""
+    by_kind: dict[str, list[tuple[str, Any]]] = {"momentum": [], "norm": [], "": []}
+    for name, value in zip(names, values, strict=True):
+        parts = name.removesuffix(":0").split("/")
+        found = [i for i in (len(parts) - 1, 1) if len(parts) > 2 and parts[i] in KERAS_2_KINDS]
+        kind = KERAS_2_KINDS[parts.pop(found[0])] if found else ""
+        by_kind[kind].append((f"{'_'.join(parts[1:])}_{kind}" if kind else "", value))
+    if not by_kind["momentum"]:
+        return [name.rsplit("/", 1)[-1] for name in names], values
+    pairs = zip(by_kind["momentum"], by_kind["norm"], strict=True)
+    ordered = [*by_kind[""], *(x for pair in pairs for x in pair)]
+    return [name for name, _ in ordered], [value for _, value in ordered]
+
+
+def _check_name(where: str, kind: str, name: str, label: str, names: Sequence[str]) -> None:
+    """Raises ValueError if the variable has the name of another; arrays have no names."""
+    if not label:
+        return
+    if not label.endswith(kind):
+        raise ValueError(f"{where} is called {label!r}.")
+    parameter, known = label.removesuffix(f"_{kind}"), {x.replace("/", "_"): x for x in names}
+    if name and known.get(parameter, name) != name:
+        raise ValueError(
+            f"{where} is called {label!r}, so it is that of {known[parameter]!r}. Give `names` in "
+            f"the order of the optimizer, [v.path for v in model.trainable_variables]."
+        )

@@ -7,8 +7,15 @@ from jax.typing import DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _complex, _groups
-from optax_adamax.compat._float32 import compute_in_float32
+from optax_adamax.compat import _arguments, _groups
+from optax_adamax.compat._arithmetic import compute_in_float32
+
+# Keys in the groups of an optimizer or a state dict that change nothing: options of PyTorch's
+# implementation, names, and the notes of LRScheduler, OneCycleLR, CyclicLR and SWALR.
+_IGNORED = (
+    *("foreach", "differentiable", "capturable", "param_names", "initial_lr", "max_lr", "min_lr"),
+    *("max_momentum", "base_momentum", "swa_lr"),
+)
 
 
 @_arguments.without_params
@@ -27,7 +34,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""`torch.optim.Adamax` without its first argument: optax gives ``init`` the parameters.
+    r"""Adamax with the arguments of `torch.optim.Adamax`, except the parameters.
 
     .. math::
 
@@ -36,42 +43,41 @@ def adamax(
         u_t &= \max(\beta_2 u_{t-1}, |g_t| + \varepsilon) \\
         \theta_t &= \theta_{t-1} - \gamma m_t / ((1 - \beta_1^t) u_t)
 
-    Complex parameters are pairs of reals, as in PyTorch. The gradient of a real function of
-    complex parameters is conjugate in JAX to that of PyTorch: take ``jnp.conj`` of what
-    :func:`jax.grad` returns.
+    As in PyTorch, complex parameters are pairs of reals. The gradient of a real function of
+    complex parameters in JAX is the conjugate of the gradient in PyTorch. Pass the ``jnp.conj`` of
+    the result of :func:`jax.grad`.
 
     Args:
       lr: :math:`\gamma` >= 0, a number or a schedule of the step count.
       betas: decay rates of the first moment and of the infinity norm, both in [0, 1).
       eps: :math:`\varepsilon` >= 0, in the units of the gradient.
       weight_decay: :math:`\lambda` >= 0 of an L2 penalty, added to the gradient.
-      foreach: accepted and of no effect: XLA fuses.
-      maximize: whether to climb, by changing the sign of the gradient (not of the weight decay).
-      differentiable: accepted and of no effect: an update of float32 state can be differentiated.
-      capturable: accepted and of no effect: `jax.jit` takes the place of CUDA graphs.
-      groups: PyTorch's parameter groups, each a dict of the hyperparameters in which it differs.
-        In a list each chooses its parameters by ``"params"``: a pattern, searched in the
-        parameter's path (``"head/.*kernel"``), a list of paths, a tree of booleans like the
-        parameters (or a prefix of it), or a function from the parameters to such a tree; one
-        without ``"params"`` takes the rest. Or a dict of groups by label, with `labels`. What a
-        group copied from PyTorch says beside that (``foreach``, ``initial_lr``) has no effect.
+      foreach: has no effect, because XLA fuses operations.
+      maximize: whether to change the sign of the gradient (not of the weight decay).
+      differentiable: has no effect: updates of float32 state are always differentiable.
+      capturable: has no effect, because `jax.jit` replaces CUDA graphs.
+      groups: PyTorch's parameter groups, each a dict of the hyperparameters that differ from the
+        arguments above. In a list, ``"params"`` chooses the parameters of a group. It is a regular
+        expression that is searched in the paths of the parameters (``"head/.*kernel"``), or a list
+        of them, which may be empty. One group without ``"params"`` gets all other parameters. With
+        `labels`, pass a dict of groups by label. Keys that PyTorch and its schedulers add to groups
+        (``foreach``, ``param_names``, ``initial_lr``, ``max_lr`` and others) have no effect.
       labels: a tree of labels like the parameters (or a prefix of it), or a function from the
-        parameters to it, as in :func:`optax.partition`.
-      m_dtype: dtype in which the first moment is kept, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: dtype in which the infinity norm is kept, likewise.
+        parameters to that tree, as in :func:`optax.partition`.
+      m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
 
     Returns:
-      The transformation. With weight decay its ``update`` needs the parameters as its third
-      argument. All of its arithmetic is in float32 at least; the updates have the wider dtype of
-      gradient and parameter.
+      The transformation. With weight decay, ``update`` needs the parameters. All arithmetic is in
+      float32 or float64. The updates have the wider of the dtypes of gradient and parameter.
 
-    Where PyTorch goes wrong we do not follow: with bfloat16 parameters its u never decays, in
-    float16 a zero gradient gives NaN, and so does one with ``eps=0`` in every dtype.
+    Deliberate differences from PyTorch: with bfloat16 parameters, PyTorch's u never decays. In
+    float16, and with ``eps=0`` in every dtype, a zero gradient gives NaN there.
 
     Raises:
-      ValueError: a hyperparameter out of range; from ``init``, a parameter in no group or in two,
-        or a pattern or path of a group that is that of no parameter.
-      TypeError: a hyperparameter of the wrong type, or parameters.
+      ValueError: a hyperparameter is out of range; from ``init``, a parameter is in no group or in
+        two, or no parameter matches a pattern.
+      TypeError: an argument has the wrong type, or parameters were passed.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -84,22 +90,22 @@ def adamax(
       [0.998 2.002]
       >>> tx = compat_torch.adamax(groups=[{"params": "bias$", "lr": 0.1}, {"weight_decay": 0.1}])
     """
-    del foreach, differentiable, capturable
+    if foreach is not None:
+        _checks.check_flag("foreach", foreach)
+    _checks.check_flag("differentiable", differentiable)
+    _checks.check_flag("capturable", capturable)
 
     def make(
         lr: Any, betas: Any, eps: Any, weight_decay: Any, maximize: Any
     ) -> optax.GradientTransformationExtraArgs:
-        b1, b2 = _arguments.check_betas(betas)
-        _checks.check_rate("lr", lr)
         _checks.check_flag("maximize", maximize)
         chain = optax.chain(
             *([optax.scale(-1.0)] if maximize else []),
             *_arguments.l2_decay(weight_decay),
-            scale_by_adamax(b1, b2, eps, m_dtype=m_dtype, v_dtype=v_dtype),
-            optax.scale_by_learning_rate(lr),
+            scale_by_adamax(*_arguments.pair(betas), eps, m_dtype=m_dtype, v_dtype=v_dtype),
+            optax.scale_by_learning_rate(_arguments.rate("lr", lr)),
         )
-        return compute_in_float32(_complex.split_real_imag(chain))
+        return compute_in_float32(chain, split_complex=True)
 
     defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    ignored = ("foreach", "differentiable", "capturable", "initial_lr")
-    return _groups.partition(make, defaults, groups, labels, ignored)
+    return _groups.partition(make, defaults, groups, labels, _IGNORED)
