@@ -10,7 +10,7 @@ from parameters import formats
 
 from optax_adamax import decode_state, scale_by_adamax
 from tests.oracle import reference
-from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, V_DTYPES, STEP_VARIANTS, v_error
+from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, STEP_VARIANTS, V_DTYPES, v_error
 
 QUANTIZED_V = [form for form in LOW_BIT if form[1] != "float32"]
 
