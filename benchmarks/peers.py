@@ -40,7 +40,7 @@ def in_jax(tx: optax.GradientTransformation, gradient: np.ndarray) -> Runner:
 
 
 def in_torch(gradient: np.ndarray, *, compiled: bool = False, **options: Any) -> Runner:
-    """`torch.optim.Adamax`."""
+    """Returns the step of `torch.optim.Adamax`."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Quickstart: a small convolutional network on handwritten digits
 #
-# `optax_adamax.adamax` trains a network on the 1,797 real digits that ship with scikit-learn,
-# beside `optax.adamax`, `optax.adam` and `optax.sgd` with momentum. You will see
+# `optax_adamax.adamax` trains a network on the 1,797 real digits that ship with scikit-learn, and
+# is compared with `optax.adamax`, `optax.adam` and `optax.sgd` with momentum. You will see
 #
 # 1. a train step in plain JAX, jitted, with its state donated, and a learning-rate schedule;
 # 2. the peak learning rate of each optimizer chosen on a validation set, with equal effort;
 # 3. test accuracy over three seeds, and the loss curves;
-# 4. a checkpoint written in mid-run and resumed: it ends with the same bits as the run that
-#    was never disturbed.
+# 4. a checkpoint that is saved during a run and resumed: the run ends with the same bits as an
+#    uninterrupted run.
 #
-# It takes about a minute on two CPU cores. `python notebooks/quickstart.py` does the same, and
-# with `--write` it writes the figure and `quickstart.json` that stand beside this notebook.
+# It runs for about a minute on two CPU cores. `python notebooks/quickstart.py` does the same; with
+# `--write` it also writes the figure and `quickstart.json` in this folder.
 
 # %%
 import functools
@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import optax_adamax
 
-# A job this small needs no more than a CPU, which repeats its results bit for bit (another
-# machine, or another number of threads, adds in another order).
+# A CPU is fast enough here, and repeats its results bit for bit. (Another machine or another number
+# of threads can add numbers in another order.)
 jax.config.update("jax_platforms", "cpu")
 
 STARTED = time.perf_counter()
@@ -58,8 +58,9 @@ OPTIMIZERS = {
 # %% [markdown]
 # ## The data
 #
-# Images of 8 x 8 pixels: 1,000 to train on, 297 to choose the learning rates with, and 500 for
-# the test, which nothing looks at before the end. Each split has the same share of each digit.
+# The images have 8 x 8 pixels. 1,000 are for training, 297 for the choice of learning rates, and
+# 500 for the test, which are used only at the end. Each digit has the same share in all three
+# sets.
 
 # %%
 digits = load_digits()
@@ -68,11 +69,11 @@ split = functools.partial(train_test_split, random_state=0)
 images, test_images, labels, test_labels = split(images, labels, test_size=500, stratify=labels)
 images, valid_images, labels, valid_labels = split(images, labels, test_size=297, stratify=labels)
 STEPS = EPOCHS * (len(images) // BATCH)
-print(f"{len(images)} + {len(valid_images)} + {len(test_images)} images, {STEPS} steps a run")
+print(f"{len(images)} + {len(valid_images)} + {len(test_images)} images, {STEPS} steps per run")
 
 
 def batches(seed: int) -> np.ndarray:
-    """The images of every step, shape (STEPS, BATCH): fixed by the seed, so a run can resume."""
+    """Returns the image indices of every step, (STEPS, BATCH), which depend only on the seed."""
     rng = np.random.default_rng(seed)
     return np.concatenate([rng.permutation(len(images)) for _ in range(EPOCHS)]).reshape(-1, BATCH)
 
@@ -80,7 +81,7 @@ def batches(seed: int) -> np.ndarray:
 # %% [markdown]
 # ## The network
 #
-# Two convolutions, the second with stride 2, and a linear layer: 9,930 parameters.
+# The network has two convolutions, the second with stride 2, and a linear layer: 9,930 parameters.
 
 
 # %%
@@ -114,16 +115,16 @@ def cross_entropy(params: dict[str, jax.Array], x: jax.Array, y: jax.Array) -> j
 def evaluate(
     params: dict[str, jax.Array], x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and accuracy."""
+    """Returns cross-entropy and accuracy."""
     return cross_entropy(params, x, y), (logits(params, x).argmax(-1) == y).mean()
 
 
 # %% [markdown]
 # ## The train step
 #
-# All that a step changes is in `TrainState`, and the step is given that state to overwrite
-# (`donate_argnums`): no second copy of parameters, m and v is held in memory. The learning rate
-# rises over the first tenth of the steps and falls along a cosine to zero.
+# A step changes only a `TrainState`, which it overwrites (`donate_argnums`), so memory contains no
+# second copy of parameters, m and v. The learning rate rises over the first tenth of the steps and
+# falls along a cosine to zero.
 
 
 # %%
@@ -134,7 +135,7 @@ class TrainState(NamedTuple):
 
 
 def make_trainer(optimizer: str):
-    """How to begin a run from a seed, and how to take one step of it, compiled for any rate."""
+    """Returns a function that starts a run from a seed, and a train step for any peak rate."""
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, STEPS // 10, STEPS)
 
     def init(seed: int) -> TrainState:
@@ -155,7 +156,7 @@ def make_trainer(optimizer: str):
 
 
 def train(train_step, state: TrainState, peak_rate: float, seed: int, stop: int = STEPS):
-    """Goes on from `state` to the step `stop`; returns the new state and the losses."""
+    """Trains from `state` to the step `stop`; returns the new state and the losses."""
     losses = []
     for batch in batches(seed)[int(state.step) : stop]:
         state, loss = train_step(state, peak_rate, images[batch], labels[batch])
@@ -166,12 +167,12 @@ def train(train_step, state: TrainState, peak_rate: float, seed: int, stop: int 
 # %% [markdown]
 # ## Equal effort for every optimizer
 #
-# Each one gets the same five peak rates, half a decade apart, and the same three seeds for each
-# rate. The rate with the lowest mean cross-entropy on the validation set is taken. These seeds
-# are not the ones of the final runs.
+# All optimizers use the same five peak rates, half a decade apart, and the same three seeds for
+# each rate. The rate with the lowest mean cross-entropy on the validation set is chosen. The
+# final runs use other seeds.
 
 # %%
-progress = functools.partial(tqdm, disable=None)  # no bar where there is no terminal
+progress = functools.partial(tqdm, disable=None)  # no bar without a terminal
 trainers = {optimizer: make_trainer(optimizer) for optimizer in OPTIMIZERS}
 valid_loss, best_rate = {}, {}
 for optimizer, (init, train_step) in trainers.items():
@@ -188,7 +189,7 @@ for optimizer, (init, train_step) in trainers.items():
 # %% [markdown]
 # ## Three seeds
 #
-# In float32 the two Adamax are the same rule, so in the figure their curves lie on each other.
+# In float32 both implementations of Adamax compute the same updates, so their curves coincide.
 
 # %%
 final_state, loss_curves, accuracy = {}, {}, {}
@@ -210,7 +211,7 @@ STYLE = {
 
 
 def draw(axes: plt.Axes, x: np.ndarray, of_seeds: np.ndarray, optimizer: str) -> None:
-    """A line for the mean over the seeds, in a band from the lowest to the highest."""
+    """Draws the mean over the seeds as a line, and their range as a band."""
     label = f"{optimizer}: {accuracy[optimizer].mean():.1%}"
     axes.plot(x, of_seeds.mean(0), label=label, **STYLE[optimizer])
     color = STYLE[optimizer]["color"]
@@ -245,9 +246,9 @@ if WRITE:
 # %% [markdown]
 # ## A checkpoint, resumed
 #
-# A run is broken off in the middle of an epoch and written with Orbax. Everything is then made
-# anew, as another process would have to, and the run goes on from the file alone. It ends with
-# the bits of the undisturbed run above: parameters, m, v and the step count.
+# This run stops in the middle of an epoch and saves a checkpoint with Orbax. Then, as in a new
+# process, everything is created again and the run continues from the checkpoint. It ends with the
+# same bits as the uninterrupted run above: parameters, m, v and the step count.
 
 # %%
 optimizer, seed, middle = "optax_adamax.adamax", SEEDS[0], STEPS // 2 + 7
@@ -255,18 +256,18 @@ with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as chec
     checkpoint = Path(folder).resolve() / f"step_{middle}"
     rate = best_rate[optimizer]
     init, train_step = trainers[optimizer]
-    broken_off, _ = train(train_step, init(seed), rate, seed, stop=middle)
-    checkpointer.save(checkpoint, broken_off)
+    interrupted, _ = train(train_step, init(seed), rate, seed, stop=middle)
+    checkpointer.save(checkpoint, interrupted)
     checkpointer.wait_until_finished()
-    del init, train_step, broken_off
+    del init, train_step, interrupted
 
     init, train_step = make_trainer(optimizer)
     state = checkpointer.restore(checkpoint, jax.eval_shape(functools.partial(init, seed)))
     resumed, _ = train(train_step, state, rate, seed)
 
-undisturbed = final_state[optimizer][0]
-assert jax.tree.structure(resumed) == jax.tree.structure(undisturbed)
-arrays = list(zip(jax.tree.leaves(resumed), jax.tree.leaves(undisturbed), strict=True))
+uninterrupted = final_state[optimizer][0]
+assert jax.tree.structure(resumed) == jax.tree.structure(uninterrupted)
+arrays = list(zip(jax.tree.leaves(resumed), jax.tree.leaves(uninterrupted), strict=True))
 for array, other in arrays:
     assert np.asarray(array).tobytes() == np.asarray(other).tobytes()
 print(f"resumed at step {middle} of {STEPS}; at the end all {len(arrays)} arrays have equal bits")
@@ -274,9 +275,9 @@ print(f"resumed at step {middle} of {STEPS}; at the end all {len(arrays)} arrays
 # %% [markdown]
 # ## Results
 #
-# One test image is 0.2 %, so three seeds cannot rank optimizers that lie within half a percent;
-# and a low training loss comes from a high peak rate as much as from the optimizer. All of it,
-# with the machine and the versions, is in `quickstart.json`.
+# One test image is 0.2 %, so three seeds cannot rank optimizers that differ by half a percent or
+# less. The training loss depends on the peak rate as much as on the optimizer. `quickstart.json`
+# has all results, with the machine and the versions.
 
 
 # %%
@@ -326,4 +327,4 @@ for optimizer, rate in best_rate.items():
     percent, loss = 100 * accuracy[optimizer], loss_curves[optimizer][:, -1].mean()
     spread = percent.std(ddof=1)
     print(f"{optimizer:20} {rate:9g}  {percent.mean():6.2f} +- {spread:.2f} % {loss:19.1e}")
-print("(means of three seeds, +- their standard deviation; the loss is that of the last epoch)")
+print("(means of three seeds, +- their standard deviation; losses are means of the last epoch)")

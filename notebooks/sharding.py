@@ -12,7 +12,7 @@
 # 5. a run on 8 devices that continues from its checkpoint on 4;
 # 6. the size of the state for one layer of a transformer with 70 billion parameters.
 #
-# It takes half a minute on two CPU cores. `python notebooks/sharding.py` does the same.
+# It runs for half a minute on two CPU cores. `python notebooks/sharding.py` does the same.
 
 # %%
 import functools
@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def structs(mesh):
-    """The parameters as shapes with shardings."""
+    """Returns the parameters as shapes with shardings."""
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         for name, (shape, spec) in SHAPES.items()
@@ -64,7 +64,7 @@ def structs(mesh):
 
 
 def parameters(mesh):
-    """The same parameters on every mesh."""
+    """Returns the same parameters for every mesh."""
     rng = np.random.default_rng(0)
     return {
         name: jax.device_put(
@@ -94,7 +94,7 @@ states = {
 
 
 def bytes_on_devices(tree):
-    """Bytes of a tree on each of the 8 devices."""
+    """Returns the bytes of a tree on each of the 8 devices."""
     total = Counter({device.id: 0 for device in jax.devices()})
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:
@@ -118,14 +118,14 @@ for path, place in jax.tree_util.tree_leaves_with_path(zero1.shardings):
 #
 # Without ZeRO-1 each of the four groups holds the same moments. With `zero1_axis="data"` each
 # moment is sharded over the groups, along its largest unsharded dimension. The numbers are the
-# devices that hold a shard.
+# devices that store a shard.
 
 # %%
 COLOURS = plt.get_cmap("tab10").colors
 
 
 def draw(ax, array, title):
-    """The shards of an array, each with the devices that hold it."""
+    """Draws the shards of an array, each with the devices that store it."""
     rows, columns = array.shape if array.ndim == 2 else (1, array.size)
     holders = {}
     for shard in array.addressable_shards:
@@ -194,7 +194,7 @@ def loss(params, x, y):
 
 
 def batch(step, mesh):
-    """256 digits, split over the data-parallel groups."""
+    """Returns 256 digits, sharded over the data-parallel groups."""
     chosen = np.random.default_rng(step).integers(0, len(labels), 256)
     place = NamedSharding(mesh, P("data"))
     return jax.device_put((images[chosen], labels[chosen]), place)
@@ -211,7 +211,7 @@ def make_step(tx):
 
 
 def collectives(function, *arguments):
-    """How often the compiled program communicates, by kind."""
+    """Counts the collectives of the compiled program by kind."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     return Counter(re.findall(r" (all-gather|all-reduce|reduce-scatter|all-to-all)\(", text))
 
@@ -253,7 +253,7 @@ for name, state in (("like parameters", sharded), ("ZeRO-1", sharded_zero1)):
 
 # %%
 def train(tx, params, steps, **options):
-    """Losses, parameters and state of a training run."""
+    """Returns losses, parameters and state of a training run."""
     tx = sharding.shard(tx, params, **options)
     state, step = tx.init(params), make_step(tx)
     losses = []

@@ -54,12 +54,12 @@ def m_of(x):
 
 
 def halved(state):
-    """A state whose real floats were cast to float16."""
+    """Casts the real floats of a state to float16."""
     return jax.tree.map(lambda x: x.astype(np.float16) if x.dtype == np.float32 else x, state)
 
 
 def averaged(state, *, counters):
-    """A state whose codes have become floats, and also its counters if `counters`."""
+    """Casts the codes of a state to floats, and also its counters if `counters`."""
     return jax.tree.map(lambda x: x.astype(np.float32) if counters or x.ndim else x, state)
 
 

@@ -48,7 +48,7 @@ def cast_like(state, wanted):
 
 @pytest.fixture(scope="module")
 def states():
-    """One state in the nine formats, with m and v of many magnitudes."""
+    """Returns one state in the nine formats, with m and v of many magnitudes."""
     rng = np.random.default_rng(0)
     v = jax.tree.map(lambda p: np.exp(np.float32(rng.normal(size=p.shape))), PARAMS)
     m = jax.tree.map(lambda v: v * np.float32(rng.uniform(-1, 1, v.shape)), v)
@@ -58,7 +58,7 @@ def states():
 
 @pytest.fixture(scope="module")
 def saved(states, tmp_path_factory):
-    """The folders in which Orbax has saved these states."""
+    """Saves these states with Orbax and returns the folders."""
     folder = tmp_path_factory.mktemp("states")
     paths = {format: folder / "-".join(format) for format in FORMATS}
     with ocp.StandardCheckpointer() as checkpointer:

@@ -1,4 +1,4 @@
-"""compensate_rounding around and inside other transformations, and under JAX's transformations."""
+"""`compensate_rounding` composes with other wrappers and with transformations of JAX."""
 
 import functools
 

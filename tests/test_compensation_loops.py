@@ -1,4 +1,4 @@
-"""compensate_rounding in loops that add updates in another way, or not as returned."""
+"""`compensate_rounding` works in loops with other additions, and detects changed updates."""
 
 import equinox as eqx
 import jax

@@ -1,4 +1,4 @@
-"""The state of compensate_rounding: sharding, host memory, checkpoints, shapes and memory."""
+"""The state of `compensate_rounding` can be sharded, moved, saved and converted."""
 
 import flax.serialization
 import jax

@@ -116,7 +116,7 @@ def test_states_of_flax_optimizers_are_converted(m_dtype, v_dtype):
 
 
 def average(state, axis, m_dtype, v_dtype):
-    """The documented way to average states over workers."""
+    """Averages states over workers in the documented way."""
     floats = jax.tree.map(
         lambda x: jax.lax.pmean(x, axis) if jnp.issubdtype(x.dtype, jnp.floating) else x,
         decode_state(state),

@@ -10,7 +10,7 @@ from parameters import formats
 
 from optax_adamax import decode_state, scale_by_adamax
 from tests.oracle import reference
-from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, V_DTYPES, WAYS, v_error
+from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, STEP_VARIANTS, V_DTYPES, v_error
 
 QUANTIZED_V = [form for form in LOW_BIT if form[1] != "float32"]
 
@@ -28,7 +28,7 @@ def scan(tx, gradients, params=None):
     return *map(np.asarray, outputs), state
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", WAYS)
+@pytest.mark.parametrize("m_dtype, v_dtype", STEP_VARIANTS)
 def test_constant_gradient_near_the_largest_number_gives_updates_of_1(m_dtype, v_dtype):
     b1, b2 = 0.3, 0.999
     tx = scale_by_adamax(b1, b2, m_dtype=m_dtype, v_dtype=v_dtype)

@@ -1,4 +1,4 @@
-"""describe_state counts what a loop over the decoded elements counts, and gives advice."""
+"""`describe_state` counts elements as a loop over the decoded state does, and gives advice."""
 
 import functools
 
@@ -44,7 +44,7 @@ def optimizer(m_dtype, v_dtype):
 
 @functools.cache
 def trained(m_dtype, v_dtype, steps=2):
-    """A chain's state after steps on gradients of every magnitude, in leaves of several shapes."""
+    """Returns the state of a chain after steps with gradients of every magnitude and shape."""
     tx = optimizer(m_dtype, v_dtype)
     state = tx.init(GRADIENTS)
     for _ in range(steps):
@@ -57,7 +57,7 @@ def by_path(description):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
-def test_counts_are_those_of_the_decoded_state(m_dtype, v_dtype):
+def test_counts_agree_with_the_decoded_state(m_dtype, v_dtype):
     state = trained(m_dtype, v_dtype)
     floats = decode_state(state)[0]
     low, high = V_FORMATS[v_dtype].range
@@ -101,7 +101,7 @@ def state_of(m, v, *formats):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
-def test_gradients_below_the_range(m_dtype, v_dtype):
+def test_gradients_below_the_range_underflow(m_dtype, v_dtype):
     v = np.full(1000, LOW / 100, np.float32)
     (leaf,) = describe_state(state_of(v, v, m_dtype, v_dtype), eps=0.0).leaves
     if v_dtype == "uint8":
@@ -110,7 +110,7 @@ def test_gradients_below_the_range(m_dtype, v_dtype):
         assert leaf.underflow_fraction == leaf.no_gradient_fraction == 0 and not leaf.advice
 
 
-def test_a_gradient_that_the_format_rounds_to_its_lowest_value():
+def test_gradient_that_is_rounded_to_the_smallest_code_underflows():
     v = np.full(1000, 1e-30, np.float32)
     (leaf,) = describe_state(state_of(v, v, "int8", "uint8")).leaves
     assert leaf.no_gradient_fraction == 1
@@ -131,8 +131,8 @@ def test_one_element_above_the_range_is_advised_on():
     assert "upper end of uint8, in 0.1% of the elements" in leaf.advice
 
 
-def test_m_above_the_largest_int8_code():
-    """Tests b1 above b2, or a state of another optimizer."""
+def test_m_above_the_largest_int8_code_is_saturated():
+    """This happens for b1 above b2, or in a state of another optimizer."""
     v = np.ones(1000, np.float32)
     m = np.float32(([7.0, 7.4, 8.0, -100.0] + [1.0] * 6) * 100)
     (leaf,) = describe_state(state_of(m, v, "int8", "bfloat16")).leaves
@@ -191,7 +191,7 @@ def test_eps_in_v_is_not_a_gradient(eps):
     assert describe_state(state).leaves[0].no_gradient_fraction == 0
 
 
-def test_a_packed_state():
+def test_packed_state_is_described_like_an_unpacked_state():
     shapes = {"a": (2, 3), "b": 4, "c": (40, 40)}
     params = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     tx = pack_small_leaves(optimizer("int8", "uint8"))
@@ -217,7 +217,7 @@ def test_bytes_include_residuals_and_other_transformations():
     assert description.bytes == 2 * 16 + 4 + 4 + 8  # the count and the key of the noise
 
 
-def test_groups_with_different_formats():
+def test_groups_with_different_formats_are_described_separately():
     """Each state of optax.partition has its own leaves and its own formats."""
     params = {"b": np.ones(3, np.float32), "w": np.ones(3, np.float32)}
     groups = {"exact": adamax(0.1), "coded": adamax(0.1, m_dtype="int8", v_dtype="uint8")}
@@ -227,7 +227,7 @@ def test_groups_with_different_formats():
     assert {path: leaf.v_dtype for path, leaf in leaves.items()} == {"b": "float32", "w": "uint8"}
 
 
-def test_complex_parameters():
+def test_complex_parameters_are_described():
     tx = scale_by_adamax()
     gradients = {"w": np.complex64([3 + 4j, 0.0])}
     _, state = jax.jit(tx.update)(gradients, tx.init(gradients))

@@ -26,7 +26,7 @@ def state_of(m, v, *formats):
 
 
 def big_state(count=3, **formats):
-    """A state of leaves with long names, of which the last one saturates and is not finite."""
+    """Returns a state of leaves with long names; the last leaf saturates and is not finite."""
     names = [f"transformer/layer_{i}/attention/query/kernel" for i in range(count)]
     v = {name: np.full((2, 3), 1e30, np.float32) for name in names}
     m = {name: np.full((2, 3), np.nan, np.float32) for name in names}

@@ -132,7 +132,7 @@ def test_help_has_a_readable_signature_and_says_where_eps_is(name):
 
 
 def undefined_names(source):
-    """The names that a program uses but neither defines nor imports."""
+    """Returns the names that a program uses but neither defines nor imports."""
     nodes = list(ast.walk(ast.parse(source)))
     names = [node for node in nodes if isinstance(node, ast.Name)]
     defined = {node.id for node in names if not isinstance(node.ctx, ast.Load)}

@@ -58,7 +58,7 @@ def test_skipped_step_matches_apply_if_finite(m_dtype, v_dtype):
     wrapped = optax.apply_if_finite(adamaxw_of(m_dtype, v_dtype), 100)
     _, expected, theirs = run(wrapped, gradients)[-1]
     assert int(theirs.total_notfinite) == int(state.nonfinite_count)
-    # XLA contracts multiplications and additions otherwise in the branch.
+    # XLA contracts other multiplications and additions in the branch.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, params, expected)
     found, kept = (s.inner_state[0] for s in (state, theirs))

@@ -1,4 +1,4 @@
-"""Policies for non-finite gradients in scan, vmap, sharding, other transformations, conversion."""
+"""Policies for non-finite gradients compose with scan, vmap, sharding, wrappers and conversion."""
 
 import functools
 

@@ -18,7 +18,7 @@ from trajectories import (
 )
 
 from optax_adamax import decode_state, scale_by_adamax
-from tests.oracle.formats import FORMATS, WAYS
+from tests.oracle.formats import FORMATS, STEP_VARIANTS
 
 RULES = {
     "default": {},
@@ -62,7 +62,7 @@ in_every_format = pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
 
 
 # Each option in each way through the step; the other pairs combine options in other ways.
-ALWAYS = [(name, *form) for name in ("default", "all") for form in WAYS] + [
+ALWAYS = [(name, *form) for name in ("default", "all") for form in STEP_VARIANTS] + [
     ("keras", "float32", "uint8"),
     ("keras", "int8", "float32"),
     ("mlx", "int8", "uint8"),

@@ -67,7 +67,7 @@ def gradient(params, step):
 
 
 def run(tx, params, steps=6, compiler=jax.jit):
-    """The updates of each step, and the last state."""
+    """Returns the updates of each step, and the last state."""
     update, state, found = compiler(tx.update), tx.init(params), []
     for step in range(steps):
         updates, state = update(gradient(params, step), state, params)
@@ -81,8 +81,8 @@ def same(x, y):
     assert jax.tree.map(jnp.result_type, x) == jax.tree.map(jnp.result_type, y)
 
 
-def test_without_a_compiler():
-    """With few operations: `test_sharded_leaves` does the same with adamax."""
+def test_eager_updates_are_the_same_bit_for_bit():
+    """optax.trace has few operations; `test_packing_layout.py` tests eager steps of adamax."""
     tx, params = optax.sgd(0.1, momentum=0.9), {"a": full(3), "b": full(6), "c": full(3)}
     unpacked, _ = run(tx, params, steps=2, compiler=lambda f: f)
     packed, _ = run(pack_small_leaves(tx, 5), params, steps=2, compiler=lambda f: f)
@@ -103,18 +103,18 @@ def unpacked_updates(name):
 @pytest.mark.parametrize(
     "name, max_size",
     [
-        # Nothing of it is packed then, as of the others.
+        # For max_size=0 no leaf is packed.
         pytest.param("mixed", 0, marks=pytest.mark.slow),
         *(("mixed", size) for size in SIZES[1:]),
         *((name, size) for name in list(TREES)[1:] for size in SIZES),
     ],
 )
-def test_every_tree(name, max_size):
+def test_updates_of_every_tree_are_the_same(name, max_size):
     packed, _ = run(pack_small_leaves(adamax(0.1), max_size), TREES[name])
     same(packed, unpacked_updates(name))
 
 
-def test_scan_without_params():
+def test_scan_without_params_gives_the_same_updates():
     sequence = jax.tree.map(lambda *x: np.stack(x), *(gradient(FEW, t) for t in range(6)))
 
     def scan(tx):
@@ -130,7 +130,7 @@ def test_scan_without_params():
     same(optax.tree.get(packed_state, "count"), optax.tree.get(state, "count"))
 
 
-def test_vmap():
+def test_vmap_gives_the_same_updates():
     stacked = jax.tree.map(lambda x: np.stack([x, np.negative(x)]), FEW)
 
     def updates(tx, g):
@@ -141,13 +141,13 @@ def test_vmap():
     same(packed(stacked), jax.jit(jax.vmap(functools.partial(updates, tx)))(stacked))
 
 
-def test_inner_init_sees_the_values():
+def test_inner_init_receives_the_values():
     tx = pack_small_leaves(optax.contrib.schedule_free(optax.sgd(0.1), 0.1), MAX_SIZE)
     z = optax.tree.get(tx.init(PARAMS), "z")
     assert sorted(z.buffers["float32"].tolist()) == [-1] * 12 + [1] * 3 + [2] * 12
 
 
-def test_gradients_of_another_dtype():
+def test_gradients_of_mixed_dtypes_raise():
     params = {"a": full(3, dtype=jnp.bfloat16), "b": full(5, dtype=jnp.bfloat16)}
     g = {"a": full(3, 1 / 3), "b": full(5, 1 / 3)}
     tx, plain = pack_small_leaves(adamax(0.1)), adamax(0.1)
@@ -174,7 +174,7 @@ WRAPPERS = {
 
 @functools.cache
 def runs(name):
-    """Without packing and with it: the updates of each step, and the last state."""
+    """Returns both runs, without and with packing, and the shapes of the packed state."""
     tx, wrap = TRANSFORMATIONS.get(name, adamax(0.1, v_dtype="bfloat16")), WRAPPERS.get(name)
     wrap = wrap or (lambda tx: tx)
     with jax.numpy_dtype_promotion("standard"):  # optax fails in the strict mode
@@ -211,7 +211,7 @@ def test_hyperparameters_can_be_injected():
     same(*found)
 
 
-def test_state_is_converted_and_kept_by_checkpoints():
+def test_state_is_converted_and_restored_from_checkpoints():
     _, (_, state), _ = runs("int8, uint8")
     start = pack_small_leaves(QUANTIZED, MAX_SIZE).init(PARAMS)
     same(pickle.loads(pickle.dumps(state)), state)
@@ -224,7 +224,7 @@ def test_state_is_converted_and_kept_by_checkpoints():
 
 
 @pytest.mark.parametrize("name", ["nonfinite", "int8, uint8", *WRAPPERS])
-def test_unpacked_state_is_that_of_the_same_run_without_packing(name):
+def test_unpacked_state_equals_the_run_without_packing(name):
     (_, expected), (_, state), like = runs(name)
     unpacked = unpack_state(state, PARAMS)
     same(unpacked, expected)
@@ -232,7 +232,7 @@ def test_unpacked_state_is_that_of_the_same_run_without_packing(name):
     same(unpack_state(expected, PARAMS), expected)  # nothing to unpack
 
 
-def test_state_is_carried_over_a_change_of_max_size():
+def test_state_is_converted_to_another_max_size():
     old, new = (pack_small_leaves(adamax(0.1), size) for size in (5, MAX_SIZE))
     _, state = run(old, FEW)
     carried = repack_state(unpack_state(state, FEW), like=new.init(FEW))
@@ -240,7 +240,7 @@ def test_state_is_carried_over_a_change_of_max_size():
     same(jax.jit(new.update)(g, carried)[0], jax.jit(old.update)(g, state)[0])
 
 
-def test_refuses_a_state_of_other_parameters_or_of_another_format():
+def test_state_of_other_parameters_or_formats_raises():
     tx = pack_small_leaves(adamax(0.1), MAX_SIZE)
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match=r"it lacks \['a'\]. Pass the parameters given to init"):
@@ -258,7 +258,7 @@ def test_refuses_a_state_of_other_parameters_or_of_another_format():
         repack_state(half, state)
 
 
-def test_one_kernel_serves_all_leaves_of_a_size():
+def test_leaves_of_equal_size_share_one_kernel():
     tx = pack_small_leaves(adamax(0.1))
     params = [full(16) for _ in range(90)] + [full((4, 4)) for _ in range(10)]
     state = jax.eval_shape(tx.init, params)

@@ -76,8 +76,8 @@ def test_small_leaves_sharded_over_explicit_axes_raise():
     assert optax.tree.get(large, "m").unpacked["['w']"].sharding.spec == P("x")
 
 
-def test_boxes_of_flax_do_not_matter():
-    """nnx.Optimizer gives boxed parameters to init and arrays to update."""
+def test_boxes_of_flax_do_not_change_the_updates():
+    """nnx.Optimizer passes boxed parameters to init and arrays to update."""
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     boxed = nnx.state(model, nnx.Param)
     arrays = unboxed(boxed)
@@ -177,7 +177,7 @@ def register_for_export():
         )
 
 
-def test_a_step_is_exported():
+def test_step_can_be_exported():
     """JAX serializes dictionaries with string keys only."""
     pytest.importorskip("flatbuffers", reason="JAX needs it to serialize a program")
     register_for_export()

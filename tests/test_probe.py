@@ -1,4 +1,4 @@
-"""probe_gradients: the numbers that it reports, when it reports them, and in which programs."""
+"""`probe_gradients` reports correct numbers in the requested steps, in all kinds of programs."""
 
 import functools
 
@@ -55,7 +55,7 @@ def test_eps_is_added_as_in_the_optimizer():
     assert reports[0].underflow_fraction == 0 and reports[0].saturated_fraction == 0.125
 
 
-def test_fractions_are_those_of_the_state():
+def test_fractions_agree_with_the_state():
     """An element below the range has code 0 in v, and an element above it the last code."""
     g = np.float32([1e-12, 0.5, 1e10, 3.0])
     tx, reports = probe()
@@ -82,7 +82,7 @@ def test_every_nth_step_is_reported(run):
 
 
 def test_state_may_be_discarded():
-    """As in clients that return parameters only."""
+    """The compiled program returns only parameters, so XLA could remove the report."""
     tx, reports = probe(every=2)
     chain = optax.chain(tx, adamax(0.1))
     start = np.ones(2, np.float32)

@@ -53,7 +53,7 @@ def adversarial_updates(p, rng):
 
 
 def check_every_value(residual_dtype, compiled=True, update_dtype="float32"):
-    """With bfloat16 updates, p + u is computed in bfloat16."""
+    """Checks the new master parameters; with bfloat16 updates, p + u is computed in bfloat16."""
     tx = adding(residual_dtype, update_dtype=update_dtype)
     step = stepper(tx, compiled, cast=update_dtype == "float32")
     rng = np.random.default_rng(0)

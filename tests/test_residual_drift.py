@@ -61,7 +61,7 @@ def drifts(tx, start, gradients, steps, streams=1):
     return to_float64(drifter(tx, start, steps)(counts, gradients, period))
 
 
-CODED = {
+OPTIMIZERS = {
     residual_dtype: compensate_rounding(
         adamax(2.0**-14, m_dtype="int8", v_dtype="uint8"), residual_dtype
     )
@@ -77,11 +77,11 @@ def patterns(period, rng):
 
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 7, 8, 13, 144])
 def test_periodic_updates_are_unbiased(period):
-    """In closed loop with a rounded m, whose rounding bits are a hash of the count, too."""
+    """m is quantized, too, and its rounding bits are another hash of the count."""
     gradients = patterns(period, np.random.default_rng(period))
     # int16 residuals hold the exact sum of the same updates.
-    exact = drifts(CODED["int16"], 3.5, gradients, 5000)
-    found = drifts(CODED["int8"], 3.5, gradients, 5000, streams=64)
+    exact = drifts(OPTIMIZERS["int16"], 3.5, gradients, 5000)
+    found = drifts(OPTIMIZERS["int8"], 3.5, gradients, 5000, streams=64)
     scale = np.sqrt(np.mean(exact**2))
     assert np.sqrt(np.mean((found.mean(0) - exact) ** 2)) <= 0.005 * scale
 

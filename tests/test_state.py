@@ -1,4 +1,4 @@
-"""Conversion between storage formats, and states that the transformation rejects."""
+"""States can be converted between storage formats, and states in another format raise."""
 
 import functools
 
@@ -30,7 +30,7 @@ PARAMS = {"a": np.ones((3, 5), np.float32), "b": {"c": np.ones((), np.float32), 
 
 @functools.cache
 def trained(m_dtype=None, v_dtype=None, steps=20):
-    """A chain, its state after some steps, and the gradients of these steps."""
+    """Returns a chain, its state after some steps, and the gradients of these steps."""
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     state, update = tx.init(PARAMS), jax.jit(tx.update)
     rng = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def moments(state):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", CASES)
-def test_decoded_states_are_floats_near_the_float32_run(m_dtype, v_dtype):
+def test_decoded_states_agree_with_the_float32_run(m_dtype, v_dtype):
     _, state = trained(m_dtype, v_dtype)
     _, exact = trained()
     floats = decode_state(state)
@@ -60,7 +60,7 @@ def test_decoded_states_are_floats_near_the_float32_run(m_dtype, v_dtype):
 
 @pytest.mark.parametrize("m_dtype, v_dtype", CASES)
 @pytest.mark.parametrize("other", SOME_FORMATS)
-def test_conversion_during_a_run(m_dtype, v_dtype, other):
+def test_conversion_during_a_run_changes_moments_by_one_rounding(m_dtype, v_dtype, other):
     """A converted state has the same moments except for one rounding, and the run continues."""
     _, state = trained(*other)
     tx, _ = trained(m_dtype, v_dtype)
@@ -128,7 +128,7 @@ def test_nan_moments_stay_nan_in_every_format():
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", [(None, "uint8"), ("int8", "bfloat16")])
-def test_framed_state_in_optax_and_flax(m_dtype, v_dtype):
+def test_scaled_state_works_in_optax_and_flax(m_dtype, v_dtype):
     tx, state = trained(m_dtype, v_dtype)
     assert isinstance(optax.tree.get(state, "v"), (ScaledBfloat16, ScaledUint8))
     phase = optax.tree.get(state, "phase")
@@ -145,7 +145,7 @@ def test_framed_state_in_optax_and_flax(m_dtype, v_dtype):
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", [(None, None), ("bfloat16", "uint8")])
-def test_empty_trees_and_arrays(m_dtype, v_dtype):
+def test_empty_trees_and_arrays_are_converted(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     for params in ({}, {"a": np.zeros((0, 3), np.float32)}, [None]):
         _, state = jax.jit(tx.update)(params, tx.init(params))
@@ -174,7 +174,7 @@ def test_state_of_another_format_raises(built, given, words):
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.9), (0.99, 0.9), (0.5, 0.0), (0.9, 0.91)])
-def test_int8_m_needs_its_bound(betas):
+def test_int8_m_without_a_bound_raises(betas):
     with pytest.raises(ValueError, match="requires b1 < b2"):
         scale_by_adamax(*betas, m_dtype="int8")
     scale_by_adamax(*betas, m_dtype="bfloat16", v_dtype="uint8")
@@ -184,7 +184,7 @@ def test_int8_m_needs_its_bound(betas):
     "m_dtype, v_dtype",
     [("int8", None), ("bfloat16", None), (None, "bfloat16"), (None, "uint8"), ("int8", "uint8")],
 )
-def test_moments_of_complex_parameters_in_few_bits(m_dtype, v_dtype):
+def test_quantized_moments_of_complex_parameters_need_a_wrapper(m_dtype, v_dtype):
     z = np.ones(3, np.complex64)
     with pytest.raises(TypeError, match="split_real_and_imaginary"):
         scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype).init(z)
@@ -198,6 +198,6 @@ def test_moments_of_complex_parameters_in_few_bits(m_dtype, v_dtype):
 
 
 @pytest.mark.parametrize("dtype", ["m_dtype", "v_dtype"])
-def test_conversion_to_no_format(dtype):
+def test_conversion_to_an_unknown_format_raises(dtype):
     with pytest.raises(ValueError, match=f"{dtype} must be None or one of"):
         encode_state(scale_by_adamax().init(PARAMS), **{dtype: "float16"})

@@ -15,7 +15,7 @@ STEPS = 400
 
 @functools.cache
 def data():
-    """20,000 counts of a Poisson regression with a large intercept."""
+    """Returns 20,000 counts of a Poisson regression with a large intercept."""
     rng = np.random.default_rng(0)
     x = np.concatenate([np.ones((20_000, 1)), rng.normal(size=(20_000, 7))], axis=1)
     weights = np.array([6.0, 0.5, -0.4, 0.3, 0.2, -0.2, 0.1, 0.0])
@@ -23,7 +23,7 @@ def data():
 
 
 def loss(weights):
-    """Negative log-likelihood of all counts, without the constant."""
+    """Returns the negative log-likelihood of all counts, without the constant."""
     x, y = data()
     log_rate = jnp.dot(x, weights, precision="highest")
     return jnp.sum(jnp.exp(log_rate) - y * log_rate)
