@@ -53,8 +53,9 @@ def step(
 
 def one_minus_power(b, t):
     """Returns 1 - b**t without cancellation for b near 1."""
-    with np.errstate(divide="ignore"):
-        return -np.expm1(t * np.log(b))
+    b = np.asarray(b, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(b <= 0, 1 - b**t, -np.expm1(t * np.log(b)))
 
 
 def run(gradients, **hyperparameters):
