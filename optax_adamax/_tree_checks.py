@@ -114,12 +114,12 @@ def _dtype_of(label: str, x: Any) -> np.dtype:
     Raises:
       TypeError: the leaf is not an array.
     """
-    try:
-        return jnp.result_type(x)
-    except (TypeError, ValueError):
-        advice = conversion_advice(x) or (
-            "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
-        )
-        raise TypeError(
-            f"The {label} must be an array, but {describe_value(x)} was given. {advice}"
-        ) from None
+    advice = None if isinstance(x, jax.Array) else conversion_advice(x)
+    if advice is None:  # else NumPy may take an attribute `dtype` of the object for its dtype
+        try:
+            return jnp.result_type(x)
+        except (TypeError, ValueError):
+            advice = (
+                "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
+            )
+    raise TypeError(f"The {label} must be an array, but {describe_value(x)} was given. {advice}")

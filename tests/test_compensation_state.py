@@ -178,7 +178,7 @@ def test_boxed_state_has_boxed_masters():
     boxed = nnx.state(model, nnx.Param)
     masters = master_params(optimizer.opt_state, boxed)
     kernel = masters["layer"]["kernel"]
-    assert isinstance(kernel, nnx.Param) and kernel.get_value().dtype == jnp.float32
+    assert isinstance(kernel, nnx.Param) and kernel.dtype == jnp.float32
     assert_equal(nnx.to_pure_dict(masters), master_params(bare_state, bare))
     boxed_in_linen = jax.tree.map(lambda p: linen.Partitioned(p, names=("x",)), bare)
     of_linen = master_params(bare_state, boxed_in_linen)

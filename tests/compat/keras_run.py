@@ -4,9 +4,11 @@ import contextlib
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
+import pytest
 from peer_grid import Step
+
+keras = pytest.importorskip("keras")
 
 
 @contextlib.contextmanager

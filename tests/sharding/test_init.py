@@ -100,6 +100,9 @@ def shape_and_dtype(x):
     return (x.shape, x.dtype.name)
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="JAX 0.7 cannot compare shardings of abstract meshes"
+)
 def test_eval_shape_carries_the_specs_of_explicit_axes():
     """For automatic axes JAX (0.10.2) has no place for them, whatever the function."""
     params = structs(mesh_of(AXIS_TYPES["explicit"]))
