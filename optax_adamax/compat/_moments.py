@@ -258,6 +258,19 @@ def put_tree(tree: Any, arrays: dict[Any, np.ndarray]) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_real_imag)
 
 
+def check_finite(moments: Moments) -> None:
+    """Raises ValueError if a loaded moment has elements that are NaN or infinite."""
+    for name, tree in (("first moment", moments.m), ("infinity norm", moments.v)):
+        for path, x in tree.items():
+            bad = np.argwhere(~np.isfinite(x))
+            if len(bad):
+                raise ValueError(
+                    f"The {name} of {path!r} has {len(bad)} of {np.size(x)} elements that are NaN "
+                    f"or infinite, the first at index {tuple(map(int, bad[0]))}. The saved run had "
+                    f"diverged: load an older checkpoint."
+                )
+
+
 def _check_range(path: str, v: np.ndarray, v_dtype: DTypeLike | None) -> None:
     """Raises ValueError if the largest element of an infinity norm is out of the format's range.
 

@@ -11,7 +11,7 @@ from optax_adamax import repack_state, unpack_state
 from optax_adamax.compat import _arrays, _layout, _moments, _plan
 from optax_adamax.compat._layout import Key, Layout, Place
 from optax_adamax.compat._measure import measure
-from optax_adamax.compat._moments import Moments
+from optax_adamax.compat._moments import Moments, check_finite
 from optax_adamax.compat._paths import paths
 from optax_adamax.compat._plan import Plan
 
@@ -147,6 +147,8 @@ def check_is_adamax(
     For b1 < b2, Adamax has ``|m| <= K v`` with ``K = (1 - b1) / (1 - b1 / b2)``. Adam's v is a
     mean of squares: if gradients are below 1, it is less than m. Other b1 and b2 bound nothing.
     """
+
+    check_finite(moments)
 
     def count(largest: Mapping[str, float]) -> int:
         m, v = moments.m, moments.v

@@ -175,3 +175,15 @@ def test_the_error_names_m_and_v():
     for theirs in (optax.adamax(0.1), optax.sgd(0.1)):
         with pytest.raises(ValueError, match="m and v of Adamax are mu and nu in optax's"):
             torch.dump_state(theirs.init(params), params, [{"params": [0]}], names=["w"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"m_dtype": "int8", "v_dtype": "uint8"}])
+def test_nonfinite_moments_raise_and_are_located(bad, options):
+    good = np.array([0.5, 1.0, 2.0])
+    wrong = np.array([0.5, bad, bad])
+    where = r"2 of 3 elements that are NaN or infinite, the first at index \(1,\)"
+    with pytest.raises(ValueError, match=f"infinity norm of 'w' has {where}"):
+        load(0.1 * good, wrong, **options)
+    with pytest.raises(ValueError, match=f"first moment of 'w' has {where}"):
+        load(wrong, good, **options)
