@@ -4,6 +4,7 @@ import collections
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
