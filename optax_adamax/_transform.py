@@ -90,8 +90,8 @@ def scale_by_adamax(
     - **Traced b1 or b2, and b1 >= b2.** Updates are not clipped. :math:`|u_t|` may exceed the exact
       value by the error of the format. int8 m limits it to :math:`7.5 / (1 - \beta_1^t)`.
     - **Time.** On CPU, a step takes 0.9 to 1.7 times as long as :func:`optax.adamax`, depending
-      on the format and the number of threads (measured). On TPU v5e and v6e, it takes 0.57 times as long with int8
-      m and uint8 v (float32 parameters, estimated by the compiler).
+      on the format and the number of threads (measured). On TPU v5e and v6e, it takes 0.57 times
+      as long with int8 m and uint8 v (float32 parameters, estimated by the compiler).
     - **Derivatives.** Updates cannot be differentiated.
     - **Complex parameters.** Their moments cannot be quantized.
 
