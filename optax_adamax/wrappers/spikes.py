@@ -60,8 +60,8 @@ def limit_spikes(
 
     ``action="skip"`` computes the step and then selects the old or the new state. With float32
     state, this makes a step on CPU 2.4 to 2.9 times as long and needs 4 temporary bytes per
-    parameter (measured); ``action="clip"`` costs neither. On TPU and GPU, both actions read the gradients
-    twice.
+    parameter (measured); ``action="clip"`` costs neither. On TPU and GPU, both actions read the
+    gradients twice.
 
     Args:
       inner: the transformation to protect, for example :func:`adamax`, or an object with ``init``
