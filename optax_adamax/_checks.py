@@ -99,10 +99,10 @@ def check_decay(name: str, value: Any, *, closed: bool) -> None:
     dtype = getattr(value, "dtype", None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
         raise TypeError(
-            f"{name} must be a float or have at least 32 bits, but a {dtype} array was given, in "
-            f"which 0.999 is {float(jnp.asarray(0.999, dtype)):.6g}. With "
-            f"optax.inject_hyperparams, which casts hyperparameters to the dtype of the "
-            f"parameters, pass hyperparam_dtype=jnp.float32."
+            f"Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, or {name} as a float: "
+            f"a {dtype} array was given, in which 0.999 is "
+            f"{float(jnp.asarray(0.999, dtype)):.6g}. optax.inject_hyperparams casts "
+            f"hyperparameters to the dtype of the parameters."
         )
 
 
