@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from optax_adamax._derivatives import identity_without_derivative
 from optax_adamax._messages import describe_value
 from optax_adamax._numerics import compute_dtype
 
@@ -122,19 +123,11 @@ def wrap(tree: Any, format: Format, *others: Any) -> Any:
     return tree if format.container is None else format.container(tree, *others)
 
 
-@jax.custom_jvp
-def forbid_derivative(x: jax.Array) -> jax.Array:
-    """Returns x, and raises a TypeError if it is differentiated; applied before x is rounded."""
-    return x
-
-
-@forbid_derivative.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        "An update with quantized m or v was differentiated, but rounding has no useful "
-        "derivative. To differentiate through the update, use float32 for m_dtype and v_dtype "
-        "(decode_state converts a state). Otherwise put jax.lax.stop_gradient around the "
-        "gradients, or disable implicit differentiation in the solver that called the update "
-        "(implicit_diff=False in jaxopt, another adjoint in optimistix)."
-    )
+# Applied to values before they are rounded.
+forbid_derivative = identity_without_derivative(
+    "An update with quantized m or v was differentiated, but rounding has no useful "
+    "derivative. To differentiate through the update, use float32 for m_dtype and v_dtype "
+    "(decode_state converts a state). Otherwise put jax.lax.stop_gradient around the "
+    "gradients, or disable implicit differentiation in the solver that called the update "
+    "(implicit_diff=False in jaxopt, another adjoint in optimistix)."
+)

@@ -6,12 +6,12 @@ is done on integers, because XLA may remove a cast to bfloat16 and back.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optax_adamax._derivatives import identity_without_derivative
 from optax_adamax._numerics import hash_uint32
 from optax_adamax._xla import without_fma, write_after
 
@@ -105,18 +105,10 @@ def _rounding_bits(count: jax.Array, u_bits: jax.Array) -> jax.Array:
     return (x + (u_bits << 9)) >> 24
 
 
-@jax.custom_jvp
-def _forbid_derivative(u: jax.Array) -> jax.Array:
-    """Returns u, and raises a TypeError if it is differentiated; applied before rounding."""
-    return u
-
-
-@_forbid_derivative.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    del primals, tangents
-    raise TypeError(
-        "An update of compensate_rounding was differentiated, but rounding has no useful "
-        "derivative. Differentiate the inner transformation with float32 parameters, or put "
-        "jax.lax.stop_gradient around the gradients. Implicit differentiation (implicit_diff=True "
-        "in jaxopt, the default adjoint of optimistix) does not differentiate updates."
-    )
+# Applied to updates before the master parameter is rounded.
+_forbid_derivative = identity_without_derivative(
+    "An update of compensate_rounding was differentiated, but rounding has no useful "
+    "derivative. Differentiate the inner transformation with float32 parameters, or put "
+    "jax.lax.stop_gradient around the gradients. Implicit differentiation (implicit_diff=True "
+    "in jaxopt, the default adjoint of optimistix) does not differentiate updates."
+)
