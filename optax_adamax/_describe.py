@@ -175,7 +175,7 @@ def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription
             v_min if v_min <= v_max else math.nan,
             v_max if v_min <= v_max else math.nan,
             *fractions,
-            advice=" ".join(_advice(*fractions, m_format=m_format, v_format=v_format)),
+            advice=" ".join(_advice(*fractions, m_format, v_format, v.dtype)),
         )
 
 
@@ -198,6 +198,7 @@ def _statistics(
     has_gradient = is_finite & ~no_gradient
     # m / v of the largest code has a rounding error. The ratio of the next code is 1/16 smaller.
     m_saturated = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
+    m_saturated &= m_format.largest_ratio < math.inf  # m / v may overflow in other formats
     counts = [
         has_gradient & (v <= low),
         has_gradient & (v >= high),
@@ -220,9 +221,9 @@ def _advice(
     m_saturated_fraction: float,
     no_gradient_fraction: float,
     nonfinite_fraction: float,
-    *,
     m_format: MFormat,
     v_format: VFormat,
+    v_dtype: np.dtype,
 ) -> Iterator[str]:
     del no_gradient_fraction
     low, high = v_format.range
@@ -234,10 +235,10 @@ def _advice(
             wider = _smallest_dtype(
                 f for f in V_FORMATS.values() if f.range[0] < low and f.range[1] > high
             )
+            cure = f'Write v_dtype="{wider}", or put' if wider else "Put"
             yield (
-                f"v reaches {bound:.3g}, the {end} end of {v_format.dtype}, in {_percent(fraction)}"
-                f' of the elements. Write v_dtype="{wider}", or put optax.scale before the '
-                f"optimizer."
+                f"v reaches {bound:.3g}, the {end} end of {v_dtype}, in {_percent(fraction)} of "
+                f"the elements. {cure} optax.scale before the optimizer."
             )
     # If v is saturated, m / v is too large in every element.
     if m_saturated_fraction > 0 and saturated_fraction == 0:
@@ -256,8 +257,9 @@ def _advice(
         )
 
 
-def _smallest_dtype(formats: Any) -> np.dtype:
-    return min((f.dtype for f in formats if f.dtype is not None), key=lambda d: d.itemsize)
+def _smallest_dtype(formats: Iterator[Any]) -> np.dtype | None:
+    dtypes = (f.dtype for f in formats if f.dtype is not None)
+    return min(dtypes, key=lambda dtype: dtype.itemsize, default=None)
 
 
 _HEADINGS = ("leaf", "shape", "m/v", "v min", "v max", "no gradient")

@@ -26,7 +26,7 @@ def upcast(x: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def saturating_cast(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    """Casts x to `dtype`, after clipping finite values to its range."""
+    """Casts x to `dtype`; finite x is clipped first if `dtype` has a smaller exponent range."""
     if x.dtype == dtype:
         return x
     if jnp.finfo(dtype).maxexp < jnp.finfo(x.dtype).maxexp:

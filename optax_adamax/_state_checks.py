@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_adamax._formats import Format, is_in_format, unwrap
@@ -58,18 +59,22 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
 
 def check_counters(state: ScaleByAdamaxState) -> None:
     """Checks the dtypes of the step count and, for a quantized v, of the phase."""
-    counters: dict[str, tuple[Any, type]] = {"count": (state.count, jnp.integer)}
+    counters: dict[str, tuple[Any, Any]] = {"count": (state.count, jnp.integer)}
     if container_of(state.v, V_FORMATS) is not None:
         counters["phase"] = (state.v.phase, jnp.unsignedinteger)
     for name, (counter, kind) in counters.items():
         (leaf, *others) = jax.tree.leaves(counter) or (None,)
-        if leaf is None or others or not jnp.issubdtype(jnp.result_type(leaf), kind):
+        if leaf is None or others or not _is_wide(jnp.result_type(leaf), kind):
             dtype = "int32" if name == "count" else "uint32"
             is_float = leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
             raise TypeError(
                 f"The {name} of the state must be an array of dtype {dtype}, but it is "
                 f"{describe_value(leaf)}. {RESTORE}{f' {AVERAGE}' if is_float else ''}"
             )
+
+
+def _is_wide(dtype: np.dtype, kind: Any) -> bool:
+    return jnp.issubdtype(dtype, kind) and dtype.itemsize >= 4
 
 
 def check_concrete_types(state: ScaleByAdamaxState) -> None:

@@ -60,9 +60,9 @@ class Bfloat16V(VFormat):
 
     dtype = np.dtype(jnp.bfloat16)
     container = ScaledBfloat16
-    range = (2.0**-120, 2.0**127)
-    relative_error = 2.0**-8
     LARGEST: ClassVar[float] = float(jnp.finfo(jnp.bfloat16).max) / 2  # w / s <= 2 w is finite
+    range = (2.0**-120, LARGEST)
+    relative_error = 2.0**-8
 
     def decode(self, w: jax.Array) -> jax.Array:
         return w.astype(jnp.float32)

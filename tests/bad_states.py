@@ -103,6 +103,8 @@ ROWS += [
      TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
     ("a signed phase", lambda x: x.low.update(REAL, with_phase(x.low_state, jnp.int32(5))),
      TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
+    ("a phase in 8 bits", lambda x: x.low.update(REAL, with_phase(x.low_state, jnp.uint8(5))),
+     TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
     ("codes without their container",
      lambda x: x.low.update(REAL, x.low_state._replace(v=x.low_state.v.scaled_uint8)), TypeError,
      "must store v outside of a container as float arrays, but its dtype is uint8"),

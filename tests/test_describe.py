@@ -152,6 +152,34 @@ def test_the_largest_code_of_m_is_recognized_above_every_v(v_dtype):
     assert leaf.m_saturated_fraction == 0
 
 
+@pytest.mark.parametrize("m_dtype", ["float32", "bfloat16"])
+def test_ratio_that_overflows_is_not_saturated_without_a_largest_ratio(m_dtype):
+    m, v = np.float32([10.0, 1.0]), np.float32([1.5e-38, 1.0])
+    assert describe_state(state_of(m, v, m_dtype, "float32")).fits
+
+
+def test_float32_v_that_decayed_to_zero_is_advised_on():
+    """No storage format is wider, so the advice names only the scale of the gradients."""
+    m, v = np.float32([1e-3, 1.0]), np.float32([0.0, 1.0])
+    (leaf,) = describe_state(state_of(m, v, "float32", "float32")).leaves
+    assert leaf.underflow_fraction == 0.5
+    assert leaf.advice == (
+        "v reaches 0, the lower end of float32, in 50% of the elements. Put optax.scale before the "
+        "optimizer."
+    )
+
+
+@pytest.mark.parametrize("phase", [0, 2**31, 2**32 - 2**22])
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+def test_saturated_v_is_advised_on_at_every_shared_scale(v_dtype, phase):
+    tx = scale_by_adamax(v_dtype=v_dtype)
+    state = tx.init({"w": np.ones(2, np.float32)})
+    state = state._replace(v=state.v._replace(phase=jnp.uint32(phase)))
+    _, state = jax.jit(tx.update)({"w": np.float32([3e38, 1.0])}, state)
+    (leaf,) = describe_state(state).leaves
+    assert leaf.saturated_fraction == 0.5 and f"upper end of {v_dtype}" in leaf.advice
+
+
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS)
 def test_nonfinite_moments_are_advised_on(m_dtype, v_dtype):
     tx = optimizer(m_dtype, v_dtype)

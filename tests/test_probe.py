@@ -55,6 +55,15 @@ def test_eps_is_added_as_in_the_optimizer():
     assert reports[0].underflow_fraction == 0 and reports[0].saturated_fraction == 0.125
 
 
+def test_full_precision_has_its_name_in_the_report():
+    reports = []
+    tx = probe_gradients(None, reports.append)
+    tx.update(GRADIENTS, tx.init(GRADIENTS))
+    jax.effects_barrier()
+    assert reports[0].underflow_fraction == reports[0].saturated_fraction == 0
+    assert "; full-precision v 0 to inf: " in str(reports[0])
+
+
 def test_fractions_agree_with_the_state():
     """An element below the range has code 0 in v, and an element above it the last code."""
     g = np.float32([1e-12, 0.5, 1e10, 3.0])

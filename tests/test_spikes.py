@@ -198,6 +198,16 @@ def test_fixed_limit_clips():
     np.testing.assert_allclose(norm_of(updates), 2.0, rtol=1e-5)
 
 
+def test_fixed_limit_clips_to_itself_during_warmup():
+    """The average does not limit the first ten steps, so it does not scale them either."""
+    tx = limit_spikes(optax.identity(), max_norm_ratio=2.0, max_norm=100.0, action="clip")
+    state = tx.init(PARAMS)
+    for norm, expected in ((1.0, 1.0), (99.0, 99.0), (200.0, 100.0)):
+        updates, state = tx.update(gradient(norm), state)
+        np.testing.assert_allclose(norm_of(updates), expected, rtol=1e-5)
+    assert int(state.spike_count) == 1
+
+
 @pytest.mark.parametrize(
     "limits", [{}, {"max_norm": 0.0}, {"max_norm": -1.0}, {"max_norm_ratio": 1.0}]
 )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -215,6 +216,7 @@ class _Implementation:
             state = _constraints.move(state, self.computed)
         updates = _constraints.constrain(updates, self.zero1_params)
         if params is not None:
+            self._check_parameters("update", params)
             params = _constraints.constrain(params, self.zero1_params)
         updates, state = self.inner.update(updates, state, params, **extra_args)
         # Without this constraint, XLA may gather the inputs of the updates as well.
@@ -227,7 +229,7 @@ class _Implementation:
     def _check_parameters(self, function: str, tree: Any) -> None:
         order = f" {ORDER}" if function == "update" else ""
         for name, leaf in named_leaves(tree):
-            found, known = jax.numpy.shape(leaf), self.shapes.get(name)
+            found, known = np.shape(leaf), self.shapes.get(name)
             if found != known:
                 label = f"leaf {name}".rstrip()
                 wanted = "was called without it" if known is None else f"received shape {known}"

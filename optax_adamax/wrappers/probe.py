@@ -35,7 +35,7 @@ class GradientRange(NamedTuple):
     underflow_fraction: float  # elements with size + eps below the range: updates are too short
     saturated_fraction: float  # elements with size + eps above the range: updates are too long
     nonfinite_count: int  # elements that are NaN or infinite
-    v_dtype: str
+    v_dtype: str  # "full-precision" for v_dtype=None
     range: tuple[float, float]  # of v in the storage format
 
     def __str__(self) -> str:
@@ -101,7 +101,7 @@ def probe_gradients(
         )
     _checks.check_scalar("eps", eps, 0.0, float("inf"))
     low, high = v_format.range
-    name = str(v_format.dtype)
+    name = v_format.dtype.name if v_format.dtype is not None else "full-precision"
 
     def to_host(measured: dict[str, Any]) -> None:
         found = {key: np.asarray(number).item() for key, number in measured.items()}

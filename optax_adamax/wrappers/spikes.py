@@ -71,7 +71,8 @@ def limit_spikes(
         At least one of the two limits is required.
       decay: d, in [0, 1). The average extends over about 1 / (1 - d) steps.
       action: ``"skip"``: the updates are zero and the state of `inner` does not change.
-        ``"clip"``: `inner` receives the gradients scaled to the norm :math:`\ell_t`.
+        ``"clip"``: `inner` receives the gradients scaled to the norm :math:`\ell_t`, and to
+        `max_norm` in the first ten steps.
       axis_name: axes of :func:`jax.shard_map` or :func:`jax.pmap` over which the gradients are
         sharded. The norm then includes the gradients of all devices. Replicated gradients, and
         steps under :func:`jax.jit` alone, do not need it.
@@ -125,12 +126,12 @@ def limit_spikes(
         _check_agreement(norm, state)
         fixed = jnp.asarray(jnp.inf if max_norm is None else max_norm, jnp.float32)
         limit = jnp.minimum(_relative_limit(state, max_norm_ratio, decay), fixed)
-        spike = norm > jnp.where(state.norm_count >= WARMUP_STEPS, limit, fixed)
-        spike |= jnp.isinf(norm)
+        threshold = jnp.where(state.norm_count >= WARMUP_STEPS, limit, fixed)
+        spike = (norm > threshold) | jnp.isinf(norm)
 
         if action == "clip":
-            # limit / norm would be NaN if both are infinite.
-            factor = jnp.where(spike, jnp.where(jnp.isinf(norm), 0, limit / norm), 1)
+            # threshold / norm would be NaN if both are infinite.
+            factor = jnp.where(spike, jnp.where(jnp.isinf(norm), 0, threshold / norm), 1)
             updates = jax.tree.map(lambda g: _scaled(jnp.asarray(g), factor), updates)
         u, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if action == "skip":

@@ -165,6 +165,8 @@ def test_other_parameters_raise(case):
     for function in (tx.update, tx.apply_gradients):
         with pytest.raises(ValueError, match=f"update received a leaf {message}"):
             function(other, tx.init(good()), good())
+        with pytest.raises(ValueError, match=f"update received a leaf {message}"):
+            function(good(), tx.init(good()), other)
 
 
 def test_the_state_of_another_transformation_raises():
