@@ -38,7 +38,8 @@ NOT_COPIED = (".git", ".*cache", ".hypothesis", ".venv*", "venv", "__pycache__",
 CHECK = "tests/test_mutation.py::test_texts_of_mutants_are_found"
 WORKERS = 2
 SECONDS = 1800  # a test run that takes longer counts as failed
-PASSED, FAILED = 0, 1  # exit statuses of pytest
+# Exit statuses of pytest. The status is 2 if a test module cannot be imported.
+PASSED, FAILED = 0, (1, 2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ class Copy:
             run = self._python("-m", "pytest", *arguments, "--deselect", CHECK, *tests)
         except subprocess.TimeoutExpired:
             return "timeout"
-        if run.returncode not in (PASSED, FAILED):
+        if run.returncode not in (PASSED, *FAILED):
             output = (run.stdout + run.stderr)[-2000:]
             raise RuntimeError(f"pytest ended with status {run.returncode}: {output}")
         if run.returncode == PASSED:

@@ -10,6 +10,7 @@ from optax_adamax import _checks
 from optax_adamax._nonfinite import Nonfinite, handle_nonfinite
 from optax_adamax._state_checks import ChainedTransformation, check_chain_state
 from optax_adamax._transform import EpsPlacement, scale_by_adamax
+from optax_adamax.wrappers.packing import PackedTree
 
 
 @_checks.suggest_renamed_arguments
@@ -144,7 +145,8 @@ def adamaxw(
       updates are as in :func:`adamax`, except that the state has an entry for the weight decay.
 
     Raises:
-      ValueError: a hyperparameter out of range. From ``update``: no parameters.
+      ValueError: a hyperparameter out of range. From ``update``: no parameters. From ``init``: a
+        mask that is a function, inside :func:`pack_small_leaves`.
       TypeError: a hyperparameter of another type. From ``update``: a state that was made with
         other arguments.
 
@@ -180,10 +182,28 @@ def adamaxw(
     )
     tx = optax.chain(
         core,
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(weight_decay, _rejecting_packed_trees(mask)),
         optax.scale_by_learning_rate(learning_rate),
     )
     return handle_nonfinite(nonfinite, _with_state_check(tx, after_core))
+
+
+def _rejecting_packed_trees(mask: Any) -> Any:
+    """Adds an error for a packed tree, whose leaves have other paths and shapes, to a function."""
+    if not callable(mask):
+        return mask
+
+    def checked(params: optax.Params) -> Any:
+        if isinstance(params, PackedTree):
+            raise ValueError(
+                "The mask of adamaxw must receive the parameters, but pack_small_leaves passes a "
+                "PackedTree, whose buffers have other paths and shapes. Decay the weights outside: "
+                "optax.chain(pack_small_leaves(scale_by_adamax()), optax.add_decayed_weights("
+                "weight_decay, mask), optax.scale_by_learning_rate(learning_rate))."
+            )
+        return mask(params)
+
+    return checked
 
 
 def _with_state_check(

@@ -26,6 +26,7 @@ class SharedScale(NamedTuple):
 
     phase: jax.Array  # uint32: log2(s_t) + 1 in units of 2**-32
     scale: jax.Array  # float32: s_t
+    growth: jax.Array  # float32: s_t / s_{t-1}
     b2: jax.Array  # float32: 2**-k, which is b2 in units of s
 
 
@@ -45,13 +46,13 @@ def scale_from_phase(phase: jax.Array) -> jax.Array:
 
 def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
     """Returns the scale after one step; `phase` is the phase before it."""
-    log2_decay = jnp.asarray(log2_decay, jnp.float32)
-    whole = jnp.minimum(jnp.floor(log2_decay), 127)
-    fraction = jnp.where(log2_decay < 127, log2_decay - whole, 0)
-    # 2**32 - 256 is the largest float32 below 2**32.
-    ticks = jnp.minimum(jnp.round(fraction * 2.0**32), 2.0**32 - 256)
+    # For b2 = 0, k is 127, and the float with the exponent bits 127 - k is 0.
+    log2_decay = jnp.minimum(jnp.asarray(log2_decay, jnp.float32), 127)
+    whole = jnp.floor(log2_decay)
+    ticks = jnp.round((log2_decay - whole) * 2.0**32)
     new_phase = phase + ticks.astype(jnp.uint32)
     carry = (new_phase < phase).astype(jnp.int32)
-    # For b2 = 0, k is 127, and the float with the exponent bits 127 - k is 0.
-    k = jnp.minimum(whole.astype(jnp.int32) + carry, 127)
-    return SharedScale(new_phase, scale_from_phase(new_phase), b2=float32_from_bits(127 - k << 23))
+    k = whole.astype(jnp.int32) + carry
+    scale = scale_from_phase(new_phase)
+    growth = scale / scale_from_phase(phase)
+    return SharedScale(new_phase, scale, growth, b2=float32_from_bits(127 - k << 23))

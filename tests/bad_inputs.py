@@ -221,6 +221,7 @@ GRADIENTS = [
     ({**gradients(), "d": jnp.ones(1)}, ValueError, "'d' is unknown"),
     (None, ValueError, "there is no gradient for 'a', 'b/c', 'b/z'"),
     (gradients(a=None), ValueError, "there is no gradient for 'a'"),
+    (gradients(c=None), ValueError, "there is no gradient for 'b/c'. Pass zeros"),
     (gradients(a=optax.MaskedNode()), ValueError, "'a' is a MaskedNode instead of an array of"),
     (gradients(a=(jnp.ones(3),)), ValueError, "the gradient 'a' is a tuple instead of an array"),
     ((jnp.ones(()), gradients()), ValueError, "Pass the gradients alone, without the value"),

@@ -43,10 +43,19 @@ def test_v_near_the_largest_float_stays_finite(v_dtype, phase):
 
 
 def test_m_near_the_largest_float_stays_finite():
-    state = encode_state(state_of([MAX, -MAX, MAX / 2], [MAX, MAX / 2, MAX]), "int8")
+    """The ratio 1.94 is rounded up to 2."""
+    state = encode_state(state_of([MAX, -MAX, MAX / 2], [MAX, MAX / 1.94, MAX]), "int8")
     m = np.asarray(decode_state(state).m, np.float64)
     assert np.isfinite(m).all()
     np.testing.assert_allclose(m, [MAX, -MAX, MAX / 2], rtol=M_FORMATS["int8"].relative_error)
+
+
+def test_float64_moments_beyond_float32_saturate():
+    with jax.enable_x64(True):
+        m, v = np.float64([-1e300, 0.5]), np.float64([1e300, 2.0])
+        state = encode_state(ScaleByAdamaxState(jnp.int32(5), m, v), "float32", "float32")
+    assert state.m.dtype == state.v.dtype == np.float32
+    assert state.m.tolist() == [-MAX, 0.5] and state.v.tolist() == [MAX, 2.0]
 
 
 @pytest.mark.parametrize(

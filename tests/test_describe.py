@@ -92,6 +92,7 @@ def test_saturated_uint8_v_is_advised_on():
     assert leaf.saturated_fraction == pytest.approx(3 / 10)  # the last three magnitudes
     assert 'Write v_dtype="bfloat16"' in leaf.advice and "optax.scale" in leaf.advice
     assert "upper end of uint8" in leaf.advice
+    assert leaf.m_saturated_fraction > 0 and "m_dtype" not in leaf.advice  # v is the cause
     state = encode_state(trained("float32", "float32"), "bfloat16", "bfloat16")
     assert describe_state(state).fits
 
@@ -129,6 +130,12 @@ def test_one_element_above_the_range_is_advised_on():
     (leaf,) = describe_state(state_of(v, v, "int8", "uint8")).leaves
     assert leaf.saturated_fraction == pytest.approx(1 / 1000)
     assert "upper end of uint8, in 0.1% of the elements" in leaf.advice
+
+
+def test_v_at_the_upper_end_is_saturated():
+    v = np.float32([V_FORMATS["bfloat16"].range[1], 1.0])
+    (leaf,) = describe_state(state_of(v, v, "int8", "bfloat16")).leaves
+    assert leaf.v_max == V_FORMATS["bfloat16"].range[1] and leaf.saturated_fraction == 0.5
 
 
 def test_m_above_the_largest_int8_code_is_saturated():

@@ -3,16 +3,14 @@
 A non-finite gradient gives NaN updates of its own element permanently, and of no other element.
 """
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from low_bit_runs import heavy_tails, scan
+from low_bit_runs import scan
 from parameters import formats
 
-from optax_adamax import _hyperparameters
-from tests.oracle.formats import FORMATS, LOW_BIT, SOME_FORMATS, step_bound
+from tests.oracle.formats import FORMATS, LOW_BIT, step_bound
 
 
 def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), **rule):
@@ -50,13 +48,6 @@ def test_updates_are_within_the_bound(rules, m_dtype, v_dtype, gradients, index)
     check_step_bound(columns, m_dtype, v_dtype, betas, eps_placement=placement)
 
 
-@pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT, SOME_FORMATS))
-def test_updates_are_within_the_bound_if_exact_updates_reach_it(m_dtype, v_dtype):
-    t = np.arange(1, 2001)[:, None]
-    check_step_bound(0.999**t * np.geomspace(1e-7, 1e6, 32), m_dtype, v_dtype)
-    check_step_bound(heavy_tails(2000, decades=(-12, 30)), m_dtype, v_dtype)
-
-
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_updates_are_within_the_bound_at_the_largest_numbers(m_dtype, v_dtype):
     """7.5 v exceeds float32, as does v after rounding up (found by Hypothesis)."""
@@ -81,10 +72,3 @@ def test_nonfinite_gradient_gives_nan_updates_of_its_element_only(m_dtype, v_dty
     _, u, _ = scan(gradients, m_dtype=m_dtype, v_dtype=v_dtype)
     assert np.all(np.isfinite(u[:10])) and np.all(np.isnan(u[10:, 1]))
     assert np.all(np.isfinite(u[:, [0, 2, 3]]))
-
-
-def test_mutant_without_clip_exceeds_the_bound(mutant):
-    mutant(_hyperparameters, "_ratio_bound", lambda *_: jnp.float32(jnp.inf))
-    t = np.arange(1, 400)[:, None]
-    with pytest.raises(AssertionError):
-        check_step_bound(0.999**t * np.float64([1e-7, 1.0, 1e6]), "int8", "uint8")

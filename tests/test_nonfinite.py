@@ -123,6 +123,14 @@ def test_bad_element_of_a_large_leaf_is_found(policy, dtype):
     assert int(update(largest, state)[1].nonfinite_count) == 0
 
 
+@pytest.mark.parametrize("policy, count", [("zero", 4), ("skip_step", 1)])
+def test_counter_counts_elements_or_steps(policy, count):
+    tx = scale_by_adamax(nonfinite=policy)
+    g = {"a": np.float32([np.nan, np.inf, 1, -np.inf]), "b": np.float32([[1, np.nan]])}
+    _, state = jax.jit(tx.update)(g, tx.init(g))
+    assert int(state.nonfinite_count) == count
+
+
 @every_policy
 def test_counter_saturates(policy):
     tx = scale_by_adamax(nonfinite=policy)

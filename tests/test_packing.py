@@ -114,6 +114,14 @@ def test_updates_of_every_tree_are_the_same(name, max_size):
     same(packed, unpacked_updates(name))
 
 
+def test_equal_leaves_get_their_own_updates():
+    """Ten leaves of one size have offsets of two digits; see `_buffers.slice_leaves`."""
+    gradients = [full(2, float(i)) for i in range(10)] + [full(3, 10.0)]
+    tx = pack_small_leaves(optax.scale(2.0))
+    updates, _ = jax.jit(tx.update)(gradients, tx.init(gradients))
+    assert [u.tolist() for u in updates] == [[2.0 * i] * 2 for i in range(10)] + [[20.0] * 3]
+
+
 def test_scan_without_params_gives_the_same_updates():
     sequence = jax.tree.map(lambda *x: np.stack(x), *(gradient(FEW, t) for t in range(6)))
 

@@ -20,6 +20,7 @@ from optax_adamax import (
     PackedTree,
     ScaleByAdamaxState,
     adamax,
+    adamaxw,
     pack_small_leaves,
     scale_by_adamax,
     unpack_state,
@@ -114,6 +115,24 @@ def test_gradients_of_another_tree_raise(change, message):
         tx.update(change(gradient(PARAMS, 0)), state, PARAMS)
     with pytest.raises(ValueError, match=message):
         tx.update(gradient(PARAMS, 0), state, change(PARAMS))
+
+
+def test_function_as_mask_inside_raises():
+    """It would receive flat buffers, and matrices would not decay."""
+
+    def is_matrix(params):
+        return jax.tree.map(lambda p: p.ndim > 1, params)
+
+    tx = adamaxw(0.1, weight_decay=1.0, mask=is_matrix)
+    with pytest.raises(ValueError, match=r"outside: optax.chain\(pack_small_leaves\(scale_by_adam"):
+        pack_small_leaves(tx).init(FEW)
+    outside = optax.chain(
+        pack_small_leaves(scale_by_adamax()),
+        optax.add_decayed_weights(1.0, is_matrix),
+        optax.scale_by_learning_rate(0.1),
+    )
+    expected, found = (jax.jit(t.update)(FEW, t.init(FEW), FEW)[0] for t in (tx, outside))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_bad_arguments_raise():

@@ -127,6 +127,15 @@ def test_zero_gradients_have_no_smallest_element():
     assert reports[0].smallest == np.inf and reports[0].largest == 0
 
 
+def test_infinite_gradient_is_counted_but_not_the_largest():
+    tx, reports = probe()
+    g = np.float32([np.inf, 2.0, -np.inf, 0.5])
+    tx.update(g, tx.init(g))
+    jax.effects_barrier()
+    assert (reports[0].smallest, reports[0].largest) == (0.5, 2.0)
+    assert reports[0].nonfinite_count == 2 and reports[0].saturated_fraction == 0
+
+
 def test_count_saturates():
     tx, _ = probe(every=2**31 - 1)
     g = np.ones(2, np.float32)

@@ -9,12 +9,9 @@ import optax.tree
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from transformations import (
-    build,
-    fast_only,
-    params_like,
-    types,
-)
+from transformations import build, fast_only, params_like, types
+
+from optax_adamax import scale_by_adamax
 
 # Only these two compile programs by default; together they have every part of a state.
 # test_low_bit_codes.py tests 16 bits under scan, vmap and on a mesh; others test chains and decay.
@@ -149,3 +146,12 @@ def test_eager_state_is_sharded_like_the_parameters(name, axis_type):
         start = tx.init(place(many(0)))
         _, state = tx.update(place(many(1)), start, place(many(0)))
     assert_sharded(tx, state, start, sharding)
+
+
+@every_axis_type
+def test_moments_of_complex_shapes_are_sharded_like_them(axis_type):
+    _, sharding, _ = over_eight_devices(axis_type)
+    shape = jax.ShapeDtypeStruct((16, 4), np.complex64, sharding=sharding)
+    state = scale_by_adamax().init(shape)
+    assert state.m.sharding == state.v.sharding == sharding
+    assert (state.m.dtype, state.v.dtype) == (np.complex64, np.float32)

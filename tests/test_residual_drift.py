@@ -9,7 +9,6 @@ import pytest
 from compensated import adding, neighbours, residuals, stepper, take, to_float64
 
 from optax_adamax import adamax, compensate_rounding, master_params
-from optax_adamax.wrappers import _residual
 
 
 @residuals
@@ -33,6 +32,11 @@ def test_thousand_updates_of_a_thousandth_ulp_are_one_ulp(residual_dtype, sign):
     assert (left <= allowed).all()
 
 
+def at(count, path, leaf):
+    """Returns `count` for a step count of the wrapper or of Adamax, and the leaf for all others."""
+    return count if jax.tree_util.keystr(path).endswith(".count") else leaf
+
+
 @functools.cache
 def drifter(tx, start, steps):
     @jax.jit
@@ -43,7 +47,7 @@ def drifter(tx, start, steps):
         def step(carry, t):
             return take(tx, *carry, gradients[t % period]), None
 
-        state = tx.init(params)._replace(count=count)
+        state = jax.tree_util.tree_map_with_path(functools.partial(at, count), tx.init(params))
         end, state = jax.lax.scan(step, (params, state), jnp.arange(steps))[0]
         return master_params(state, end) - params.astype(jnp.float32)
 
@@ -77,33 +81,23 @@ def patterns(period, rng):
 
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 7, 8, 13, 144])
 def test_periodic_updates_are_unbiased(period):
-    """m is quantized, too, and its rounding bits are another hash of the count."""
+    """The rounding bits of m are another hash of the count. With the same hash, the bias is 4 %."""
     gradients = patterns(period, np.random.default_rng(period))
     # int16 residuals hold the exact sum of the same updates.
-    exact = drifts(OPTIMIZERS["int16"], 3.5, gradients, 5000)
-    found = drifts(OPTIMIZERS["int8"], 3.5, gradients, 5000, streams=64)
+    found, exact = (drifts(OPTIMIZERS[x], 3.5, gradients, 5000, 64) for x in ("int8", "int16"))
     scale = np.sqrt(np.mean(exact**2))
-    assert np.sqrt(np.mean((found.mean(0) - exact) ** 2)) <= 0.005 * scale
+    assert np.sqrt(np.mean(np.mean(found - exact, axis=0) ** 2)) <= 0.005 * scale
 
 
-def golden_walk(count, u_bits):
-    return (count.astype(jnp.uint32) * np.uint32(0x9E3779B9)) >> 24
-
-
-@pytest.mark.parametrize(
-    "rounding_bits", [golden_walk, lambda count, u_bits: jnp.uint32(128), lambda *_: jnp.uint32(0)]
-)
-def test_mutants_of_the_rounding_bits_are_detected(mutant, rounding_bits):
-    """A golden-ratio sequence is biased by updates of its own period, a constant by all."""
-    mutant(_residual, "_rounding_bits", rounding_bits)
+@pytest.mark.parametrize("period", [8, 144])
+def test_rare_periodic_updates_are_unbiased(period):
+    """Rounding by multiples of the golden ratio is biased by updates of a Fibonacci period."""
     int8, int16 = adding("int8"), adding("int16")
-    for period in (8, 144):
-        rng = np.random.default_rng(period)
-        updates = np.float32(2.0**-17 * (rng.random((period, 16)) < 0.3))
-        exact, found = (drifts(tx, 3.0, updates, 5000) for tx in (int16, int8))
-        if np.sqrt(np.mean((found - exact) ** 2)) > 0.2 * np.sqrt(np.mean(exact**2)):
-            return
-    pytest.fail("The bias was not detected.")
+    rng = np.random.default_rng(period)
+    updates = np.float32(2.0**-17 * (rng.random((period, 16)) < 0.3))
+    exact, found = (drifts(tx, 3.0, updates, 5000) for tx in (int16, int8))
+    # About 1,500 roundings of 1/8 unit have a deviation of 7 % of their sum.
+    assert np.sqrt(np.mean((found - exact) ** 2)) <= 0.2 * np.sqrt(np.mean(exact**2))
 
 
 def test_elements_have_different_rounding_bits():

@@ -52,6 +52,14 @@ def test_updates_have_the_wider_dtype(m_dtype, v_dtype, g, p):
     assert dtype(params) == wider and dtype() == g
 
 
+def test_update_has_the_dtype_of_its_own_parameter():
+    params = {"a": np.ones(2, jnp.bfloat16), "b": np.ones(2, np.float32)}
+    g = jax.tree.map(lambda p: np.ones(2, jnp.bfloat16), params)
+    state = jax.eval_shape(scale_by_adamax().init, params)
+    u, _ = jax.eval_shape(scale_by_adamax().update, g, state, params)
+    assert (u["a"].dtype, u["b"].dtype) == (jnp.bfloat16, np.float32)
+
+
 def test_update_too_large_for_float8_saturates():
     """For b1 > b2 no bound applies, so an update can exceed the range of its dtype."""
     tx = scale_by_adamax(0.0, 1.0, 0.0, eps_placement="denominator")

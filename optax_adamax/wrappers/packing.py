@@ -56,8 +56,9 @@ def pack_small_leaves(
 
     `inner` must be elementwise, as :func:`adamax` and :func:`adamaxw` are in every storage format.
     It receives a :class:`PackedTree` instead of the parameters. So norms of leaves (LARS, LAMB,
-    adafactor) and rules or masks by path (`optax.partition`, the ``mask`` of `adamaxw`) do not work
-    inside. Put them around this transformation, or before or after it in a chain.
+    adafactor) and rules or masks by path or shape (`optax.partition`, the ``mask`` of `adamaxw`) do
+    not work inside. Put them around this transformation, or before or after it in a chain.
+    `adamaxw` raises an error for a mask that is a function.
     :func:`optax.tree.map_params` cannot map over the packed state: unpack it first.
 
     Only real float leaves with more than one element are packed. XLA may round scalars and arrays
