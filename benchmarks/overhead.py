@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead [--quick]
 
-1. A call of `update` on leaves of four elements, eager and while it is traced, relative to
-   optax.adamax in alternation.
-2. A jitted step on one small leaf with donation. JAX runs short programs in the calling thread and
-   others in another thread, which costs more than the step, so the step is also measured with all
-   programs inline.
-3. The number of traces while the learning rate, b2 and the count change, which must be 1.
+1. A call of `update` on leaves of four elements, eager and traced. Times are relative to
+   optax.adamax and measured in alternation.
+2. A jitted step on one small leaf with donation. JAX on CPU runs short programs in the calling
+   thread and longer ones in another thread. The change of thread costs more than the step, so the
+   step is also measured with all programs in the calling thread ("all inline").
+3. The number of traces while the learning rate, b2 and the count change. It must be 1.
 
 Runs for a minute.
 """
@@ -50,7 +50,7 @@ def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
 
 
 def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, Any]:
-    """Returns times per call and ratios to the reference, for runners that make `calls` calls."""
+    """Returns seconds per call and ratios to the reference, for runners of `calls` calls each."""
     seconds = timing.alternate(runners, rounds)
     ratios = timing.ratios(seconds, REFERENCE)
     return {
@@ -60,7 +60,7 @@ def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, A
 
 
 def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
-    """Returns the time of a jitted step on one leaf; set `inline` only before JAX starts."""
+    """Returns the time of a jitted step on one leaf; `inline` works only in a new process."""
     jax.config.update("jax_cpu_enable_async_dispatch", not inline)
     ones = jnp.ones(size)
 
@@ -73,7 +73,8 @@ def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, A
         return run
 
     steps = {
-        name: timing.Step(make(), ones, timing.given, ones) for name, make in CANDIDATES.items()
+        name: timing.Step(make(), ones, timing.batch_as_gradient, ones)
+        for name, make in CANDIDATES.items()
     }
     return compare({name: runner(step) for name, step in steps.items()}, rounds, calls)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.packing [--quick]
 
-The train step computes the gradients of a sum of squares; parameters and state are donated. Step
-times are measured in alternation, compile times (tracing, lowering and XLA) one after another.
+The train step computes the gradients of a sum of squares. Parameters and state are donated. Step
+times are measured in alternation. Compile times include tracing, lowering and XLA.
 Runs for three minutes.
 """
 
@@ -59,7 +59,7 @@ def compare(count: int, rounds: int, compilations: int) -> dict[str, Any]:
 
 
 def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Returns the time of the packed step relative to the unpacked step, per size of the leaves."""
+    """Returns the time of the packed step relative to the unpacked step for each leaf size."""
     found = {}
     for size in tqdm(sizes, desc="sizes", leave=False):
         steps = {name: build(name, count, size) for name in ("adamax", PACKED)}
@@ -68,7 +68,7 @@ def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws the ratio over the size of a leaf."""
+    """Draws the time of the packed step relative to the unpacked step, against leaf size."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

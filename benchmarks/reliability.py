@@ -1,8 +1,8 @@
-"""Measures errors against float64 in extreme scenarios, and the costs of non-finite policies.
+"""Measures errors against float64 in extreme scenarios, and costs of non-finite policies.
 
     python -m benchmarks.reliability [--quick]
 
-Runs for some minutes.
+Runs for several minutes.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tests.oracle.scenarios import LONG, SEED, ZERO_STEPS, long_run, saturation
 
 
 def costs(size: int, rounds: int) -> list[dict[str, Any]]:
-    """Returns step times relative to a step without a policy, and allocated bytes, per policy."""
+    """Returns the step time relative to nonfinite="propagate", and temporary bytes, per policy."""
     rows = []
     for m_dtype, v_dtype in SOME_FORMATS:
         make = functools.partial(adamax, 1e-3, m_dtype=m_dtype, v_dtype=v_dtype)

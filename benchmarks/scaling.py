@@ -4,8 +4,8 @@
 
 Parameters and state are float32 and donated. Gradients are arguments for one leaf, and computed in
 the step for many leaves, as in `benchmarks.packing`. Slopes of log time over log size are fitted by
-least squares to the upper half of the sizes; 1 means proportional. Runs for three minutes and needs
-4 GB of memory.
+least squares to the upper half of the sizes. A slope of 1 means that time is proportional to size.
+Runs for three minutes and needs 4 GB of memory.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def one_leaf(size: int, rounds: int) -> dict[str, Any]:
     """Returns seconds, ratio and peak memory of a step on one leaf."""
     gradient = jnp.full(size, 0.01)
     steps = {
-        name: timing.Step(make(), jnp.ones(size), timing.given, gradient)
+        name: timing.Step(make(), jnp.ones(size), timing.batch_as_gradient, gradient)
         for name, make in ONE_LEAF.items()
     }
     found = {}
@@ -60,7 +60,7 @@ def _with_times(found: dict[str, Any], seconds: dict[str, np.ndarray]) -> dict[s
 
 
 def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
-    """Returns the slope of each candidate over the upper half of the sizes."""
+    """Returns the log-log slope of each candidate over the upper half of the sizes."""
     sizes = list(curve)[len(curve) // 2 :]
     x = np.log([int(size) for size in sizes])
 
@@ -74,7 +74,7 @@ def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws time and memory over parameters, and time and compile time over leaves."""
+    """Draws time and memory against parameters, and time and compile time against leaves."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 

@@ -74,13 +74,13 @@ class Step:
         self.compiled = step.lower(*self.carry, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.step = step
-        self.carry = step(*self.carry, batch)  # calls jit, which has the dispatch that users have
+        self.carry = step(*self.carry, batch)  # through jit, so its dispatch is timed as for users
 
     def __call__(self) -> None:
         self.carry = jax.block_until_ready(self.step(*self.carry, self.batch))
 
 
-def given(params: Any, batch: Any) -> Any:
-    """Returns `batch` as the gradient, for steps that only run the optimizer."""
+def batch_as_gradient(params: Any, batch: Any) -> Any:
+    """Returns `batch`, which is the gradient in steps that run only the optimizer."""
     del params
     return batch

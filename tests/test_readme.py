@@ -17,9 +17,9 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
     from benchmarks import update_docs
 
     for page in (path.read_text("utf-8") for path in update_docs.PAGES):
-        assert update_docs.filled(page) == page
+        assert update_docs.fill_tables(page) == page
     changed = BENCHMARKS.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
-    assert changed != BENCHMARKS and update_docs.filled(changed) == BENCHMARKS
+    assert changed != BENCHMARKS and update_docs.fill_tables(changed) == BENCHMARKS
 
 
 def test_every_result_says_where_it_comes_from():
