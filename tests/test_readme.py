@@ -1,4 +1,4 @@
-"""README and pages of figures say what the committed results say, and the code in them runs."""
+"""Tables in README and on the pages agree with the committed results, and README code runs."""
 
 import json
 import re
@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 
 
-def test_tables_are_those_of_the_committed_results(monkeypatch):
+def test_tables_agree_with_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import update_docs
 
@@ -22,7 +22,7 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
     assert changed != BENCHMARKS and update_docs.fill_tables(changed) == BENCHMARKS
 
 
-def test_every_result_says_where_it_comes_from():
+def test_every_result_has_a_provenance():
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert results
     for path in results:

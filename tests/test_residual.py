@@ -1,4 +1,4 @@
-"""Every bfloat16 parameter with every kind of update: the master parameter loses nothing."""
+"""Master parameters have a bounded error for every bfloat16 parameter and kind of update."""
 
 import jax
 import jax.numpy as jnp
@@ -12,23 +12,23 @@ from optax_adamax import master_params
 from optax_adamax.wrappers import _residual
 
 FLUSHED = 2.0**-118  # XLA on CPU flushes smaller float32 updates to zero
-SMALLEST = 2.0**-117  # absolute error that is always allowed
+SMALLEST = 2.0**-117  # absolute error that is allowed for every number
 STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UNIT}
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
 
-def assert_nearest(stored, true):
-    """Checks that no bfloat16 number is nearer to `true` than `stored`."""
+def assert_nearest(stored, exact):
+    """Checks that no bfloat16 number is nearer to `exact` than `stored`."""
     below, above = neighbours(to_float64(stored))
     with np.errstate(invalid="ignore"):  # only a mutant stores infinity for a finite number
-        distance = np.abs(to_float64(stored) - to_float64(true))
-    assert (distance <= np.abs(below - to_float64(true))).all()
-    assert (distance <= np.abs(above - to_float64(true))).all()
+        distance = np.abs(to_float64(stored) - to_float64(exact))
+    assert (distance <= np.abs(below - to_float64(exact))).all()
+    assert (distance <= np.abs(above - to_float64(exact))).all()
 
 
 def adversarial_updates(p, rng):
-    """Returns updates for all values at once, each the worst case of some kind of rounding."""
+    """Returns updates for all values, each the worst case for one kind of rounding."""
     p = np.asarray(p).astype(np.float32)
     below, above = (x.astype(np.float32) for x in neighbours(p.astype(np.float64)))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -76,7 +76,7 @@ def check_every_value(residual_dtype, compiled=True, update_dtype="float32"):
         with np.errstate(invalid="ignore"):
             error = np.where(followed, np.abs(after - wanted), 0)
         near = np.abs(wanted) > 2.0**-16 * np.abs(to_float64(FINITE))
-        if update_dtype == "bfloat16":  # here the difference of the two is a bfloat16 number
+        if update_dtype == "bfloat16":  # if the difference is a bfloat16 number
             near = np.abs(wanted - 1.25 * to_float64(FINITE)) < 0.74 * np.abs(to_float64(FINITE))
             assert (error <= 1.5 * 2.0**-7 * size + SMALLEST).all(), name
         followed &= near | (update_dtype == "float32")
@@ -149,7 +149,7 @@ MERGE, SPLIT = _residual.merge_residual, _residual.split_residual
         ("merge_residual", merge_any_residual),
         ("merge_residual", merge_without_sign),
         ("_rounding_bits", lambda count, u_bits: jnp.uint32(300)),
-        # Bits of odd parameters are lost.
+        # Drops the last bit.
         ("_bits", lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFE)),
     ],
 )
@@ -182,7 +182,7 @@ def test_nonfinite_updates_are_added_directly():
     plain = [np.inf, -np.inf, np.nan, np.nan, -np.inf, np.inf]
     np.testing.assert_array_equal(np.asarray(new).astype(np.float32), plain)
     np.testing.assert_array_equal(master_params(state, new), plain)
-    assert not np.any(state.residual.int8)  # a parameter may be set to a number again
+    assert not np.any(state.residual.int8)  # so the parameter can be set to a finite number again
 
 
 @given(
@@ -198,6 +198,6 @@ def test_master_parameter_follows_float64(residual_dtype, start, updates):
         before = np.float64(masters(state, params))
         size = max(abs(np.float64(params)), abs(before + u))
         params, state = step(params, state, np.float32(u))
-        true = np.float64(masters(state, params))
-        assert abs(true - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
-        assert_nearest(params, true)
+        master = np.float64(masters(state, params))
+        assert abs(master - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
+        assert_nearest(params, master)
