@@ -44,7 +44,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 Step = Callable[..., Any]
 
 
-def arrays(chips: Target, spec: P) -> dict[str, Any]:
+def parameter_shapes(chips: Target, spec: P) -> dict[str, Any]:
     """Returns the parameters as shapes, sharded by `spec` over the mesh of all chips."""
     devices = np.array(chips.devices).reshape(-1, GROUP)
     place = NamedSharding(Mesh(devices, ("group", "data")), spec)
@@ -54,7 +54,7 @@ def arrays(chips: Target, spec: P) -> dict[str, Any]:
     }
 
 
-def plain(tx: optax.GradientTransformation) -> Step:
+def train_step(tx: optax.GradientTransformation) -> Step:
     """Returns the usual step of an optax transformation."""
 
     def step(gradients: Any, state: Any, params: Any) -> Any:
@@ -108,15 +108,15 @@ def collectives(text: str, kind: str) -> dict[str, int] | None:
     return {"count": len(types), "bytes": sum(sizes)} if types else None
 
 
-def steps(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
-    """Returns step, parameters and ZeRO-1 axis of each case; a step of None means `init`."""
-    fsdp, replicated = arrays(chips, P("data")), arrays(chips, P())
+def programs(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
+    """Returns step, parameters and ZeRO-1 axis of each program; a step of None means `init`."""
+    fsdp, replicated = parameter_shapes(chips, P("data")), parameter_shapes(chips, P())
     zero1 = sharding.shard(tx, replicated, zero1_axis="data")
     return {
-        "FSDP": (plain(tx), fsdp, None),
+        "FSDP": (train_step(tx), fsdp, None),
         "FSDP, init": (None, fsdp, None),
-        "ZeRO-1, out_shardings": (plain(tx), replicated, "data"),
-        "ZeRO-1, update": (plain(zero1), replicated, "data"),
+        "ZeRO-1, out_shardings": (train_step(tx), replicated, "data"),
+        "ZeRO-1, update": (train_step(zero1), replicated, "data"),
         "ZeRO-1, apply_gradients": (zero1.apply_gradients, replicated, "data"),
         "ZeRO-1, init": (None, replicated, "data"),
     }
@@ -130,7 +130,7 @@ def main() -> None:
     tx = adamax(1e-3, m_dtype="int8", v_dtype="uint8")
     rows = []
     for topology, chips in TOPOLOGIES.items():
-        for name, (step, params, axis) in tqdm(steps(chips, tx).items(), desc=topology):
+        for name, (step, params, axis) in tqdm(programs(chips, tx).items(), desc=topology):
             rows.append({"chips": topology, "what": name, **measure(step, params, axis, tx)})
             tqdm.write(str(rows[-1]))
     made = reporting.provenance("benchmarks.accelerators_chips", packages=installed())

@@ -35,7 +35,7 @@ REFERENCE, CLAIMED = "float32", "bfloat16, int8 residual"
 LOSSES = ("held_out_loss", "train_loss")
 CLAIM = (
     "bfloat16 parameters with one byte of residual and 2 bytes of state end within one "
-    "seed-to-seed standard deviation of float32 on all four tasks."
+    "seed-to-seed standard deviation of the float32 runs on all four tasks."
 )
 
 
@@ -233,7 +233,7 @@ def main() -> None:
             for arm, gap in found["gap"].items():
                 print(f"  {arm:28} {gap / deviation:+8.2f} deviations")
             holds &= abs(found["gap"][CLAIMED]) <= deviation
-    print(f"{CLAIM}\n{'It holds' if holds else 'It does not hold'} in this run.")
+    print(f"{CLAIM}\nThis run {'confirms' if holds else 'does not confirm'} it.")
     if quick:
         return
     results = {

@@ -91,8 +91,8 @@ def main() -> None:
     copied = rows.pop(COPY)["bytes_per_second"]
     print(f"copy: {copied / 1e9:.0f} GB/s")
     for name, row in rows.items():
-        fraction = timing.text(row["fraction_of_copy"])
-        print(f"{name:20} ratio {timing.text(row['ratio'])}  fraction of copy {fraction}")
+        fraction = timing.format_ratio(row["fraction_of_copy"])
+        print(f"{name:20} ratio {timing.format_ratio(row['ratio'])}  fraction of copy {fraction}")
     if not quick:
         provenance = reporting.provenance("benchmarks.gpu")
         results = {"provenance": provenance, "parameters": size, "rounds": rounds}

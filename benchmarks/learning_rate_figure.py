@@ -52,7 +52,7 @@ def draw_panel(panel: plt.Axes, task: dict[str, Any], noise: str) -> None:
         losses = np.nan_to_num(found["held_out_loss"], nan=1e30, posinf=1e30).clip(max=1e30)
         mean = losses.mean(1)
         bars = np.array([mean - losses.min(1), losses.max(1) - mean])
-        bars[:, losses.max(1) > 10 * task["initial_loss"]] = 0  # would cross the whole panel
+        bars[:, losses.max(1) > 10 * task["initial_loss"]] = 0  # would cross the panel
         look = {"color": color, "marker": marker, "ls": line, "ms": 4, "lw": 1.4, "elinewidth": 1}
         panel.errorbar(found["rates"], mean, bars, label=name, **look)
 

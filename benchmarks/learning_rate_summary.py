@@ -33,7 +33,7 @@ def summary(task: dict[str, Any], noise: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def span(rates: Sequence[float]) -> str:
+def format_rates(rates: Sequence[float]) -> str:
     """Formats the smallest and the largest of the good rates."""
     return f"{rates[0]:g} to {rates[-1]:g}" if rates else "none"
 
@@ -44,5 +44,5 @@ def print_table(tasks: dict[str, Any], noises: Iterable[str]) -> None:
         for noise in noises:
             print(f"\n{name}, {noise}: initial loss {task['initial_loss']:.4g}")
             for optimizer, row in summary(task, noise).items():
-                good = span(row["good_rates"])
+                good = format_rates(row["good_rates"])
                 print(f"  {optimizer:20} {row['loss']:.4g} at {row['rate']:g}; good: {good}")

@@ -74,7 +74,8 @@ def merge_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Merges the rows of all processes: the median and the range of their medians."""
     medians = {name: [run[name]["ratio"]["median"] for run in runs] for name in runs[0]}
     return {
-        name: row | {"ratio": timing.span(np.array(medians[name]))} for name, row in runs[0].items()
+        name: row | {"ratio": timing.median_and_range(np.array(medians[name]))}
+        for name, row in runs[0].items()
     }
 
 
@@ -99,7 +100,7 @@ def main() -> None:
         # One pass reads the gradient, and reads and writes the parameter and the state.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
         row = rows[name] = rows[name] | {"predicted": predicted}
-        ratio = timing.text(row["ratio"])
+        ratio = timing.format_ratio(row["ratio"])
         found = f"{row['state_bytes']:g} bytes (predicted {width})  ratio {ratio}"
         print(
             f"{name:20} {found} (predicted {predicted['ratio']:.2f})  {row['passes']} passes, "

@@ -36,8 +36,8 @@ CANDIDATES = {
 }
 
 
-def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
-    """Returns the time of an update call relative to optax.adamax."""
+def measure_update(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
+    """Measures the time of an update call relative to optax.adamax."""
     params = [jnp.ones(4) for _ in range(leaves)]
 
     def runner(tx: optax.GradientTransformation) -> Any:
@@ -59,8 +59,8 @@ def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, A
     }
 
 
-def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
-    """Returns the time of a jitted step on one leaf; `inline` works only in a new process."""
+def measure_jitted_step(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
+    """Measures a jitted step on one leaf; `inline` has an effect only in a new process."""
     jax.config.update("jax_cpu_enable_async_dispatch", not inline)
     ones = jnp.ones(size)
 
@@ -79,7 +79,7 @@ def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, A
     return compare({name: runner(step) for name, step in steps.items()}, rounds, calls)
 
 
-def traces(steps: int) -> int:
+def count_traces(steps: int) -> int:
     """Counts the traces of a step while learning rate, b2 and count change."""
     inject = optax.inject_hyperparams(adamax, hyperparam_dtype=jnp.float32)
     tx = inject(learning_rate=1e-3, b2=0.999)
@@ -108,7 +108,7 @@ def main() -> None:
     rounds = 3 if quick else ROUNDS
     results: dict[str, Any] = {
         "rounds": rounds,
-        "traces": traces(STEPS),
+        "traces": count_traces(STEPS),
         "steps": STEPS,
         "rows": {},
     }
@@ -116,19 +116,19 @@ def main() -> None:
         for traced in (False, True):
             how = "traced" if traced else "outside jit"
             count = "1 leaf" if leaves == 1 else f"{leaves} leaves"
-            rows = python_time(leaves, rounds, traced=traced)
+            rows = measure_update(leaves, rounds, traced=traced)
             results["rows"][f"{count}, {how}"] = rows
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
         for size in SIZES:
             for inline in (False, True):
-                rows = pool.submit(jitted_time, size, rounds, CALLS, inline).result()
+                rows = pool.submit(measure_jitted_step, size, rounds, CALLS, inline).result()
                 where = ", all inline" if inline else ""
                 results["rows"][f"a jitted step on {size} elements{where}"] = rows
     for what, rows in results["rows"].items():
         for name, row in rows.items():
             milliseconds = 1e3 * row["seconds"]["median"]
-            print(f"{what:40} {name:16} {timing.text(row['ratio'])}, {milliseconds:.3g} ms")
+            print(f"{what:40} {name:16} {timing.format_ratio(row['ratio'])}, {milliseconds:.3g} ms")
     print(f"{STEPS} steps with changing learning rate, b2 and count: traced {results['traces']}")
     if not quick:
         provenance = reporting.provenance("benchmarks.overhead")

@@ -188,8 +188,8 @@ def main() -> None:
         found = results[title] or {"to_optax": {}, "missing": {}}
         for name, ratio in found["to_optax"].items():
             bound = found.get("to_bound", {}).get(name)
-            suffix = f", to the bound {timing.text(bound)}" if bound else ""
-            print(f"{title}: {name:24} to optax.adamax {timing.text(ratio)}{suffix}")
+            suffix = f", to the bound {timing.format_ratio(bound)}" if bound else ""
+            print(f"{title}: {name:24} to optax.adamax {timing.format_ratio(ratio)}{suffix}")
         for name, reason in found["missing"].items():
             print(f"{title}: {name:24} not measured: {reason}")
     if not arguments.quick:

@@ -192,7 +192,7 @@ def main() -> None:
     if quick:
         return
     found = check_claim(tasks)
-    print(f"\n{CLAIM}\n{'It holds' if found['holds'] else 'It does not hold'} in this run.")
+    print(f"\n{CLAIM}\nThis run {'confirms' if found['holds'] else 'does not confirm'} it.")
     about = reporting.provenance(
         "benchmarks.quality", dtype="float32", seeds=SEEDS, packages=["scikit-learn"]
     )

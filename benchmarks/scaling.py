@@ -27,8 +27,8 @@ ROUNDS = 20
 ONE_LEAF = {REFERENCE: lambda: optax.adamax(1e-3), "adamax": lambda: adamax(1e-3)}
 
 
-def one_leaf(size: int, rounds: int) -> dict[str, Any]:
-    """Returns seconds, ratio and peak memory of a step on one leaf."""
+def measure_one_leaf(size: int, rounds: int) -> dict[str, Any]:
+    """Measures seconds, ratio and peak memory of a step on one leaf."""
     gradient = jnp.full(size, 0.01)
     steps = {
         name: timing.Step(make(), jnp.ones(size), timing.batch_as_gradient, gradient)
@@ -43,8 +43,8 @@ def one_leaf(size: int, rounds: int) -> dict[str, Any]:
     return _with_times(found, timing.alternate(steps, rounds))
 
 
-def many_leaves(count: int, rounds: int) -> dict[str, Any]:
-    """Returns seconds and ratio of a step on small leaves, and of its compilation."""
+def measure_many_leaves(count: int, rounds: int) -> dict[str, Any]:
+    """Measures seconds and ratio of a step on small leaves, and its compile time."""
     names = (REFERENCE, "adamax", PACKED)
     steps = {name: packing.build(name, count, packing.SIZE) for name in names}
     found = {name: {"compile_seconds": step.compile_seconds} for name, step in steps.items()}
@@ -107,8 +107,8 @@ def main() -> None:
     results: dict[str, Any] = {"rounds": rounds}
     packing.build(REFERENCE, 2, packing.SIZE)  # initializes JAX
     for name, sizes, run in (
-        ("parameters", parameters, one_leaf),
-        ("leaves", leaves, many_leaves),
+        ("parameters", parameters, measure_one_leaf),
+        ("leaves", leaves, measure_many_leaves),
     ):
         results[name] = {str(n): run(n, rounds) for n in tqdm(sizes, desc=name, leave=False)}
     results["slopes"] = {
@@ -119,7 +119,7 @@ def main() -> None:
     }
     for curve in ("parameters", "leaves"):
         for size, rows in results[curve].items():
-            cells = [f"{name} {timing.text(row['ratio'])}" for name, row in rows.items()]
+            cells = [f"{name} {timing.format_ratio(row['ratio'])}" for name, row in rows.items()]
             print(f"{size:>10} {curve:10} ", "  ".join(cells))
     for name, row in results["slopes"].items():
         print(f"slope of {name}:", "  ".join(f"{k} {x:.2f}" for k, x in row.items()))

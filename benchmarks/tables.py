@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import reporting, timing
-from benchmarks.learning_rate_summary import span, summary
+from benchmarks.learning_rate_summary import format_rates, summary
 from optax_adamax._v_formats import V_FORMATS
 
 Row = Iterable[object]
@@ -77,8 +77,8 @@ def low_bit(results: dict[str, Any]) -> str:
             name,
             f"{row['state_bytes']:g}",
             f"{row['predicted']['ratio']:.2f}",
-            timing.text(row["ratio"]),
-            timing.text(alone[name]["ratio"]),
+            timing.format_ratio(row["ratio"]),
+            timing.format_ratio(alone[name]["ratio"]),
             row["passes"],
         ]
         for name, row in results["rows"].items()
@@ -102,7 +102,7 @@ def peers(results: dict[str, Any]) -> str:
             plain.get("to_bound", {}),
             switched.get("to_bound", {}),
         ]
-        rows.append([name, *(timing.text(x[name]) if name in x else "" for x in found)])
+        rows.append([name, *(timing.format_ratio(x[name]) if name in x else "" for x in found)])
     bounds = "relative to the bound", "relative to the bound, both switches"
     return table(["", "relative to `optax.adamax`", *bounds], rows)
 
@@ -124,7 +124,11 @@ def packing(results: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(timing.text(rows[name][x]) for rows in counts.values() for x in ("step", "compile")),
+            *(
+                timing.format_ratio(rows[name][x])
+                for rows in counts.values()
+                for x in ("step", "compile")
+            ),
         ]
         for name in next(iter(counts.values()))
     ]
@@ -136,7 +140,7 @@ def overhead(results: dict[str, Any]) -> str:
     names = list(next(iter(results["rows"].values())))
     rows = [
         [how, f"{1e3 * row[names[0]]['seconds']['median']:.2g} ms"]
-        + [timing.text(row[name]["ratio"]) for name in names[1:]]
+        + [timing.format_ratio(row[name]["ratio"]) for name in names[1:]]
         for how, row in results["rows"].items()
     ]
     return table(["", *names], rows)
@@ -163,7 +167,7 @@ def compensation(results: dict[str, Any]) -> str:
         end = results["constant_gradient"]["ends"][name]
         found = [task["held_out_loss"] for task in tasks.values()]
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
-        time = timing.text(row["ratio"])
+        time = timing.format_ratio(row["ratio"])
         rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
     header = ["parameters", "bytes per parameter", "step time", "100,000 steps of 0.001", *tasks]
     return table(header, rows)
@@ -172,7 +176,7 @@ def compensation(results: dict[str, Any]) -> str:
 def bfloat16_costs(results: dict[str, Any]) -> str:
     """Shows bytes per parameter and step time of each way to store parameters."""
     rows = [
-        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.text(row["ratio"])]
+        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.format_ratio(row["ratio"])]
         for name, row in results["step"]["rows"].items()
     ]
     return table(["parameters", "bytes per parameter", "temporary bytes", "step time"], rows)
@@ -187,7 +191,7 @@ def learning_rate(results: dict[str, Any]) -> str:
         for row in found.values():
             loss = f"{row['loss']:.4g}"
             loss = f"**{loss}**" if row["loss"] == best else loss
-            cells.append(f"{loss} at {row['rate']:g}<br>good: {span(row['good_rates'])}")
+            cells.append(f"{loss} at {row['rate']:g}<br>good: {format_rates(row['good_rates'])}")
         rows.append([name, *cells])
     return table(["task, gradients", *found], rows)
 
@@ -257,7 +261,7 @@ def nonfinite_costs(results: dict[str, Any]) -> str:
     for row in _formats(results):
         extra = f"{row['temporary_bytes'] / results['parameters']:.1f}"
         name = f"{row['m_dtype']}, {row['v_dtype']}"
-        cells.setdefault(row["policy"], {})[name] = f"{timing.text(row['ratio'])}; {extra}"
+        cells.setdefault(row["policy"], {})[name] = f"{timing.format_ratio(row['ratio'])}; {extra}"
     header = next(iter(cells.values()))
     return table(["policy", *header], [[name, *row.values()] for name, row in cells.items()])
 

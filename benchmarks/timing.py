@@ -30,8 +30,8 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def span(medians: np.ndarray) -> dict[str, Any]:
-    """Returns median and range of the medians of several runs."""
+def median_and_range(medians: np.ndarray) -> dict[str, Any]:
+    """Returns the median and the range of the medians of several runs."""
     return {
         "median": float(np.median(medians)),
         "runs": [float(medians.min()), float(medians.max())],
@@ -43,7 +43,7 @@ def ratios(seconds: dict[str, np.ndarray], reference: str) -> dict[str, dict[str
     return {name: spread(found / seconds[reference]) for name, found in seconds.items()}
 
 
-def text(ratio: dict[str, Any]) -> str:
+def format_ratio(ratio: dict[str, Any]) -> str:
     """Formats a median with its quartiles, or with the range of runs."""
     low, high = ratio["runs"] if "runs" in ratio else ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"

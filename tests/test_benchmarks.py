@@ -37,7 +37,7 @@ def test_range_of_runs_is_the_range_of_their_medians():
     runs = [{"int8": {"ratio": {"median": x, "quartiles": [0, 9]}, "passes": 3}} for x in medians]
     found = low_bit.merge_runs(runs)
     assert found == {"int8": {"ratio": {"median": 2.0, "runs": [1.0, 4.0]}, "passes": 3}}
-    assert timing.text(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
+    assert timing.format_ratio(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
 
 
 def test_c_loop_computes_a_step_of_adamax():
@@ -74,13 +74,13 @@ def test_scaling_and_packing_write_results_and_figures(tmp_path, monkeypatch):
     from benchmarks import packing, reporting, scaling, tables
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
-    parameters = {"16": scaling.one_leaf(16, 1)}
-    leaves = {"1": scaling.many_leaves(1, 1)}
+    parameters = {"16": scaling.measure_one_leaf(16, 1)}
+    leaves = {"1": scaling.measure_many_leaves(1, 1)}
     # 16 bytes per parameter: parameter, m, v and gradient. The remaining bytes are counts.
     assert 16 * 16 <= parameters["16"]["adamax"]["peak_bytes"] <= 16 * 16 + 64
     scaling.draw({"parameters": parameters, "leaves": leaves})
     found = packing.compare(2, 1, 1)
-    packing.draw({"by_size": packing.by_size(1, (4,), 1)})
+    packing.draw({"by_size": packing.compare_sizes(1, (4,), 1)})
     assert {path.name for path in tmp_path.iterdir()} == {"packing.png", "scaling.png"}
     assert packing.PACKED in tables.packing({"by_count": {"2": found}})
 
@@ -98,8 +98,8 @@ def test_slopes_are_fitted_to_the_upper_half():
 def test_overhead_and_gpu_return_rows():
     from benchmarks import gpu, overhead, tables
 
-    assert overhead.traces(3) == 1
-    rows = {"1 leaf": overhead.python_time(1, 1, traced=True)}
+    assert overhead.count_traces(3) == 1
+    rows = {"1 leaf": overhead.measure_update(1, 1, traced=True)}
     assert "adamax, 2 bytes" in tables.overhead({"rows": rows})
     found = gpu.measure(64, 1, [("int8", "uint8")])
     assert found["int8, uint8"]["bytes_per_parameter"] == 16
@@ -198,7 +198,7 @@ def test_noise_has_the_tails_of_student_t_and_the_scale_of_the_gradient():
 
 
 def test_good_rates_lack_a_twentieth_of_the_decrease():
-    from benchmarks.learning_rate_summary import span, summary
+    from benchmarks.learning_rate_summary import format_rates, summary
 
     losses = {"a": [[3.0], [1.0], [1.09]], "b": [[np.nan], [1.2], [1.11]]}
     rows = {
@@ -209,4 +209,4 @@ def test_good_rates_lack_a_twentieth_of_the_decrease():
     assert (found["a"]["loss"], found["a"]["rate"], found["a"]["good_rates"]) == (1.0, 2, [2, 3])
     assert (found["b"]["loss"], found["b"]["rate"], found["b"]["good_rates"]) == (1.11, 3, [])
     assert found["b"]["largest_update"] == 2.0
-    assert [span(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]
+    assert [format_rates(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]
