@@ -19,14 +19,14 @@ def summary(task: dict[str, Any], noise: str) -> dict[str, dict[str, Any]]:
         for name, row in task[noise].items()
     }
     lowest = min(losses.min() for losses in means.values())
-    enough = lowest + NEAR * (task["initial_loss"] - lowest)
+    threshold = lowest + NEAR * (task["initial_loss"] - lowest)
     return {
         name: {
             "loss": losses.min(),
             "rate": task[noise][name]["rates"][losses.argmin()],
             "largest_update": max(task[noise][name]["largest_update"]),
             "good_rates": [
-                r for r, x in zip(task[noise][name]["rates"], losses, strict=True) if x <= enough
+                r for r, x in zip(task[noise][name]["rates"], losses, strict=True) if x <= threshold
             ],
         }
         for name, losses in means.items()

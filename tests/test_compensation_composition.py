@@ -40,7 +40,7 @@ STORAGE = {
     "storage", ["8 bytes", pytest.param("4 bytes", marks=pytest.mark.slow), "2 bytes"]
 )
 def test_master_parameters_follow_the_float32_run(storage):
-    """They differ by the rounding of the residual only."""
+    """The two runs differ only by the rounding of the residual."""
     m_dtype, v_dtype = STORAGE[storage]
     inner = adamax(2.0**-10, m_dtype=m_dtype, v_dtype=v_dtype)
     params, sequence = {"a": parameters()["a"]}, gradients({"a": parameters()["a"]})

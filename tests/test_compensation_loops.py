@@ -96,7 +96,7 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
 
 
 def test_check_applied_accepts_correct_loops():
-    """It also accepts skipped steps of limit_spikes, and can be turned on during a run."""
+    """The check also accepts skipped steps of limit_spikes, and can be turned on during a run."""
     params, sequence = parameters(), gradients(steps=3)
     checked = compensate_rounding(SGD, check_applied=True)
     plain = compensate_rounding(SGD)

@@ -117,7 +117,7 @@ def test_gradient_dtype_in_format_is_within_the_promised_error(m_dtype, v_dtype)
 
 @in_every_format
 def test_policy_with_an_option_in_format_is_within_the_promised_error(m_dtype, v_dtype):
-    """The policy "zero" equals zeros instead of non-finite elements; skipped steps do nothing."""
+    """Policy "zero" treats non-finite elements as zeros; "skip_step" omits their steps."""
     gradients = heavy_tails(11)
     gradients[::7, 3], gradients[::9, 5], gradients[::11, 7] = np.nan, np.inf, -np.inf
     finite = np.isfinite(gradients)

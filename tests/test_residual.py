@@ -76,7 +76,7 @@ def check_every_value(residual_dtype, compiled=True, update_dtype="float32"):
         with np.errstate(invalid="ignore"):
             error = np.where(followed, np.abs(after - wanted), 0)
         near = np.abs(wanted) > 2.0**-16 * np.abs(to_float64(FINITE))
-        if update_dtype == "bfloat16":  # if the difference is a bfloat16 number
+        if update_dtype == "bfloat16":  # the change is exact in bfloat16
             near = np.abs(wanted - 1.25 * to_float64(FINITE)) < 0.74 * np.abs(to_float64(FINITE))
             assert (error <= 1.5 * 2.0**-7 * size + SMALLEST).all(), name
         followed &= near | (update_dtype == "float32")

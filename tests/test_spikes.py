@@ -98,7 +98,7 @@ def test_permanently_larger_gradients_are_accepted_after_the_documented_steps(ac
 
 @every_action
 def test_smaller_and_zero_gradients_are_not_spikes(action):
-    """Nor is a small gradient that follows zero gradients late in a run."""
+    """A small gradient after zero gradients late in a run is not a spike, either."""
     spikes, state = run([1.0] * 20 + [1e-3] * 20 + [0.0] * 20, action=action)
     late = state._replace(norm_count=np.int32(2**31 - 1))
     assert not spikes.any()

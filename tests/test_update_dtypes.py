@@ -85,7 +85,7 @@ def test_float64_gradients_saturate_in_quantized_state(m_dtype, v_dtype):
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
 def test_batched_states_are_decoded_row_by_row(m_dtype, v_dtype):
-    """Each row has its own phase. With three elements, a wrong axis would not raise."""
+    """Each row has its own phase. With three rows of three, mixed-up axes would not raise."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
 
     @jax.jit

@@ -30,7 +30,7 @@ each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 @pytest.mark.parametrize("state, counter", STATES.items())
 def test_first_field_of_each_state_is_a_counter(state, counter):
-    """Then `state[0].count` raises or is the counter; it is never the method `tuple.count`."""
+    """For a chain, users write `state[0].count`. It must be the counter or raise."""
     assert state._fields[0] == counter
 
 
@@ -45,7 +45,7 @@ def test_first_field_of_each_state_is_a_counter(state, counter):
     ],
 )
 def test_count_of_the_first_state_is_never_a_method(make):
-    """With the inner chain first, `state[0].count` would be `tuple.count`."""
+    """If the inner state were the first field, `state[0].count` would be `tuple.count`."""
     state = make().init(jnp.ones(3))
     assert not callable(getattr(state[0], "count", None))
 

@@ -57,7 +57,7 @@ class Run(RuleBasedStateMachine):
         self.m, self.m_error, self.v, self.v_error = zeros, zeros, zeros, 0.0
         self.nonfinite_elements = np.zeros(SIZE, bool)
         self.active = np.zeros(SIZE, bool)
-        # Elements with v or m in the range of its format since the last replacement.
+        # Elements whose v or m has been in the range of its format since it was last replaced.
         self.v_in_range, self.m_in_range = np.zeros(SIZE, bool), np.ones(SIZE, bool)
 
     @property

@@ -148,7 +148,7 @@ STEPS = 6
 
 
 def step_of(tx, **jit_options):
-    """Returns a compiled step to parameters, state and updates."""
+    """Compiles a step that returns parameters, state and updates."""
 
     @functools.partial(jax.jit, **jit_options)
     def step(params, state, gradients):

@@ -104,7 +104,7 @@ def shape_and_dtype(x):
     jax.__version_info__ < (0, 10), reason="JAX 0.7 cannot compare shardings of abstract meshes"
 )
 def test_eval_shape_carries_the_specs_of_explicit_axes():
-    """For automatic axes, `jax.eval_shape` of any function drops them (JAX 0.10.2)."""
+    """For automatic axes, `jax.eval_shape` of any function drops the specs (JAX 0.10.2)."""
     params = structs(mesh_of(AXIS_TYPES["explicit"]))
     tx = sharding.shard(optax_adamax.adamax(1e-3), params, zero1_axis="data")
     state = jax.eval_shape(tx.init, params)
@@ -123,7 +123,7 @@ def test_jitted_init_shards_every_leaf(name, types, options):
 
 
 def test_init_accepts_numpy_parameters():
-    """The shardings were passed to `shard`."""
+    """NumPy arrays have no shardings, so `init` uses the shardings that `shard` received."""
     shapes = {name: structs(mesh_of())[name] for name in ("wide", "bias")}
     params = {name: np.ones(p.shape, p.dtype) for name, p in shapes.items()}
     tx = sharding.shard(optax.trace(0.9), shapes, zero1_axis="data")
