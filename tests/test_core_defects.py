@@ -72,7 +72,7 @@ def test_traced_b2_of_0_with_int8_m_gives_finite_updates(v_dtype):
 
 @pytest.mark.xfail(strict=True, reason="m_{t-1} is decoded with b2 v_{t-1}, which is 0")
 @pytest.mark.parametrize("v_dtype", V_DTYPES)
-def test_traced_b2_of_0_uses_the_previous_int8_m(v_dtype):
+def test_traced_b2_of_0_remembers_int8_m(v_dtype):
     """v_t is |g_t|, and u_t = m_t / ((1 - b1^t) |g_t|)."""
     expected, _ = reference.run(SIGNS, b1=0.5, b2=0.0, eps=0.0)
     np.testing.assert_allclose(updates_with_b2_of_0(v_dtype)[1], expected, atol=0.3)
