@@ -77,9 +77,9 @@ def patterns(period, rng):
 
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 5, 6, 7, 8, 13, 144])
 def test_periodic_updates_are_unbiased(period):
-    """m is also quantized. Its rounding bits are another hash of the count."""
+    """m is quantized, too, and its rounding bits are another hash of the count."""
     gradients = patterns(period, np.random.default_rng(period))
-    # int16 residuals accumulate the same updates exactly.
+    # int16 residuals hold the exact sum of the same updates.
     exact = drifts(OPTIMIZERS["int16"], 3.5, gradients, 5000)
     found = drifts(OPTIMIZERS["int8"], 3.5, gradients, 5000, streams=64)
     scale = np.sqrt(np.mean(exact**2))
@@ -94,7 +94,7 @@ def golden_walk(count, u_bits):
     "rounding_bits", [golden_walk, lambda count, u_bits: jnp.uint32(128), lambda *_: jnp.uint32(0)]
 )
 def test_mutants_of_the_rounding_bits_are_detected(mutant, rounding_bits):
-    """Golden-ratio bits are biased for updates of one period, constant bits for all updates."""
+    """A golden-ratio sequence is biased by updates of its own period, a constant by all."""
     mutant(_residual, "_rounding_bits", rounding_bits)
     int8, int16 = adding("int8"), adding("int16")
     for period in (8, 144):
