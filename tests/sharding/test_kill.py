@@ -12,7 +12,7 @@ from sharding.processes import HERE, environment
 LIMIT = 120  # seconds for one run of the worker, which needs 3 to 10
 
 
-class Life:
+class WorkerRun:
     """One run of the worker: the events that it printed, and the files on disk at its end."""
 
     def __init__(self, folder, steps, delay=None):
@@ -67,25 +67,27 @@ def test_killed_run_resumes_with_the_same_bits(kills, tmp_path):
     rng = np.random.default_rng(kills)
     (tmp_path / "killed").mkdir()
     (tmp_path / "undisturbed").mkdir()
-    lives = [Life(tmp_path / "killed", 1_000_000, delay) for delay in rng.uniform(0, 1.5, kills)]
-    steps = max([0, *(step for life in lives for step in life.saving)]) + 50
-    last = Life(tmp_path / "killed", steps)
-    undisturbed = Life(tmp_path / "undisturbed", steps)
+    runs = [
+        WorkerRun(tmp_path / "killed", 1_000_000, delay) for delay in rng.uniform(0, 1.5, kills)
+    ]
+    steps = max([0, *(step for run in runs for step in run.saving)]) + 50
+    last = WorkerRun(tmp_path / "killed", steps)
+    undisturbed = WorkerRun(tmp_path / "undisturbed", steps)
 
     assert last.done == undisturbed.done
     known = {0: undisturbed.resumed, **undisturbed.saving}
-    for life in [*lives, last]:
+    for run in [*runs, last]:
         # Checkpoints that were written or restored have the right bits. So have unfinished
         # checkpoints, unless restoring them raises.
-        assert life.saving.items() <= known.items()
-        assert known[life.start] == life.resumed
-        for name, outcome in life.torn:
+        assert run.saving.items() <= known.items()
+        assert known[run.start] == run.resumed
+        for name, outcome in run.torn:
             assert outcome in ("rejected", known[int(name.split(".")[0])])
-    for before, after in zip(lives, [*lives[1:], last], strict=True):
+    for before, after in zip(runs, [*runs[1:], last], strict=True):
         # Only the steps since the last finished checkpoint are lost.
         assert after.start == max([0, *before.on_disk])
         assert after.start >= max([0, *before.saved])
     if kills >= 50:
-        writing = sum(life.was_writing for life in lives)
-        rejected = sum(outcome == "rejected" for life in lives for _, outcome in life.torn)
+        writing = sum(run.was_writing for run in runs)
+        rejected = sum(outcome == "rejected" for run in runs for _, outcome in run.torn)
         assert min(writing, kills - writing, rejected) >= kills // 10
