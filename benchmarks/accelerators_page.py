@@ -176,7 +176,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def fill_tables(text: str) -> str:
+def filled(text: str) -> str:
     """Fills in the tables for which results exist, each with a note on its provenance."""
 
     def fill(match: re.Match[str]) -> str:
@@ -229,8 +229,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     text = PAGE.read_text("utf-8")
     if parser.parse_args().check:
-        return int(text != fill_tables(text))
-    PAGE.write_text(fill_tables(text), "utf-8")
+        return int(text != filled(text))
+    PAGE.write_text(filled(text), "utf-8")
     draw(json.loads((reporting.RESULTS / "accelerators.json").read_text("utf-8"))["rows"])
     return 0
 

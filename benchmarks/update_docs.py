@@ -31,7 +31,7 @@ def _load(made: dict[str, Any]) -> str:
     return f", {made['threads']} threads, load {before:.1f} before and {after:.1f} at the end"
 
 
-def fill_tables(text: str) -> str:
+def filled(text: str) -> str:
     """Returns the page with each table, and a note below it on how it was measured."""
 
     def fill(match: re.Match[str]) -> str:
@@ -50,11 +50,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    stale = [page for page in PAGES if (text := page.read_text("utf-8")) != fill_tables(text)]
+    stale = [page for page in PAGES if (text := page.read_text("utf-8")) != filled(text)]
     if check:
         return int(bool(stale))
     for page in stale:
-        page.write_text(fill_tables(page.read_text("utf-8")), "utf-8")
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
     return 0
 
 

@@ -12,17 +12,17 @@ README = (ROOT / "README.md").read_text("utf-8")
 BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
 
 
-def test_tables_agree_with_the_committed_results(monkeypatch):
+def test_tables_are_those_of_the_committed_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import update_docs
 
     for page in (path.read_text("utf-8") for path in update_docs.PAGES):
-        assert update_docs.fill_tables(page) == page
+        assert update_docs.filled(page) == page
     changed = BENCHMARKS.replace("| bfloat16 | 0.1352", "| bfloat16 | 0.9999")
-    assert changed != BENCHMARKS and update_docs.fill_tables(changed) == BENCHMARKS
+    assert changed != BENCHMARKS and update_docs.filled(changed) == BENCHMARKS
 
 
-def test_every_result_has_a_provenance():
+def test_every_result_says_where_it_comes_from():
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert results
     for path in results:
