@@ -12,19 +12,19 @@ from optax_adamax import master_params
 from optax_adamax.wrappers import _residual
 
 FLUSHED = 2.0**-118  # XLA on CPU flushes smaller float32 updates to zero
-SMALLEST = 2.0**-117  # absolute error that is allowed for every number
+SMALLEST = 2.0**-117  # absolute error that is always allowed
 STEP = {residual_dtype: stepper(adding(residual_dtype)) for residual_dtype in UNIT}
 LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 FINITE = VALUES[np.isfinite(VALUES.astype(np.float32))]
 
 
-def assert_nearest(stored, exact):
-    """Checks that no bfloat16 number is nearer to `exact` than `stored`."""
+def assert_nearest(stored, true):
+    """Checks that no bfloat16 number is nearer to `true` than `stored`."""
     below, above = neighbours(to_float64(stored))
     with np.errstate(invalid="ignore"):  # only a mutant stores infinity for a finite number
-        distance = np.abs(to_float64(stored) - to_float64(exact))
-    assert (distance <= np.abs(below - to_float64(exact))).all()
-    assert (distance <= np.abs(above - to_float64(exact))).all()
+        distance = np.abs(to_float64(stored) - to_float64(true))
+    assert (distance <= np.abs(below - to_float64(true))).all()
+    assert (distance <= np.abs(above - to_float64(true))).all()
 
 
 def adversarial_updates(p, rng):
@@ -149,7 +149,7 @@ MERGE, SPLIT = _residual.merge_residual, _residual.split_residual
         ("merge_residual", merge_any_residual),
         ("merge_residual", merge_without_sign),
         ("_rounding_bits", lambda count, u_bits: jnp.uint32(300)),
-        # Drops the last bit.
+        # Bits of odd parameters are lost.
         ("_bits", lambda x: jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFFFFE)),
     ],
 )
