@@ -8,5 +8,5 @@ with open("pyproject.toml", "rb") as file:
 for dependency in dependencies:
     bound = re.fullmatch(r"([\w-]+)>=([\d.]+)", dependency)
     if bound is None:
-        raise SystemExit(f"{dependency!r} in pyproject.toml should be of the form 'name>=version'.")
+        raise SystemExit(f"{dependency!r} in pyproject.toml must have the form 'name>=version'.")
     print(f"{bound[1]}=={bound[2]}")

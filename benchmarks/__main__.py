@@ -3,13 +3,14 @@
     python -m benchmarks [NAME ...] [--quick]
 
 Each prints its table, writes benchmarks/results/NAME.json and draws its figure into
-benchmarks/figures. `--quick` runs the code on small sizes in a minute or two and writes nothing;
-it skips dtypes and state_bytes, which have no small size.
-With the extras `peers` and `benchmarks` installed, all takes a quarter of an hour on two cores. The
-long ones run only when named: quality, learning_rate, compensation and reliability, and those that
-need the extra `tpu`: model_size, accelerators, accelerators_leaves and accelerators_chips. Then
-`python -m benchmarks.update_docs` puts the results into the documentation, and for those of `tpu`
-`python -m benchmarks.accelerators_page`.
+benchmarks/figures. `--quick` runs the code on small sizes in a minute or two and writes nothing. It
+skips dtypes and state_bytes, which have one size only.
+The default set needs about 15 minutes on two CPU cores, with the extras `peers` and `benchmarks`
+installed. The long benchmarks run only if they are named: quality, learning_rate, compensation and
+reliability. So do model_size, accelerators, accelerators_leaves and accelerators_chips, which need
+the extra `tpu`.
+Afterwards, `python -m benchmarks.update_docs` writes the results into the documentation. For
+benchmarks with the extra `tpu`, `python -m benchmarks.accelerators_page` does.
 """
 
 import argparse

@@ -4,10 +4,10 @@
 
 Needs libtpu (extra `tpu`). GPUs also need JAX's plugin for CUDA (extra `cuda`) and are skipped
 without it. No accelerator is needed: see `benchmarks/compilers.py`. Each case has one leaf, by
-default of `SIZE` elements; parameters and state are donated, gradients are arguments. The bound is
-the time that a loop of additions needs to read and write parameters and state once and to read the
-gradients. A target needs five minutes on two idle cores. Rows of other targets are preserved, and
-`--resume` continues an interrupted run.
+default of `SIZE` elements. Parameters and state are donated, and gradients are arguments. The bound
+is the estimated time of a loop of additions that reads and writes parameters and state once and
+reads the gradients. Compiling all cases of a target needs about five minutes on two idle CPU cores.
+Rows of other targets are preserved, and `--resume` continues an interrupted run.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Returns all cases; optax.adamax, their reference, is the first for each dtypes and shape."""
+    """Returns all cases; for each shape and pair of dtypes, the optax.adamax case is first."""
     rows = []
     for dtypes in (("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")):
         rows.append(Case("plain", OPTAX, lambda: optax.adamax(RATE), *dtypes))
@@ -124,7 +124,7 @@ def cases() -> list[Case]:
 
 
 def compile_case(target: Target, case: Case) -> dict[str, Any]:
-    """Compiles a case; returns its row with the bytes of one pass and the ratio to the bound."""
+    """Compiles a case; returns its row, with the bytes of one pass and the time over the bound."""
     tx = case.make()
     params = jax.ShapeDtypeStruct(case.shape, case.dtype)
     gradient = jax.ShapeDtypeStruct(case.shape, case.grad_dtype)
@@ -142,7 +142,7 @@ def compile_case(target: Target, case: Case) -> dict[str, Any]:
     return {
         **case.row(target),
         **dataclasses.asdict(report),
-        "bytes_a_parameter": report.bytes / size,
+        "bytes_per_parameter": report.bytes / size,
         "bytes_of_one_pass": one_pass,
         "to_bound": report.cycles / (cost * one_pass * size) if report.cycles and cost else None,
     }
@@ -160,13 +160,13 @@ def compare(rows: list[dict[str, Any]]) -> None:
         row["to_optax"] = row["cycles"] / optax_cycles if row["cycles"] and optax_cycles else None
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns the values that identify a row."""
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns the entries that identify a row."""
     return row["target"], row["what"], row["state"], *row["dtypes"], *row["shape"]
 
 
 def main() -> None:
-    """Compiles the cases of each target; prints each row and then writes the JSON."""
+    """Compiles the cases of each target; prints each row and writes the JSON after it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,20 +184,20 @@ def main() -> None:
     before: dict[str, Any] = {"rows": []}
     if path.exists():
         before = json.loads(path.read_text("utf-8"))
-    rows = {key(row): row for row in before["rows"]}
+    rows = {row_key(row): row for row in before["rows"]}
     made = reporting.provenance("benchmarks.accelerators", packages=compilers.installed())
     if arguments.resume:
-        made["commit"] = before["provenance"]["commit"]  # the written JSON has made the tree dirty
+        made["commit"] = before["provenance"]["commit"]  # writing the JSON made the tree dirty
     for target in chosen:
         for case in tqdm(every, desc=f"{target.name}, estimated by the compiler"):
-            if arguments.resume and key(case.row(target)) in rows:
+            if arguments.resume and row_key(case.row(target)) in rows:
                 continue
             row = compile_case(target, case)
-            rows[key(row)] = row
+            rows[row_key(row)] = row
             bound = "" if row["to_bound"] is None else f"{row['to_bound']:.2f} of the bound"
             tqdm.write(
                 f"{target.name:5}{case.name:75}{row['loops']} loops "
-                f"{row['bytes_a_parameter']:5.1f} B {row['temporaries'] / 1e6:6.0f} MB  {bound}"
+                f"{row['bytes_per_parameter']:5.1f} B {row['temporaries'] / 1e6:6.0f} MB  {bound}"
             )
             if not arguments.quick:
                 compare(list(rows.values()))

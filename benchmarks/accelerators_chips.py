@@ -2,14 +2,17 @@
 
     python -m benchmarks.accelerators_chips
 
-The parameters are one float32 layer of a transformer, with 2-byte state. FSDP: parameters,
-gradients and state are sharded over 256 devices, and replicated over the groups of 256 in larger
-topologies. ZeRO-1: parameters and gradients are replicated, and the state is sharded, by `update`
-of `sharding.shard`, by its `apply_gradients`, or by `out_shardings` alone.
+The parameters are one float32 layer of a transformer, with 2-byte state.
 
-Each row has the collectives by kind with their bytes per device, temporaries, cycles estimated by
-the compiler, and the bytes of the state per device next to the bytes predicted from its shardings.
-The programs of `init` have rows, too. Needs libtpu (extra `tpu`).
+FSDP: parameters, gradients and state are sharded over 256 devices. Larger topologies replicate them
+over groups of 256 devices.
+ZeRO-1: parameters and gradients are replicated, and the state is sharded. Three programs do this:
+`update` of `sharding.shard`, its `apply_gradients`, and `out_shardings` alone.
+
+Each row contains the count and bytes per device of every kind of collective, the bytes of
+temporaries, and the cycles estimated by the compiler. It also contains the bytes of state per
+device, and the bytes predicted from shapes and shardings. The programs of `init` have rows, too.
+Nothing is run. Needs libtpu (extra `tpu`).
 """
 
 import argparse
@@ -41,7 +44,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 Step = Callable[..., Any]
 
 
-def arrays(chips: Target, spec: P) -> dict[str, Any]:
+def parameter_shapes(chips: Target, spec: P) -> dict[str, Any]:
     """Returns the parameters as shapes, sharded by `spec` over the mesh of all chips."""
     devices = np.array(chips.devices).reshape(-1, GROUP)
     place = NamedSharding(Mesh(devices, ("group", "data")), spec)
@@ -51,7 +54,7 @@ def arrays(chips: Target, spec: P) -> dict[str, Any]:
     }
 
 
-def plain(tx: optax.GradientTransformation) -> Step:
+def train_step(tx: optax.GradientTransformation) -> Step:
     """Returns the usual step of an optax transformation."""
 
     def step(gradients: Any, state: Any, params: Any) -> Any:
@@ -62,7 +65,7 @@ def plain(tx: optax.GradientTransformation) -> Step:
 
 
 def measure(step: Step | None, params: Any, zero1_axis: str | None, tx: Any) -> dict[str, Any]:
-    """Compiles and measures `step(gradients, state, params)`, or `init` for None."""
+    """Compiles `step(gradients, state, params)`, or `init` if step is None; returns its costs."""
     sharded = sharding.shard(tx, params, zero1_axis=zero1_axis)
     if step is None:
         program = jax.jit(sharded.init).lower(params).compile()
@@ -72,7 +75,7 @@ def measure(step: Step | None, params: Any, zero1_axis: str | None, tx: Any) -> 
         out = jax.tree.map(lambda p: p.sharding, params), sharded.shardings
         jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=out)
         program = jitted.lower(params, state, params).compile()
-        held = program.memory_analysis().argument_size_in_bytes - 2 * bytes_on_a_chip(
+        held = program.memory_analysis().argument_size_in_bytes - 2 * bytes_per_chip(
             params, jax.tree.map(lambda p: p.sharding, params)
         )
     text = program.as_text()
@@ -82,11 +85,11 @@ def measure(step: Step | None, params: Any, zero1_axis: str | None, tx: Any) -> 
         "temporaries": program.memory_analysis().temp_size_in_bytes,
         "cycles": cycles if cycles < 2**62 else None,  # no estimate for the all-gather on TPU7x
         "state_bytes": held,
-        "state_bytes_predicted": bytes_on_a_chip(sharded.init(params), sharded.shardings),
+        "state_bytes_predicted": bytes_per_chip(sharded.init(params), sharded.shardings),
     }
 
 
-def bytes_on_a_chip(tree: Any, places: Any) -> int:
+def bytes_per_chip(tree: Any, places: Any) -> int:
     """Predicts the bytes on each chip from shapes and shardings."""
     return sum(
         math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
@@ -95,7 +98,7 @@ def bytes_on_a_chip(tree: Any, places: Any) -> int:
 
 
 def collectives(text: str, kind: str) -> dict[str, int] | None:
-    """Counts the collectives of a kind and the bytes of their results on a device."""
+    """Counts the collectives of a kind, and the bytes of their results per device."""
     types = re.findall(rf"= (.*?) {kind}(?:-start)?\(", text)
     sizes = [
         WIDTHS[dtype] * math.prod(int(n) for n in shape.split(",") if n)
@@ -105,15 +108,15 @@ def collectives(text: str, kind: str) -> dict[str, int] | None:
     return {"count": len(types), "bytes": sum(sizes)} if types else None
 
 
-def steps(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
-    """Returns the step, its parameters and the ZeRO-1 axis of each case; no step means `init`."""
-    fsdp, replicated = arrays(chips, P("data")), arrays(chips, P())
+def programs(chips: Target, tx: Any) -> dict[str, tuple[Step | None, Any, str | None]]:
+    """Returns step, parameters and ZeRO-1 axis of each program; a step of None means `init`."""
+    fsdp, replicated = parameter_shapes(chips, P("data")), parameter_shapes(chips, P())
     zero1 = sharding.shard(tx, replicated, zero1_axis="data")
     return {
-        "FSDP": (plain(tx), fsdp, None),
+        "FSDP": (train_step(tx), fsdp, None),
         "FSDP, init": (None, fsdp, None),
-        "ZeRO-1, out_shardings": (plain(tx), replicated, "data"),
-        "ZeRO-1, update": (plain(zero1), replicated, "data"),
+        "ZeRO-1, out_shardings": (train_step(tx), replicated, "data"),
+        "ZeRO-1, update": (train_step(zero1), replicated, "data"),
         "ZeRO-1, apply_gradients": (zero1.apply_gradients, replicated, "data"),
         "ZeRO-1, init": (None, replicated, "data"),
     }
@@ -127,7 +130,7 @@ def main() -> None:
     tx = adamax(1e-3, m_dtype="int8", v_dtype="uint8")
     rows = []
     for topology, chips in TOPOLOGIES.items():
-        for name, (step, params, axis) in tqdm(steps(chips, tx).items(), desc=topology):
+        for name, (step, params, axis) in tqdm(programs(chips, tx).items(), desc=topology):
             rows.append({"chips": topology, "what": name, **measure(step, params, axis, tx)})
             tqdm.write(str(rows[-1]))
     made = reporting.provenance("benchmarks.accelerators_chips", packages=installed())

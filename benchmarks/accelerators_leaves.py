@@ -2,11 +2,11 @@
 
     python -m benchmarks.accelerators_leaves [--targets v6e ...] [--quick]
 
-The models are a GPT-2 (`LAYERS` layers of twelve leaves, and five more) and a thousand leaves of 64
-elements. Compile times are processor seconds, also relative to `optax.adamax` in the same run. On
-TPU the compiler pads a small leaf to a tile, so the state is larger than its elements; the rows
-have both sizes. Needs libtpu (extra `tpu`), and for GPUs JAX's plugin for CUDA (extra `cuda`). Rows
-of other targets are preserved.
+The models are a GPT-2 (`LAYERS` layers of twelve leaves, and four more) and a thousand leaves of 64
+elements. Compile times are measured processor seconds, also relative to `optax.adamax` in the same
+run. On TPU the compiler pads a small leaf to a tile, so the state needs more bytes than its
+elements; the rows contain both sizes. Needs libtpu (extra `tpu`), and for GPUs JAX's plugin for
+CUDA (extra `cuda`). Rows of other targets are preserved.
 """
 
 import argparse
@@ -43,7 +43,7 @@ MODELS: dict[str, list[tuple[int, ...]]] = {
 
 
 def measure(target: Target, shapes: list[tuple[int, ...]], tx: Any) -> dict[str, Any]:
-    """Returns processor seconds of compilation, kernels, and bytes of state and elements."""
+    """Returns compile time in processor seconds, kernels, and bytes of state and elements."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks import reporting
 from benchmarks.compilers import TARGETS
-from benchmarks.update_docs import ROOT, table
+from benchmarks.tables import table
+from benchmarks.update_docs import ROOT
 
 PAGE = ROOT / "docs" / "guide" / "accelerators.md"
 BYTES = {"float32, float32": "8", "bfloat16, bfloat16": "4", "int8, uint8": "2"}
@@ -24,19 +25,19 @@ def _targets(rows: Rows) -> list[str]:
 
 
 def _text(row: dict[str, Any] | None, against: str) -> str:
-    """Formats the ratio of a row, or kernels and bytes if the compiler estimates no cycles."""
+    """Formats a ratio of cycles; without an estimate of cycles, formats kernels and bytes."""
     if row is None:
         return ""
     if row[against] is None:
         kernels = "" if row["loops"] == 1 else f"{row['loops']} x, "
-        return f"{kernels}{row['bytes_a_parameter']:.0f} B"
+        return f"{kernels}{row['bytes_per_parameter']:.0f} B"
     # Small arrays are copied to on-chip memory first, so no loop accesses main memory.
     loops = "" if row["loops"] <= 1 else f", {row['loops']} loops"
     return f"{row[against]:.2f}{loops}"
 
 
 def _by_bytes(rows: Rows, name: Callable[[dict[str, Any]], str], first: str) -> str:
-    """Writes a table with a row per name and bytes of state, and a column per chip."""
+    """Writes a table with one row per name and storage format, and one column per chip."""
     found = {(name(row), row["state"], row["target"]): row for row in rows}
     chips = _targets(rows)
     lines = [
@@ -52,7 +53,7 @@ def _by_bytes(rows: Rows, name: Callable[[dict[str, Any]], str], first: str) -> 
 
 
 def accelerators(results: dict[str, Any]) -> str:
-    """Writes the cycles of every format relative to optax.adamax, with a column per chip."""
+    """Writes the cycles of each storage format relative to optax.adamax, one column per chip."""
     rows = [x for x in results["rows"] if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
     found = {(row["state"], row["target"]): row for row in rows}
     lines = []
@@ -109,7 +110,7 @@ def accelerators_leaves(results: dict[str, Any]) -> str:
 
 
 def model_size(results: dict[str, Any]) -> str:
-    """Writes the largest model and the bytes per parameter for each way to store the state."""
+    """Writes the largest model and the total bytes per parameter of each configuration."""
     lines = [
         [
             row["way"],
@@ -127,7 +128,7 @@ def model_layers(results: dict[str, Any]) -> str:
     """Writes the largest model and the bytes per added parameter, for stacked and listed layers."""
 
     def text(row: dict[str, Any]) -> list[str]:
-        return [f"{row['parameters'] / 1e9:.2f}", f"{row['more']:.1f}"]
+        return [f"{row['parameters'] / 1e9:.2f}", f"{row['bytes_per_added_parameter']:.1f}"]
 
     lines = [
         [row["way"], *text(row), *text(row["unrolled"])]
@@ -176,7 +177,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def filled(text: str) -> str:
-    """Fills in the tables for which results exist, each with a note on its origin."""
+    """Fills in the tables for which results exist, each with a note on its provenance."""
 
     def fill(match: re.Match[str]) -> str:
         file, write = TABLES[match[1]]
@@ -196,7 +197,7 @@ def filled(text: str) -> str:
 
 
 def draw(rows: Rows) -> None:
-    """Draws a panel per chip with the cycles of each format and its memory-bound cycles."""
+    """Draws the cycles of each storage format and its memory bound, one panel per chip."""
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(reporting.STYLE)

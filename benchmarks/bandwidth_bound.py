@@ -1,4 +1,4 @@
-"""Measures the memory-bandwidth bound of a step on CPU: one pass in C on all cores, and a copy.
+"""Runs one pass of Adamax in C on all CPU cores, and a copy, to measure the memory bound.
 
 The system's C compiler compiles both loops when the benchmark runs.
 """
@@ -35,7 +35,7 @@ FLAGS = ["-O3", "-march=native", "-ffinite-math-only", "-fno-trapping-math"]
 STREAMS = 7  # read p, m, v, g; write p, m, v
 
 
-class Limit:
+class MemoryBound:
     """Runs both loops on its own arrays; raises RuntimeError if they cannot be compiled."""
 
     def __init__(self, size: int):
@@ -43,7 +43,7 @@ class Limit:
         if compiler is None:
             raise RuntimeError("no C compiler was found")
         with tempfile.TemporaryDirectory() as folder:
-            library, source = Path(folder) / "limit.so", Path(folder) / "limit.c"
+            library, source = Path(folder) / "bound.so", Path(folder) / "bound.c"
             source.write_text(SOURCE)
             command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(library), str(source), "-lm"]
             made = subprocess.run(command, capture_output=True, text=True)
@@ -57,7 +57,7 @@ class Limit:
         self._arrays = [np.full(size, value, np.float32) for value in (1.0, 0.0, 0.0, 0.01)]
 
     def adamax(self) -> None:
-        """Runs one step."""
+        """Runs one step on all cores."""
         scalars = [ctypes.c_float(x) for x in (0.9, 0.999, 1e-8, 1e-3)]
         self._on_all_cores(self._code.adamax, self._arrays, scalars)
 

@@ -2,7 +2,7 @@
 
 `jax[tpu]` and `jax[cuda12]` compile ahead of time on any Linux machine. Bytes, loops and
 temporaries are read from the compiled program. Cycles are estimated by the compiler from its model
-of the chip; they are not measured.
+of the chip; nothing is run.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jax.experimental import topologies
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 WIDTHS |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
-# Operations that do not access memory, or whose access is counted elsewhere.
+# Operations without memory access, and operations whose access is counted elsewhere.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "conditional"}
 FREE |= {"copy-done", "all-gather-done", "all-reduce-done", "async-done", "partition-id"}
 
@@ -39,9 +39,9 @@ class Target:
     def devices(self) -> list[Any]:
         """Devices of this chip, for compilation only."""
         jax.config.update("jax_platforms", "cpu")
-        # Otherwise, libtpu queries the cloud for its machine, and allows one process per machine.
-        found = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        for variable, value in {**found, "TPU_LOG_DIR": "disabled"}.items():
+        # Without these, libtpu queries a cloud service and allows one process per machine.
+        variables = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        for variable, value in {**variables, "TPU_LOG_DIR": "disabled"}.items():
             os.environ.setdefault(variable, value)
         if self.platform == "tpu":
             described = topologies.get_topology_desc(self.topology, platform="tpu")
@@ -97,7 +97,7 @@ def installed() -> list[str]:
 
 def available(names: Sequence[str]) -> list[Target]:
     """Returns the targets whose compiler is installed, and prints the names of the others."""
-    jax.config.update("jax_platforms", "cpu")  # otherwise JAX looks for a GPU and disables CUDA
+    jax.config.update("jax_platforms", "cpu")  # without a GPU, JAX would disable CUDA
     found = []
     for target in (TARGETS[name] for name in names):
         if (plugin := PLUGINS[target.platform]) in installed():
@@ -128,7 +128,7 @@ def compile_step(
     Args:
       target: the chip.
       step: a function of arrays.
-      avals: `jax.ShapeDtypeStruct`s. Arrays of at least half the size of the largest are counted.
+      avals: `jax.ShapeDtypeStruct`s. Only arrays of at least half the largest size are counted.
       donate: indices of the donated arguments.
     """
     compiled = lower(target, step, avals, donate).compile()
@@ -152,7 +152,7 @@ def lower(
 
 
 def read(compiled: Any, large: int) -> Report:
-    """Reports the costs of a compiled step, counting arrays of at least `large` elements."""
+    """Reports the costs of a compiled step; counts arrays of at least `large` elements only."""
     entry = compiled.as_text().split("\nENTRY")[1]
     types: dict[str, str] = {}
     loops = traffic = cycles = 0
@@ -167,8 +167,9 @@ def read(compiled: Any, large: int) -> Report:
         cycles += int(estimate[1]) if estimate else 0
         if opcode in FREE:
             continue
-        read = [types[x] for x in dict.fromkeys(re.findall(r"%([\w.-]+)", operands)) if x in types]
-        touched = sum(_bytes(x, large) for x in [types[name], *read])
+        names = dict.fromkeys(re.findall(r"%([\w.-]+)", operands))
+        inputs = [types[x] for x in names if x in types]
+        touched = sum(_bytes(x, large) for x in [types[name], *inputs])
         loops += touched > 0 and not opcode.endswith("-start")  # these copies run during the loops
         traffic += touched
     return Report(loops, traffic, compiled.memory_analysis().temp_size_in_bytes, cycles or None)

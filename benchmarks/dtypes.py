@@ -4,7 +4,7 @@
 
 After one gradient of 1 and 2,000 gradients of 1e-6 with b2 = 0.999, v must be 0.999**2000 = 0.1352.
 In a new optimizer, a gradient of exactly 0 must not change the parameter.
-The column of PyTorch needs PyTorch. Runs for half a minute.
+PyTorch is measured only if it is installed. Runs for half a minute.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ EXACT = 0.999**STEPS
 
 
 def run_jax(make: Callable[[float], Any], name: str, dtype: str) -> tuple[float, float]:
-    """Returns v after the decay, and the parameter after a zero gradient, starting from 1."""
+    """Returns v after the decay, and a parameter of 1 after one zero gradient."""
     tx = make(LEARNING_RATE)
     params = jnp.ones(1, dtype)
 
@@ -48,7 +48,11 @@ def run_jax(make: Callable[[float], Any], name: str, dtype: str) -> tuple[float,
 
 
 def run_torch(dtype: str) -> tuple[float, float]:
-    """Returns the same for torch.optim.Adamax; of a complex v, the part of real gradients."""
+    """Returns the same two values for torch.optim.Adamax.
+
+    PyTorch stores a complex v as its real and imaginary components. The gradients are real, so the
+    real component is returned.
+    """
 
     def optimizer() -> tuple[Any, Any]:
         p = torch.nn.Parameter(torch.ones(1, dtype=getattr(torch, dtype)))
@@ -75,7 +79,7 @@ def main() -> None:
     for dtype in tqdm(DTYPES, desc="dtypes"):
         with jax.enable_x64(dtype == "float64"):
             results = {
-                "ours": run_jax(adamax, "v", dtype),
+                "optax_adamax": run_jax(adamax, "v", dtype),
                 "optax": run_jax(optax.adamax, "nu", dtype),
             }
         if torch is not None:
@@ -92,7 +96,7 @@ def main() -> None:
     reporting.write_json(reporting.RESULTS / "dtypes.json", results)
     for row in rows:
         print(
-            f"{row['dtype']:10} {row['who']:6} v {row['v']:.4g}  parameter {row['parameter']:.4g}"
+            f"{row['dtype']:10} {row['who']:12} v {row['v']:.4g}  parameter {row['parameter']:.4g}"
         )
 
 

@@ -2,11 +2,11 @@
 
     python -m benchmarks.gpu [--quick]
 
-The step updates one large leaf; parameters and state are donated, gradients are arguments. A round
-has `STEPS` steps, which hides the time of the host. One pass reads and writes parameters, m and v,
-and reads the gradient. The bandwidth is relative to a copy: a donated `x + 1` of the same size.
-Runs for less than five minutes. Without a GPU it stops, except with `--quick`, which runs on any
-device.
+The step updates one large leaf. Parameters and state are donated, and gradients are arguments. A
+round runs `STEPS` steps before it waits, so the time of the host is hidden. A single pass reads and
+writes parameters, m and v, and reads the gradient. The bandwidth is relative to the bandwidth of a
+copy, a donated `x + 1` of the same size. Runs for less than five minutes. Without a GPU, only
+`--quick` runs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REFERENCE, COPY = "optax.adamax", "copy"
 
 
 class Copy:
-    """Reads and writes one array."""
+    """Adds 1 to an array, several times per call, and waits once, at the end."""
 
     def __init__(self, size: int):
         self.step = jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -40,7 +40,7 @@ class Copy:
 
 
 class Steps(timing.Step):
-    """Runs several steps and waits once, at the end."""
+    """Runs several steps per call and waits once, at the end."""
 
     def __call__(self) -> None:
         for _ in range(STEPS):
@@ -49,7 +49,7 @@ class Steps(timing.Step):
 
 
 def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str, Any]:
-    """Returns seconds, ratio to optax.adamax and fraction of the copy's bandwidth per format.
+    """Returns seconds, ratio to optax.adamax and fraction of the copy bandwidth per format.
 
     Each format is measured together with the reference only, to limit the memory.
     """
@@ -57,8 +57,10 @@ def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str,
     gradient = jnp.full(size, 0.01)
     for m, v in tqdm(formats, desc="formats", leave=False):
         name = f"{m}, {v}"
-        step = Steps(adamax(1e-3, m_dtype=m, v_dtype=v), jnp.ones(size), timing.given, gradient)
-        optax_step = Steps(optax.adamax(1e-3), jnp.ones(size), timing.given, gradient)
+        step = Steps(
+            adamax(1e-3, m_dtype=m, v_dtype=v), jnp.ones(size), timing.batch_as_gradient, gradient
+        )
+        optax_step = Steps(optax.adamax(1e-3), jnp.ones(size), timing.batch_as_gradient, gradient)
         runners = {REFERENCE: optax_step, name: step, COPY: Copy(size)}
         seconds = timing.alternate(runners, rounds)
         ratios = timing.ratios(seconds, REFERENCE)
@@ -67,7 +69,7 @@ def measure(size: int, rounds: int, formats: list[tuple[str, str]]) -> dict[str,
             fraction = bytes_ratio * seconds[COPY] / seconds[found]
             rows[found] = {
                 "ratio": ratios[found],
-                "bytes_a_parameter": 12 + 2 * width,
+                "bytes_per_parameter": 12 + 2 * width,
                 "fraction_of_copy": timing.spread(fraction),
                 "seconds": float(np.median(seconds[found])) / STEPS,
             }
@@ -89,8 +91,8 @@ def main() -> None:
     copied = rows.pop(COPY)["bytes_per_second"]
     print(f"copy: {copied / 1e9:.0f} GB/s")
     for name, row in rows.items():
-        fraction = timing.text(row["fraction_of_copy"])
-        print(f"{name:20} ratio {timing.text(row['ratio'])}  fraction of copy {fraction}")
+        fraction = timing.format_ratio(row["fraction_of_copy"])
+        print(f"{name:20} ratio {timing.format_ratio(row['ratio'])}  fraction of copy {fraction}")
     if not quick:
         provenance = reporting.provenance("benchmarks.gpu")
         results = {"provenance": provenance, "parameters": size, "rounds": rounds}

@@ -1,13 +1,14 @@
-"""Trains five tasks at many learning rates: which optimizer needs the more careful choice?
+"""Trains five tasks over a grid of learning rates, to compare how sensitive optimizers are to it.
 
   python -m benchmarks.learning_rate           prints the table, writes results/learning_rate.json
                                                and draws figures/learning_rate.png; about ten
                                                minutes on one CPU core
-  python -m benchmarks.learning_rate --quick   a few steps of some: shows that it works, no more
+  python -m benchmarks.learning_rate --quick   runs a few steps of two tasks, as a smoke test
 
 Each task is trained with its own gradients, and with heavy-tailed noise added to them. All runs of
-a seed start from the same parameters and receive the same batches and the same noise. Every run
-has a linear warm-up over a tenth of its steps, then a cosine to 0; the rate is the peak.
+a seed start from the same parameters and use the same batches and the same noise. The schedule is a
+linear warm-up over a tenth of the steps, followed by a cosine decay to 0. The grid contains the
+peak rates.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.tasks import TASKS, Params, Task, text_fingerprint
 
 SEEDS = (0, 1)
 STEPS = {"character transformer": 150, "sparse embedding": 700}  # the others: 1,000
-NOISES = {"own gradients": 0.0, "noise added": 1.0}  # in root mean squares of the leaf's gradient
+NOISES = {"own gradients": 0.0, "noise added": 1.0}  # relative to the rms of the leaf's gradient
 ADAPTIVE_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SGD_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -37,7 +38,7 @@ Builder = Callable[[optax.Schedule, float], optax.GradientTransformation]
 
 
 class Optimizer(NamedTuple):
-    """How to build an optimizer from a schedule and b1, and its grid of peak rates."""
+    """Function that builds an optimizer from a schedule and b1, and its grid of peak rates."""
 
     build: Builder
     rates: Sequence[float] = ADAPTIVE_RATES
@@ -59,9 +60,10 @@ OPTIMIZERS = {
 
 
 def student_t2(key: jax.Array, like: jax.Array) -> jax.Array:
-    """Draws from Student's t with two degrees of freedom: infinite variance, largest about 2,900.
+    """Draws from Student's t distribution with two degrees of freedom, whose variance is infinite.
 
-    The quantile function at uniform numbers in the middles of 2**23 equal intervals.
+    Evaluates the quantile function at the midpoints of 2**23 equal intervals, so no number is
+    larger than about 2,900.
     """
     p = jax.random.uniform(key, like.shape) + 2.0**-24
     return (2 * p - 1) * jax.lax.rsqrt(2 * p * (1 - p))
@@ -82,7 +84,10 @@ def first_params(task: Task, seed: jax.Array) -> Params:
 
 
 def trainer(task: Task, build: Builder) -> Callable[..., tuple[Params, jax.Array]]:
-    """Returns the function (noise, seeds, rates) to parameters and largest updates over rate."""
+    """Returns a function of (noise scale, seeds, peak rates) that trains one run per pair.
+
+    It returns the trained parameters and the largest |update| / learning rate of each run.
+    """
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, task.steps // 10, task.steps)
 
     def train(scale: jax.Array, seed: jax.Array, peak_rate: jax.Array) -> tuple[Params, jax.Array]:
@@ -105,22 +110,22 @@ def trainer(task: Task, build: Builder) -> Callable[..., tuple[Params, jax.Array
         (params, _, largest), _ = jax.lax.scan(step, start, jnp.arange(task.steps))
         return params, largest
 
-    # One seed's batches and noise are drawn once for all rates.
+    # The inner vmap maps over rates only, so the batches and noise of a seed are drawn once.
     return jax.jit(jax.vmap(jax.vmap(train, (None, None, 0)), (None, 0, None)))
 
 
 def measure(task: Task, optimizers: dict[str, Optimizer], progress: tqdm) -> dict[str, Any]:
     """Trains a task with every optimizer, rate and seed, without and with noise."""
     seeds = jnp.arange(task.seeds)
-    judge = jax.jit(lambda params: jax.lax.map(task.held_out_loss, params))
-    first = judge(jax.vmap(partial(first_params, task))(seeds))
+    evaluate = jax.jit(lambda params: jax.lax.map(task.held_out_loss, params))
+    first = evaluate(jax.vmap(partial(first_params, task))(seeds))
     found: dict[str, Any] = {noise: {} for noise in NOISES}
     for name, optimizer in optimizers.items():
         train = trainer(task, optimizer.build)
         for noise, scale in NOISES.items():
             params, largest = train(scale, seeds, jnp.array(optimizer.rates))
             flat = jax.tree.map(lambda p: p.reshape(-1, *p.shape[2:]), params)
-            losses = np.asarray(judge(flat), float).reshape(largest.shape)
+            losses = np.asarray(evaluate(flat), float).reshape(largest.shape)
             found[noise][name] = {
                 "rates": list(optimizer.rates),
                 "held_out_loss": losses.T.tolist(),  # by rate, then by seed
@@ -138,6 +143,7 @@ def measure(task: Task, optimizers: dict[str, Optimizer], progress: tqdm) -> dic
 
 
 def main() -> None:
+    """Trains all runs, prints the table, and writes the JSON and the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

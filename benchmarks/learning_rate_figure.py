@@ -22,7 +22,7 @@ LOOKS = {
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws one row per task and one column per kind of gradient: held-out loss against rate."""
+    """Draws held-out loss against peak rate: one row per task, one column per kind of gradient."""
     plt.rcParams.update(reporting.STYLE)
     tasks, noises = results["tasks"], list(results["noises"])
     size = {"figsize": (8, 2.4 * len(tasks) + 0.6), "dpi": 110, "layout": "constrained"}
@@ -45,10 +45,10 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def draw_panel(panel: plt.Axes, task: dict[str, Any], noise: str) -> None:
-    """Draws the mean loss over seeds, with a bar from the least to the largest."""
+    """Draws the mean loss over seeds, with a bar from the smallest to the largest loss."""
     for name, (color, marker, line) in LOOKS.items():
         found = task[noise][name]
-        # What diverged lies above the panel.
+        # Losses of diverged runs are above the panel.
         losses = np.nan_to_num(found["held_out_loss"], nan=1e30, posinf=1e30).clip(max=1e30)
         mean = losses.mean(1)
         bars = np.array([mean - losses.min(1), losses.max(1) - mean])
@@ -58,7 +58,11 @@ def draw_panel(panel: plt.Axes, task: dict[str, Any], noise: str) -> None:
 
 
 def set_limits(panel: plt.Axes, task: dict[str, Any], noises: list[str]) -> None:
-    """Shows losses up to half of the initial decrease; all of them, on a log scale, if wide."""
+    """Limits the loss axis to half of the largest decrease from the initial loss.
+
+    If the initial loss is more than 20 times the lowest loss, the axis is logarithmic and ends
+    above the initial loss.
+    """
     losses = [x for noise in noises for row in task[noise].values() for x in row["held_out_loss"]]
     lowest, first = float(np.nanmin(losses)), task["initial_loss"]
     if first > 20 * lowest:

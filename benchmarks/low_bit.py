@@ -2,11 +2,11 @@
 
     python -m benchmarks.low_bit [--one-thread] [--quick]
 
-The step is an optimizer step on one leaf; parameters and state are donated, gradients are
+The step is an optimizer step on one leaf. Parameters and state are donated, and gradients are
 arguments. Times are relative to float32 optax.adamax and measured in alternation. They vary more
-between processes than within one, so several processes are run. The bytes of the state are
-predicted from the dtypes, and the time from the bytes of a single pass over parameters, state and
-gradients. Runs for two minutes.
+between processes than within one process, so the benchmark runs several processes. Predictions are
+printed next to the measurements: the bytes of the state from the dtypes, and the time from the
+bytes of a single pass over parameters, state and gradients. Runs for two minutes.
 """
 
 import argparse
@@ -56,7 +56,8 @@ def measure(candidates: dict[str, Callable[[], Any]], size: int, rounds: int) ->
     gradient = jax.random.normal(jax.random.key(SEED), (size,)) * 0.01
     ones = jnp.ones_like(gradient)
     steps = {
-        name: timing.Step(make(), ones, timing.given, gradient) for name, make in candidates.items()
+        name: timing.Step(make(), ones, timing.batch_as_gradient, gradient)
+        for name, make in candidates.items()
     }
     return compare(steps, size, rounds)
 
@@ -69,11 +70,12 @@ def one_run(size: int, rounds: int) -> dict[str, Any]:
     return measure(candidates, size, rounds)
 
 
-def of_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the rows with the median and the range of the medians of all processes."""
+def merge_runs(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merges the rows of all processes: the median and the range of their medians."""
     medians = {name: [run[name]["ratio"]["median"] for run in runs] for name in runs[0]}
     return {
-        name: row | {"ratio": timing.span(np.array(medians[name]))} for name, row in runs[0].items()
+        name: row | {"ratio": timing.median_and_range(np.array(medians[name]))}
+        for name, row in runs[0].items()
     }
 
 
@@ -92,13 +94,13 @@ def main() -> None:
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
         runs = pool.map(one_run, [size] * count, [rounds] * count)
-        rows = of_runs(list(tqdm(runs, total=count, desc="runs", disable=None)))
+        rows = merge_runs(list(tqdm(runs, total=count, desc="runs", disable=None)))
     widths = {"optax.adamax": 8} | {f"{m}, {v}": state_bytes(m, v) for m, v in FORMATS}
     for name, width in widths.items():
         # One pass reads the gradient, and reads and writes the parameter and the state.
         predicted = {"state_bytes": width, "ratio": (12 + 2 * width) / (12 + 2 * 8)}
         row = rows[name] = rows[name] | {"predicted": predicted}
-        ratio = timing.text(row["ratio"])
+        ratio = timing.format_ratio(row["ratio"])
         found = f"{row['state_bytes']:g} bytes (predicted {width})  ratio {ratio}"
         print(
             f"{name:20} {found} (predicted {predicted['ratio']:.2f})  {row['passes']} passes, "

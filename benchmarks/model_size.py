@@ -3,13 +3,13 @@
     python -m benchmarks.model_size [--ways WAY ...] [--unrolled] [--quick]
 
 The model is a decoder-only transformer of width `WIDTH`. A training step computes gradients on one
-sequence of `LENGTH` tokens; parameters and state are donated, and every layer is rematerialized.
+sequence of `LENGTH` tokens. Parameters and state are donated, and every layer is rematerialized.
 The compiler rejects programs that exceed device memory. Layers are stacked under `lax.scan`, and
-their number changes until one model compiles and the next larger one does not. The bytes of a
-further parameter are computed from two small models. `--unrolled` repeats this with a list of
-layers and adds the results to the rows: it shows whether XLA frees each gradient after its use.
-Needs libtpu (extra `tpu`); nothing is run. A compilation needs one minute on an idle core, and
-several minutes for a long list of layers.
+their number is varied until one model compiles and a model with one more layer does not. The bytes
+per added parameter are computed from two small models. `--unrolled` repeats this with a list of
+layers and adds the results to the rows. The difference shows whether XLA frees each gradient after
+its use. Needs libtpu (extra `tpu`); nothing is run. One compilation needs a minute on an idle CPU
+core, or several minutes for a long list of layers.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from optax_adamax import adamax, compensate_rounding
 CHIP = TARGETS["v5e"]
 WIDTH, HEAD, VOCABULARY, LENGTH = 2048, 128, 32_768, 1024
 FEW = (2, 4)  # numbers of layers of the two small models
-BYTES = 16.9e9  # approximate memory of the chip, gives the first guess
+BYTES = 16.9e9  # approximate memory of the chip, for the first guess only
 RATE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """Dtypes of the parameters and an optimizer."""
+    """One configuration: an optimizer, and the dtypes of parameters and computation."""
 
     make: Callable[[], Any]
     params: Any = jnp.float32
@@ -64,7 +64,7 @@ WAYS = {
 
 
 def shapes(layers: int, scanned: bool, dtype: Any) -> dict[str, Any]:
-    """Returns the parameters as shapes, with layers stacked or in a list."""
+    """Returns the shapes of the parameters, with layers stacked or in a list."""
     one = {
         "attention_norm": (WIDTH,),
         "query_key_value": (WIDTH, 3 * WIDTH),
@@ -115,8 +115,8 @@ def loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
 
-def compiled(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
-    """Returns the number of parameters, and the compiled train step or None if it does not fit."""
+def compile_step(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
+    """Returns the number of parameters, and the compiled train step, or None if it does not fit."""
     tx, params = way.make(), shapes(layers, scanned, way.params)
 
     def step(params: Any, state: Any, tokens: jax.Array) -> Any:
@@ -135,7 +135,7 @@ def compiled(way: Way, layers: int, scanned: bool) -> tuple[int, Any]:
         return count, None
 
 
-def memory(program: Any) -> int:
+def used_bytes(program: Any) -> int:
     """Returns the bytes of arguments and temporaries."""
     found = program.memory_analysis()
     return found.argument_size_in_bytes + found.temp_size_in_bytes
@@ -143,20 +143,20 @@ def memory(program: Any) -> int:
 
 def extrapolate(way: Way, scanned: bool) -> tuple[float, int]:
     """Returns the bytes per added parameter, and the number of layers expected to fit."""
-    (few, small), (many, big) = (compiled(way, n, scanned) for n in FEW)
-    grown, layers = memory(big) - memory(small), FEW[1] - FEW[0]
-    room = BYTES - memory(small)
+    (few, small), (many, big) = (compile_step(way, n, scanned) for n in FEW)
+    grown, layers = used_bytes(big) - used_bytes(small), FEW[1] - FEW[0]
+    room = BYTES - used_bytes(small)
     return grown / (many - few), FEW[0] + int(room / (grown / layers))
 
 
-def largest(way: Way, scanned: bool, start: int) -> dict[str, Any]:
+def find_largest(way: Way, scanned: bool, start: int) -> dict[str, Any]:
     """Returns the largest model that fits; with one more layer, it does not."""
     used: dict[int, int | None] = {}  # bytes by layers; None if the model does not fit
     counts: dict[int, int] = {}
     layers = start
     while layers not in used:
-        counts[layers], program = compiled(way, layers, scanned)
-        used[layers] = None if program is None else memory(program)
+        counts[layers], program = compile_step(way, layers, scanned)
+        used[layers] = None if program is None else used_bytes(program)
         result = used[layers] or "does not fit"
         tqdm.write(f"{layers} layers, {counts[layers]} parameters: {result}")
         layers += -1 if used[layers] is None else 1
@@ -165,7 +165,7 @@ def largest(way: Way, scanned: bool, start: int) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Draws a bar per row."""
+    """Draws the number of parameters as one bar per row."""
     plt.rcParams.update(reporting.STYLE)
     figure, axes = plt.subplots(figsize=(8.5, 3.4), layout="constrained", dpi=110)
     sizes = [row["parameters"] / 1e9 for row in rows]
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one model of one layer")
     arguments = parser.parse_args()
     if arguments.quick:
-        print(memory(compiled(WAYS[SEVEN], 1, scanned=True)[1]))
+        print(used_bytes(compile_step(WAYS[SEVEN], 1, scanned=True)[1]))
         return
     path = reporting.RESULTS / "model_size.json"
     rows = {}
@@ -200,8 +200,9 @@ def main() -> None:
     made = reporting.provenance("benchmarks.model_size", packages=installed())
     for name in tqdm(arguments.ways, desc="ways"):
         way, scanned = WAYS[name], not arguments.unrolled
-        more, layers = extrapolate(way, scanned)
-        found = {"commit": made["commit"], "more": more, **largest(way, scanned, layers)}
+        slope, layers = extrapolate(way, scanned)
+        found = {"commit": made["commit"], "bytes_per_added_parameter": slope}
+        found |= find_largest(way, scanned, layers)
         row = rows.setdefault(name, {"way": name})
         row.update(found if scanned else {"unrolled": found})
         tqdm.write(f"{name:60}{rows[name]}")

@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead [--quick]
 
-1. A call of `update` on leaves of four elements, eager and while it is traced, relative to
-   optax.adamax in alternation.
-2. A jitted step on one small leaf with donation. JAX runs short programs in the calling thread and
-   others in another thread, which costs more than the step, so the step is also measured with all
-   programs inline.
-3. The number of traces while the learning rate, b2 and the count change, which must be 1.
+1. A call of `update` on leaves of four elements, eager and traced. Times are relative to
+   optax.adamax and measured in alternation.
+2. A jitted step on one small leaf with donation. JAX on CPU runs short programs in the calling
+   thread and longer ones in another thread. The change of thread costs more than the step, so the
+   step is also measured with all programs in the calling thread ("all inline").
+3. The number of traces while the learning rate, b2 and the count change. It must be 1.
 
 Runs for a minute.
 """
@@ -36,8 +36,8 @@ CANDIDATES = {
 }
 
 
-def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
-    """Returns the time of an update call relative to optax.adamax."""
+def measure_update(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
+    """Measures the time of an update call relative to optax.adamax."""
     params = [jnp.ones(4) for _ in range(leaves)]
 
     def runner(tx: optax.GradientTransformation) -> Any:
@@ -50,7 +50,7 @@ def python_time(leaves: int, rounds: int, *, traced: bool) -> dict[str, Any]:
 
 
 def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, Any]:
-    """Returns times per call and ratios to the reference, for runners that make `calls` calls."""
+    """Returns seconds per call and ratios to the reference, for runners of `calls` calls each."""
     seconds = timing.alternate(runners, rounds)
     ratios = timing.ratios(seconds, REFERENCE)
     return {
@@ -59,8 +59,8 @@ def compare(runners: dict[str, Any], rounds: int, calls: int = 1) -> dict[str, A
     }
 
 
-def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
-    """Returns the time of a jitted step on one leaf; set `inline` only before JAX starts."""
+def measure_jitted_step(size: int, rounds: int, calls: int, inline: bool) -> dict[str, Any]:
+    """Measures a jitted step on one leaf; `inline` has an effect only in a new process."""
     jax.config.update("jax_cpu_enable_async_dispatch", not inline)
     ones = jnp.ones(size)
 
@@ -73,12 +73,13 @@ def jitted_time(size: int, rounds: int, calls: int, inline: bool) -> dict[str, A
         return run
 
     steps = {
-        name: timing.Step(make(), ones, timing.given, ones) for name, make in CANDIDATES.items()
+        name: timing.Step(make(), ones, timing.batch_as_gradient, ones)
+        for name, make in CANDIDATES.items()
     }
     return compare({name: runner(step) for name, step in steps.items()}, rounds, calls)
 
 
-def traces(steps: int) -> int:
+def count_traces(steps: int) -> int:
     """Counts the traces of a step while learning rate, b2 and count change."""
     inject = optax.inject_hyperparams(adamax, hyperparam_dtype=jnp.float32)
     tx = inject(learning_rate=1e-3, b2=0.999)
@@ -107,7 +108,7 @@ def main() -> None:
     rounds = 3 if quick else ROUNDS
     results: dict[str, Any] = {
         "rounds": rounds,
-        "traces": traces(STEPS),
+        "traces": count_traces(STEPS),
         "steps": STEPS,
         "rows": {},
     }
@@ -115,19 +116,19 @@ def main() -> None:
         for traced in (False, True):
             how = "traced" if traced else "outside jit"
             count = "1 leaf" if leaves == 1 else f"{leaves} leaves"
-            rows = python_time(leaves, rounds, traced=traced)
+            rows = measure_update(leaves, rounds, traced=traced)
             results["rows"][f"{count}, {how}"] = rows
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as pool:
         for size in SIZES:
             for inline in (False, True):
-                rows = pool.submit(jitted_time, size, rounds, CALLS, inline).result()
+                rows = pool.submit(measure_jitted_step, size, rounds, CALLS, inline).result()
                 where = ", all inline" if inline else ""
                 results["rows"][f"a jitted step on {size} elements{where}"] = rows
     for what, rows in results["rows"].items():
         for name, row in rows.items():
             milliseconds = 1e3 * row["seconds"]["median"]
-            print(f"{what:40} {name:16} {timing.text(row['ratio'])}, {milliseconds:.3g} ms")
+            print(f"{what:40} {name:16} {timing.format_ratio(row['ratio'])}, {milliseconds:.3g} ms")
     print(f"{STEPS} steps with changing learning rate, b2 and count: traced {results['traces']}")
     if not quick:
         provenance = reporting.provenance("benchmarks.overhead")

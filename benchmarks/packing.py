@@ -2,8 +2,8 @@
 
     python -m benchmarks.packing [--quick]
 
-The train step computes the gradients of a sum of squares; parameters and state are donated. Step
-times are measured in alternation, compile times (tracing, lowering and XLA) one after another.
+The train step computes the gradients of a sum of squares. Parameters and state are donated. Step
+times are measured in alternation. Compile times include tracing, lowering and XLA.
 Runs for three minutes.
 """
 
@@ -58,8 +58,8 @@ def compare(count: int, rounds: int, compilations: int) -> dict[str, Any]:
     return {name: {"step": found[name], "compile": built[name]} for name in CANDIDATES}
 
 
-def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Returns the time of the packed step relative to the unpacked step, per size of the leaves."""
+def compare_sizes(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Measures the time of the packed step relative to the unpacked step for each leaf size."""
     found = {}
     for size in tqdm(sizes, desc="sizes", leave=False):
         steps = {name: build(name, count, size) for name in ("adamax", PACKED)}
@@ -68,7 +68,7 @@ def by_size(count: int, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws the ratio over the size of a leaf."""
+    """Draws the time of the packed step relative to the unpacked step, against leaf size."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -96,14 +96,14 @@ def main() -> None:
         "elements": SIZE,
         "rounds": rounds,
         "by_count": {str(count): compare(count, rounds, compilations) for count in counts},
-        "by_size": by_size(counts[0], sizes, rounds),
+        "by_size": compare_sizes(counts[0], sizes, rounds),
     }
     for count, rows in results["by_count"].items():
         for name, row in rows.items():
-            step, built = timing.text(row["step"]), timing.text(row["compile"])
+            step, built = timing.format_ratio(row["step"]), timing.format_ratio(row["compile"])
             print(f"{count:>5} leaves  {name:32} step {step}  compilation {built}")
     for size, ratio in results["by_size"].items():
-        print(f"{counts[0]} leaves of {size:>6}: packed / unpacked {timing.text(ratio)}")
+        print(f"{counts[0]} leaves of {size:>6}: packed / unpacked {timing.format_ratio(ratio)}")
     if not quick:
         provenance = reporting.provenance("benchmarks.packing")
         results = {"provenance": provenance} | results

@@ -1,11 +1,12 @@
-"""Compares steps of several frameworks on one large float32 leaf with the memory bound on CPU.
+"""Compares optimizer steps of several frameworks with the memory bound on CPU.
 
     python -m benchmarks.peers [--quick]
 
-Each optimizer step runs in the fastest way that its framework documents: in place or with donation,
-on all cores. Gradients are arguments. The bound is a single pass in C over the same bytes
-(benchmarks/bandwidth_bound.py). All are measured in alternation in one process; then the JAX
-programs again in a process with XLA's multi-output fusion and huge pages. Runs for two minutes.
+A step updates one large float32 leaf. It runs in the fastest way that its framework documents: in
+place or with donation, on all cores. Gradients are arguments. The bound is the measured time of a
+single pass in C over the same bytes (benchmarks/bandwidth_bound.py). All steps are measured in
+alternation in one process. The JAX steps are measured again in a process with XLA's multi-output
+fusion and huge pages. Runs for two minutes.
 """
 
 import argparse
@@ -24,19 +25,19 @@ import numpy as np
 import optax
 
 from benchmarks import reporting, timing
-from benchmarks.bandwidth_bound import STREAMS, Limit
+from benchmarks.bandwidth_bound import STREAMS, MemoryBound
 from optax_adamax import adamax
 
 SIZE, ROUNDS, SEED, RATE = 1 << 24, 20, 0, 1e-3
 SWITCH = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-LIMIT, COPY, REFERENCE = "one pass in C", "copy in C", "optax.adamax"
+BOUND, COPY, REFERENCE = "one pass in C", "copy in C", "optax.adamax"
 Runner = Callable[[], object]
 
 
 def in_jax(tx: optax.GradientTransformation, gradient: np.ndarray) -> Runner:
     """Returns a jitted step with donation."""
-    return timing.Step(tx, jnp.ones(gradient.size), timing.given, jnp.asarray(gradient))
+    return timing.Step(tx, jnp.ones(gradient.size), timing.batch_as_gradient, jnp.asarray(gradient))
 
 
 def in_torch(gradient: np.ndarray, *, compiled: bool = False, **options: Any) -> Runner:
@@ -127,7 +128,7 @@ OTHERS: dict[str, Callable[[np.ndarray], Runner]] = {
 
 
 def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any]:
-    """Returns times relative to optax.adamax and to the bound, and the reasons of missing ones."""
+    """Returns times relative to optax.adamax and to the bound; failed candidates with a reason."""
     gradient = np.random.default_rng(SEED).standard_normal(size, np.float32) * np.float32(0.01)
     runners: dict[str, Runner] = {}
     missing: dict[str, str] = {}
@@ -140,16 +141,16 @@ def measure(size: int, rounds: int, candidates: dict[str, Any]) -> dict[str, Any
         else:
             runners[name] = runner
     try:
-        limit = Limit(size)
-        runners |= {LIMIT: limit.adamax, COPY: limit.copy}
+        bound = MemoryBound(size)
+        runners |= {BOUND: bound.adamax, COPY: bound.copy}
     except (OSError, RuntimeError) as error:
-        missing[LIMIT] = str(error)
+        missing[BOUND] = str(error)
     seconds = timing.alternate(runners, rounds)
     found = {"to_optax": timing.ratios(seconds, REFERENCE), "missing": missing}
-    if LIMIT in runners:
-        found["to_limit"] = timing.ratios(seconds, LIMIT)
+    if BOUND in runners:
+        found["to_bound"] = timing.ratios(seconds, BOUND)
         found["copy_bytes_per_second"] = float(8 * size / np.median(seconds[COPY]))
-        found["limit_bytes_per_second"] = float(4 * STREAMS * size / np.median(seconds[LIMIT]))
+        found["bound_bytes_per_second"] = float(4 * STREAMS * size / np.median(seconds[BOUND]))
     return found
 
 
@@ -186,9 +187,9 @@ def main() -> None:
     for title in ("default", "switched"):
         found = results[title] or {"to_optax": {}, "missing": {}}
         for name, ratio in found["to_optax"].items():
-            limit = found.get("to_limit", {}).get(name)
-            suffix = f", to the bound {timing.text(limit)}" if limit else ""
-            print(f"{title}: {name:24} to optax.adamax {timing.text(ratio)}{suffix}")
+            bound = found.get("to_bound", {}).get(name)
+            suffix = f", to the bound {timing.format_ratio(bound)}" if bound else ""
+            print(f"{title}: {name:24} to optax.adamax {timing.format_ratio(ratio)}{suffix}")
         for name, reason in found["missing"].items():
             print(f"{title}: {name:24} not measured: {reason}")
     if not arguments.quick:

@@ -5,8 +5,8 @@
   python -m benchmarks.quality --quick   runs a few steps of some tasks, as a smoke test
 
 All runs of a seed start from the same parameters and use the same batches, so losses are compared
-in pairs. The peak learning rates of Adamax and Adam are the best of five for float32 state. All
-storage formats use the rate of Adamax.
+in pairs. The peak learning rates of Adamax and Adam are the best of five with float32 state. All
+storage formats use the peak rate of Adamax.
 """
 
 import argparse
@@ -28,8 +28,8 @@ SEEDS, TUNING_SEED = tuple(range(20)), 100  # each task uses the first `Task.see
 PEAK_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 LOSSES = ("held_out_loss", "train_loss")
 CLAIM = (
-    "With 2 bytes of state a parameter the mean gap to float32 state is within one "
-    "seed-to-seed standard deviation of float32 on all tasks."
+    "With 2 bytes of state per parameter, the mean gap to float32 state is within one "
+    "seed-to-seed standard deviation of the float32 runs on all tasks."
 )
 
 Builder = Callable[[optax.Schedule, float], optax.GradientTransformation]
@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, Builder] = {
 
 
 def trainer(task: Task, build: Builder) -> Callable[..., Params]:
-    """Returns a training function of parameters, seed and peak rate to trained parameters."""
+    """Returns a jitted function of (parameters, seed, peak rate) to trained parameters."""
 
     @jax.jit
     def train(params: Params, seed: jax.Array, peak_rate: jax.Array) -> Params:
@@ -141,7 +141,7 @@ def compare(of_seeds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def verdict(tasks: dict[str, Any]) -> dict[str, Any]:
+def check_claim(tasks: dict[str, Any]) -> dict[str, Any]:
     """Returns the gap of 2-byte state in seed-to-seed deviations, and whether it is within one."""
     ratios = {
         loss: {
@@ -155,7 +155,7 @@ def verdict(tasks: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_table(tasks: dict[str, Any], loss: str) -> None:
-    """Prints a block per task with a line per optimizer."""
+    """Prints one block per task, with one line per optimizer."""
     print(f"\nGap of the {loss.replace('_', ' ')} to {REFERENCE} state: mean +- standard error,")
     print(f"and the mean in seed-to-seed standard deviations of {REFERENCE}")
     for name, task in tasks.items():
@@ -169,6 +169,7 @@ def print_table(tasks: dict[str, Any], loss: str) -> None:
 
 
 def main() -> None:
+    """Trains all runs, prints the tables, and writes the JSON and the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,8 +191,8 @@ def main() -> None:
         print_table(tasks, loss)
     if quick:
         return
-    found = verdict(tasks)
-    print(f"\n{CLAIM}\n{'It holds' if found['holds'] else 'It does not hold'} in this run.")
+    found = check_claim(tasks)
+    print(f"\n{CLAIM}\nThis run {'confirms' if found['holds'] else 'does not confirm'} it.")
     about = reporting.provenance(
         "benchmarks.quality", dtype="float32", seeds=SEEDS, packages=["scikit-learn"]
     )

@@ -24,7 +24,7 @@ LOW, HIGH = -3.0, 5.0
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws each seed's gap to float32 state and their mean: a row per task, a column per loss."""
+    """Draws gaps to float32 state by seed, and their mean: a row per task, a column per loss."""
     plt.rcParams.update(reporting.STYLE)
     tasks = results["tasks"]
     size = {"figsize": (8, 2.3 * len(tasks) + 0.9), "dpi": 110, "layout": "constrained"}
@@ -49,7 +49,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def draw_panel(panel: plt.Axes, found: dict[str, Any]) -> None:
-    """Draws the gaps of one loss, a row per format, and the mean as a number if it is outside."""
+    """Draws the gaps of one loss, one row per format; a mean outside the panel becomes a number."""
     deviation = found["float32_deviation"]
     reference = np.array(found["of_seeds"]["float32"])
     panel.axvspan(-1, 1, color="#E6E9EB", lw=0)

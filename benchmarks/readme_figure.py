@@ -2,9 +2,10 @@
 
     python -m benchmarks.readme_figure [--quick]
 
-Two tasks of `benchmarks.tasks`, each with the peak learning rate that `benchmarks.quality` found
-for float32 parameters. Losses are computed in float32 from the stored parameters. Gradients have
-the dtype of the parameters. Writes results/readme_figure.json and figures/readme.png.
+Trains two tasks of `benchmarks.tasks`, each with the peak learning rate that `benchmarks.quality`
+found for float32 parameters. Losses are computed in float32 from the stored parameters. Gradients
+have the dtype of the parameters. Bytes are computed from shapes and dtypes. Writes
+results/readme_figure.json and figures/readme.png.
 """
 
 import argparse
@@ -23,15 +24,15 @@ from benchmarks.tasks import TASKS, Task
 from optax_adamax import adamax, compensate_rounding
 
 RATES = {"sparse embedding": 0.1, "digits classifier": 0.1}
-SEEDS, WINDOW = (0, 1, 2), 50  # a point of a curve is the mean over so many steps
-SIZE = 1 << 20  # of the parameter for which bytes are counted
+SEEDS, WINDOW = (0, 1, 2), 50  # a point of a curve is the mean of WINDOW steps
+SIZE = 1 << 20  # elements of the parameter whose bytes are counted
 PARTS = ("weights", "gradients", "residual", "state")
 
 
 class Way(NamedTuple):
-    """One way to store parameters and state."""
+    """One configuration: dtype of parameters and gradients, and an optimizer."""
 
-    dtype: Any  # of parameters and gradients
+    dtype: Any
     make: Callable[[Any], optax.GradientTransformation]
 
 
@@ -76,7 +77,7 @@ def bytes_of(way: Way) -> dict[str, float]:
 
 
 def train(task: Task, way: Way, rate: float) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns a function from the seed to the loss of each step and the final held-out loss."""
+    """Returns a function of the seed to the loss of each step and the final held-out loss."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, task.steps // 10, task.steps)
     tx = way.make(schedule)
 
@@ -102,7 +103,7 @@ def train(task: Task, way: Way, rate: float) -> Callable[[jax.Array], tuple[jax.
 
 
 def measure(task: Task, rate: float, window: int, bar: tqdm) -> dict[str, Any]:
-    """Returns the losses of each drawn way, one row per seed."""
+    """Returns the losses of each configuration in the figure, one row per seed."""
     found = {}
     for name in COLORS:
         run = train(task, WAYS[name], rate)
@@ -115,7 +116,7 @@ def measure(task: Task, rate: float, window: int, bar: tqdm) -> dict[str, Any]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws a panel of losses per task, and the bytes of the same three ways."""
+    """Draws one panel of losses per task, and a panel with the bytes per parameter."""
     plt.rcParams.update(reporting.STYLE)
     size = {"figsize": (9.6, 3.5), "dpi": 130, "layout": "constrained"}
     count = len(results["tasks"])
@@ -154,7 +155,7 @@ def draw(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Trains, counts, writes the JSON and draws the figure."""
+    """Trains all runs, counts bytes, writes the JSON and draws the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,8 @@
-"""Measures errors against float64 in extreme scenarios, and the costs of non-finite policies.
+"""Measures errors against float64 in extreme scenarios, and costs of non-finite policies.
 
     python -m benchmarks.reliability [--quick]
 
-Runs for some minutes.
+Runs for several minutes.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from tests.oracle.formats import FORMATS, SOME_FORMATS
 from tests.oracle.scenarios import LONG, SEED, ZERO_STEPS, long_run, saturation
 
 
-def costs(size: int, rounds: int) -> list[dict[str, Any]]:
-    """Returns step times relative to a step without a policy, and allocated bytes, per policy."""
+def measure_costs(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Measures step time relative to nonfinite="propagate", and temporary bytes, per policy."""
     rows = []
     for m_dtype, v_dtype in SOME_FORMATS:
         make = functools.partial(adamax, 1e-3, m_dtype=m_dtype, v_dtype=v_dtype)
@@ -46,7 +46,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     rows = saturation(FORMATS, ZERO_STEPS // 100 if quick else ZERO_STEPS)
     long_rows = long_run(FORMATS, LONG // 100 if quick else LONG)
-    cost_rows = costs(1 << 18 if quick else 1 << 23, 8 if quick else 40)
+    cost_rows = measure_costs(1 << 18 if quick else 1 << 23, 8 if quick else 40)
     for row in rows + long_rows + cost_rows:
         print(row)
     if not quick:

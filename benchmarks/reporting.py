@@ -27,13 +27,16 @@ def provenance(
     seeds: Sequence[int] = (),
     packages: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns machine, versions and command of `python -m module`; `packages` adds versions."""
+    """Returns command, commit, machine and versions of a run of `module`.
+
+    `packages` are packages whose versions are recorded in addition to `PACKAGES`.
+    """
     return {
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "threads": len(os.sched_getaffinity(0)) if LINUX else os.cpu_count(),
-        "load": {"before": LOAD_BEFORE, "after": os.getloadavg()},  # means of 1, 5, 15 minutes
+        "load": {"before": LOAD_BEFORE, "after": os.getloadavg()},  # means over 1, 5, 15 minutes
         "device": jax.devices()[0].device_kind,
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in (*PACKAGES, *packages)},
@@ -48,8 +51,13 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
+def read_json(name: str) -> dict[str, Any]:
+    """Reads results/NAME.json."""
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
 def _commit() -> str:
-    """Returns the commit of this tree, with a mark if tracked files differ from it."""
+    """Returns the commit of this tree, with "-dirty" if tracked files differ from it."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)

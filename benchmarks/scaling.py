@@ -4,8 +4,8 @@
 
 Parameters and state are float32 and donated. Gradients are arguments for one leaf, and computed in
 the step for many leaves, as in `benchmarks.packing`. Slopes of log time over log size are fitted by
-least squares to the upper half of the sizes; 1 means proportional. Runs for three minutes and needs
-4 GB of memory.
+least squares to the upper half of the sizes. A slope of 1 means that time is proportional to size.
+Runs for three minutes and needs 4 GB of memory.
 """
 
 import argparse
@@ -27,11 +27,11 @@ ROUNDS = 20
 ONE_LEAF = {REFERENCE: lambda: optax.adamax(1e-3), "adamax": lambda: adamax(1e-3)}
 
 
-def one_leaf(size: int, rounds: int) -> dict[str, Any]:
-    """Returns seconds, ratio and peak memory of a step on one leaf."""
+def measure_one_leaf(size: int, rounds: int) -> dict[str, Any]:
+    """Measures seconds, ratio and peak memory of a step on one leaf."""
     gradient = jnp.full(size, 0.01)
     steps = {
-        name: timing.Step(make(), jnp.ones(size), timing.given, gradient)
+        name: timing.Step(make(), jnp.ones(size), timing.batch_as_gradient, gradient)
         for name, make in ONE_LEAF.items()
     }
     found = {}
@@ -43,8 +43,8 @@ def one_leaf(size: int, rounds: int) -> dict[str, Any]:
     return _with_times(found, timing.alternate(steps, rounds))
 
 
-def many_leaves(count: int, rounds: int) -> dict[str, Any]:
-    """Returns seconds and ratio of a step on small leaves, and of its compilation."""
+def measure_many_leaves(count: int, rounds: int) -> dict[str, Any]:
+    """Measures seconds and ratio of a step on small leaves, and its compile time."""
     names = (REFERENCE, "adamax", PACKED)
     steps = {name: packing.build(name, count, packing.SIZE) for name in names}
     found = {name: {"compile_seconds": step.compile_seconds} for name, step in steps.items()}
@@ -60,7 +60,7 @@ def _with_times(found: dict[str, Any], seconds: dict[str, np.ndarray]) -> dict[s
 
 
 def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
-    """Returns the slope of each candidate over the upper half of the sizes."""
+    """Returns the log-log slope of each candidate over the upper half of the sizes."""
     sizes = list(curve)[len(curve) // 2 :]
     x = np.log([int(size) for size in sizes])
 
@@ -74,7 +74,7 @@ def slopes(curve: dict[str, dict[str, Any]], quantity: str) -> dict[str, float]:
 
 
 def draw(results: dict[str, Any]) -> None:
-    """Draws time and memory over parameters, and time and compile time over leaves."""
+    """Draws time and memory against parameters, and time and compile time against leaves."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -107,8 +107,8 @@ def main() -> None:
     results: dict[str, Any] = {"rounds": rounds}
     packing.build(REFERENCE, 2, packing.SIZE)  # initializes JAX
     for name, sizes, run in (
-        ("parameters", parameters, one_leaf),
-        ("leaves", leaves, many_leaves),
+        ("parameters", parameters, measure_one_leaf),
+        ("leaves", leaves, measure_many_leaves),
     ):
         results[name] = {str(n): run(n, rounds) for n in tqdm(sizes, desc=name, leave=False)}
     results["slopes"] = {
@@ -119,7 +119,7 @@ def main() -> None:
     }
     for curve in ("parameters", "leaves"):
         for size, rows in results[curve].items():
-            cells = [f"{name} {timing.text(row['ratio'])}" for name, row in rows.items()]
+            cells = [f"{name} {timing.format_ratio(row['ratio'])}" for name, row in rows.items()]
             print(f"{size:>10} {curve:10} ", "  ".join(cells))
     for name, row in results["slopes"].items():
         print(f"slope of {name}:", "  ".join(f"{k} {x:.2f}" for k, x in row.items()))

@@ -1,9 +1,9 @@
-"""Computes the bytes of optimizer state per device for transformers with 1, 8 and 70e9 parameters.
+"""Computes bytes of optimizer state per device for models of 1, 8 and 70 billion parameters.
 
     python -m benchmarks.state_bytes
 
-The shapes are Llama's. The shardings come from `sharding.shard` on a `jax.sharding.AbstractMesh`,
-so nothing is allocated. Runs for half a minute.
+The models have the shapes of Llama. The shardings are computed by `sharding.shard` on a
+`jax.sharding.AbstractMesh`, so nothing is allocated. Runs for half a minute.
 """
 
 import math
@@ -41,7 +41,7 @@ class Transformer(NamedTuple):
     tied: bool  # whether the last layer shares the weights of the embedding
 
     def shapes(self) -> dict[str, Any]:
-        """Returns shape and PartitionSpec per parameter, sharded over "model" as in Megatron."""
+        """Returns shape and PartitionSpec of each parameter, sharded over "model" like Megatron."""
         queries, keys = self.heads * self.head_width, self.key_value_heads * self.head_width
         layer = {
             "attention_norm": ((self.width,), P()),
@@ -82,7 +82,7 @@ MODELS = {
 
 
 def transformation(name: str) -> optax.GradientTransformation:
-    """Returns the usual optimizer with the storage formats `name`."""
+    """Returns adamaxw with a cosine schedule and the storage formats `name`."""
     return optax_adamax.adamaxw(optax.cosine_decay_schedule(1e-3, 1000), **FORMATS[name])
 
 

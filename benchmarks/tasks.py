@@ -1,7 +1,7 @@
-"""Defines four small training tasks on data that scikit-learn and Python contain.
+"""Defines four small training tasks on data from scikit-learn and from Python's sources.
 
-The loss of a task draws its batch and its noise from a random key. Two runs with the same keys use
-the same batches.
+The loss of a task draws its batch and its noise from a random key. Runs with the same keys use the
+same batches.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def classifier() -> Task:
-    """Returns the task of a perceptron with two hidden layers."""
+    """Returns a task that classifies digits with a perceptron of two hidden layers."""
     x, y, held_out_x, held_out_y = digits()
     sizes = (64, 128, 64, 10)
 
@@ -84,7 +84,7 @@ def classifier() -> Task:
 
 
 def autoencoder() -> Task:
-    """Returns the task of a variational autoencoder whose pixels are Bernoulli probabilities."""
+    """Returns a task that trains a variational autoencoder with Bernoulli pixels on digits."""
     x, _, held_out_x, _ = digits()
     latent = 8
     layers = {"in": (64, 128), "latent": (128, 2 * latent), "hidden": (latent, 128)}
@@ -134,7 +134,7 @@ def autoencoder() -> Task:
 def sources() -> tuple[str, str]:
     """Returns the text of top-level modules of the standard library; every tenth is held out."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    # This module has the build settings of Python, which depend on the machine.
+    # This module contains the build settings of Python, which depend on the machine.
     files = [file for file in files if not file.name.startswith("_sysconfigdata")]
     texts = [file.read_text("utf-8") for file in files]
     held_out = "".join(texts[::10])
@@ -142,15 +142,15 @@ def sources() -> tuple[str, str]:
 
 
 def text_fingerprint() -> dict[str, int | str]:
-    """Identifies the text, which depends on the release of Python."""
+    """Returns sizes and hash of the text, which depends on the release of Python."""
     train, held_out = sources()
     digest = hashlib.sha256((train + held_out).encode()).hexdigest()
     return {"characters": len(train), "held_out_characters": len(held_out), "sha256": digest}
 
 
 def transformer() -> Task:
-    """Returns the task of a character model: two layers of width 64, four heads, context 64."""
-    # Characters outside ASCII become symbol 127, which no source contains.
+    """Returns a task that trains a character transformer of two layers, width 64 and context 64."""
+    # Characters outside ASCII are mapped to symbol 127, which no source contains.
     text, held_out = (
         np.minimum(np.frombuffer(t.encode("utf-32-le"), np.uint32), 127).astype(np.int32)
         for t in sources()
@@ -210,7 +210,7 @@ def transformer() -> Task:
 
 
 def embedding() -> Task:
-    """Returns the task of skip-gram word vectors; the gradients of most rows are zero."""
+    """Returns a task that trains skip-gram word vectors; most rows have zero gradients."""
     size, width, batch, negatives, reach = 4096, 32, 64, 5, 2
     words, held_out_words = (re.findall(r"\w+|[^\w\s]", text) for text in sources())
     counts = Counter(words).most_common(size)
@@ -244,8 +244,8 @@ def embedding() -> Task:
 
     return Task(
         description=f"words of Python's standard library, skip-gram with {negatives} negative "
-        f"samples, {size} words in {width} dimensions, batch {batch}, so that in a step at most "
-        f"{batch} of {size} rows of one table and {batch * (1 + negatives)} of the other have a "
+        f"samples, {size} words in {width} dimensions, batch {batch}; in a step, at most {batch} "
+        f"of {size} rows of one table and {batch * (1 + negatives)} of the other have a nonzero "
         "gradient: logistic loss",
         steps=2000,
         seeds=20,

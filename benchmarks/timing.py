@@ -30,8 +30,8 @@ def spread(values: np.ndarray) -> dict[str, Any]:
     return {"median": median, "quartiles": [low, high]}
 
 
-def span(medians: np.ndarray) -> dict[str, Any]:
-    """Returns median and range of the medians of several runs."""
+def median_and_range(medians: np.ndarray) -> dict[str, Any]:
+    """Returns the median and the range of the medians of several runs."""
     return {
         "median": float(np.median(medians)),
         "runs": [float(medians.min()), float(medians.max())],
@@ -43,7 +43,7 @@ def ratios(seconds: dict[str, np.ndarray], reference: str) -> dict[str, dict[str
     return {name: spread(found / seconds[reference]) for name, found in seconds.items()}
 
 
-def text(ratio: dict[str, Any]) -> str:
+def format_ratio(ratio: dict[str, Any]) -> str:
     """Formats a median with its quartiles, or with the range of runs."""
     low, high = ratio["runs"] if "runs" in ratio else ratio["quartiles"]
     return f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
@@ -74,13 +74,13 @@ class Step:
         self.compiled = step.lower(*self.carry, batch).compile()
         self.compile_seconds = time.perf_counter() - start
         self.step = step
-        self.carry = step(*self.carry, batch)  # calls jit, which has the dispatch that users have
+        self.carry = step(*self.carry, batch)  # through jit, so its dispatch is timed as for users
 
     def __call__(self) -> None:
         self.carry = jax.block_until_ready(self.step(*self.carry, self.batch))
 
 
-def given(params: Any, batch: Any) -> Any:
-    """Returns `batch` as the gradient, for steps that only run the optimizer."""
+def batch_as_gradient(params: Any, batch: Any) -> Any:
+    """Returns `batch`, which is the gradient in steps that run only the optimizer."""
     del params
     return batch

@@ -1,10 +1,11 @@
-"""Errors of the update in each storage format, for constant and for random gradients.
+"""Measures errors of the update in each storage format, for constant and random gradients.
 
     python -m benchmarks.update_error [--quick]
 
-Constant: the mean of u over many steps with a gradient of 1, for which the exact u is 1. Random:
-the root mean square of u - u_exact, divided by the root mean square of u_exact, for independent
-normal gradients. u_exact is the update with float32 state. b1 and b2 have their defaults.
+Constant gradients: the mean of u over many steps with a gradient of 1. The exact u is 1.
+Random gradients: the root mean square of u - u_exact, divided by the root mean square of u_exact,
+for independent normal gradients. u_exact is the update with float32 state.
+b1 and b2 have their defaults.
 """
 
 import argparse
@@ -25,7 +26,7 @@ FORMATS = tuple(itertools.product(M_DTYPES, V_DTYPES))
 
 
 def mean_of_constant(m_dtype: str, v_dtype: str, steps: int) -> float:
-    """Returns the mean update for a constant gradient of 1; exact: 1."""
+    """Returns the mean update for a constant gradient of 1; the exact mean is 1."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
     g = jnp.ones(())
 

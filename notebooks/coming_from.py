@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Coming from PyTorch, Keras, MLX, Lucid or optax
 #
-# You have a model that trains with another framework's Adamax, and you move to JAX. You take along
-# the line that built the optimizer, its numbers and its checkpoint.
+# You have a model that trains with the Adamax of another framework, and you move to JAX. This
+# notebook shows how to build the same optimizer in JAX and how to continue from its checkpoint.
 #
 # | | you wrote | you write |
 # |---|---|---|
@@ -13,7 +13,7 @@
 # | optax | `optax.adamaxw(1e-3)` | `optax_adamax.adamaxw(1e-3)` |
 #
 # Each constructor has the arguments of its framework, in the same order and with the same defaults.
-# For the state, `layout` is the function that moved the weights, or a mapping of names to paths:
+# For the state, `layout` is your function that converts weights, or a mapping of names to paths:
 #
 # | | the framework's state | your state |
 # |---|---|---|
@@ -22,9 +22,10 @@
 # | MLX | `optimizer.state` | `load_state(state, params, tx, layout)` |
 # | optax | the optimizer state | `load_state(state, params, tx)` |
 #
-# Each has its inverse, `dump_state`. Below, a network is trained in PyTorch, saved in the middle
-# of the run, and continued in JAX from the file. It takes one or two minutes on two CPU cores;
-# PyTorch must be installed (`pip install -e '.[notebooks,peers,test]'`).
+# `dump_state` is the inverse of each `load_state`. Below, a network is trained in PyTorch and saved
+# in the middle of the run, and the run continues in JAX from the file. The notebook runs for one or
+# two minutes on two CPU cores. PyTorch must be installed
+# (`pip install -e '.[notebooks,peers,test]'`).
 
 # %%
 import copy
@@ -52,7 +53,7 @@ jax.config.update("jax_enable_x64", True)  # for the comparison in float64 below
 torch.manual_seed(0)
 
 FOLDER = Path(globals().get("__file__", "coming_from.ipynb")).resolve().parent
-STEPS, SEAM, BATCH = 600, 300, 50
+STEPS, SAVED_AT, BATCH = 600, 300, 50
 OPTIONS = {"lr": 0.01, "betas": (0.9, 0.999), "weight_decay": 1e-4}
 
 digits = load_digits()
@@ -63,8 +64,9 @@ batches = np.random.default_rng(0).integers(0, len(images), (STEPS, BATCH))
 # %% [markdown]
 # ## The run in PyTorch
 #
-# Two convolutions, a mean over the image, a norm and a linear layer, on the handwritten digits of
-# scikit-learn. At the seam, model and optimizer go to a file.
+# The network has two convolutions, a mean over the image, a layer norm and a linear layer. The data
+# are the handwritten digits of scikit-learn. After 300 steps, model and optimizer are saved to a
+# file.
 
 
 # %%
@@ -83,7 +85,7 @@ class TorchNet(torch.nn.Module):
 
 
 def train_torch(model, optimizer, start, stop):
-    """The losses of these steps."""
+    """Trains for steps `start` to `stop` and returns their losses."""
     losses = []
     dtype = next(model.parameters()).dtype
     for batch in tqdm(batches[start:stop], "PyTorch"):
@@ -97,7 +99,7 @@ def train_torch(model, optimizer, start, stop):
 
 
 def restore_torch(checkpoint, dtype=torch.float32):
-    """Model and optimizer of a checkpoint."""
+    """Returns the model and the optimizer of a checkpoint."""
     model = TorchNet().to(dtype)
     model.load_state_dict(checkpoint["model"])
     optimizer = torch.optim.Adamax(model.parameters(), **OPTIONS)
@@ -107,7 +109,7 @@ def restore_torch(checkpoint, dtype=torch.float32):
 
 model = TorchNet()
 optimizer = torch.optim.Adamax(model.parameters(), **OPTIONS)
-before_the_seam = train_torch(model, optimizer, 0, SEAM)
+before_saving = train_torch(model, optimizer, 0, SAVED_AT)
 
 file = io.BytesIO()  # instead of a file on disk
 names = compat_torch.names_of(optimizer, model)
@@ -115,13 +117,13 @@ saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "name
 torch.save(saved, file)
 file.seek(0)
 checkpoint = torch.load(file)
-print(f"step {SEAM}: loss {before_the_seam[-20:].mean():.4f}")
+print(f"step {SAVED_AT}: loss {before_saving[-20:].mean():.4f}")
 
 # %% [markdown]
 # ## The same network in JAX
 #
-# Here in Flax. Some defaults differ: PyTorch's padding of a strided convolution is not `"SAME"`,
-# and its layer norm has another epsilon.
+# The same network in Flax needs two arguments, because some defaults differ: PyTorch's padding of a
+# strided convolution is not `"SAME"`, and its layer norm has another epsilon.
 
 
 # %%
@@ -141,10 +143,11 @@ def cross_entropy(params, x, y):
 
 
 # %% [markdown]
-# ## Across the seam
+# ## Continue in JAX
 #
-# `flax_names` makes the layout: the path of each of PyTorch's arrays, and the order of its axes.
-# A state dict of a PyTorch optimizer has numbers instead of names, so the names were saved too.
+# `flax_names` returns the layout: for each PyTorch array, its path in Flax and the order of its
+# axes. A state dict of a PyTorch optimizer contains numbers instead of names, so the names were
+# saved, too.
 
 # %%
 template = net.init(jax.random.key(0), images[:1])
@@ -157,7 +160,7 @@ tx = compat_torch.adamax(**OPTIONS)  # torch.optim.Adamax(model.parameters(), **
 
 
 def restore_jax(checkpoint, template):
-    """Parameters and optimizer state of PyTorch's checkpoint."""
+    """Returns parameters and optimizer state of the PyTorch checkpoint."""
     params = compat_torch.load_params(checkpoint["model"], template, layout)
     names = checkpoint["names"]
     state = compat_torch.load_state(checkpoint["optimizer"], params, tx, layout, names=names)
@@ -172,7 +175,7 @@ def train_step(params, state, x, y):
 
 
 def train_jax(params, state, start, stop):
-    """Parameters and state after these steps, and the losses."""
+    """Trains for steps `start` to `stop`; returns parameters, state and losses."""
     losses = []
     dtype = jax.tree.leaves(params)[0].dtype
     for batch in tqdm(batches[start:stop], "JAX"):
@@ -184,36 +187,38 @@ def train_jax(params, state, start, stop):
 
 params, state = restore_jax(checkpoint, template)
 print(f"the step count is {int(optax.tree.get(state, 'count'))}")
-params, state, in_jax = train_jax(params, state, SEAM, STEPS)
+params, state, in_jax = train_jax(params, state, SAVED_AT, STEPS)
 
 # %% [markdown]
-# Two runs for comparison. PyTorch continues from its own checkpoint: this is the expected result.
-# PyTorch continues from the checkpoint with each parameter moved by one ULP: this shows how close
-# two runs can be, because rounding errors grow in training in any framework.
+# Two more runs are for comparison. In the first, PyTorch continues from its own checkpoint, which
+# gives the expected result. In the second, each parameter of the checkpoint is changed by one ULP
+# before. It shows how close two runs can be, because training amplifies rounding errors in every
+# framework.
 
 # %%
-in_torch = train_torch(*restore_torch(checkpoint), SEAM, STEPS)
+in_torch = train_torch(*restore_torch(checkpoint), SAVED_AT, STEPS)
 
-nudged = copy.deepcopy(checkpoint)
-for name, array in nudged["model"].items():
-    nudged["model"][name] = torch.nextafter(array, torch.tensor(torch.inf))
-in_torch_nudged = train_torch(*restore_torch(nudged), SEAM, STEPS)
+perturbed = copy.deepcopy(checkpoint)
+for name, array in perturbed["model"].items():
+    perturbed["model"][name] = torch.nextafter(array, torch.tensor(torch.inf))
+in_torch_perturbed = train_torch(*restore_torch(perturbed), SAVED_AT, STEPS)
 
 # %% [markdown]
-# In float64, rounding is negligible: a remaining difference would be one between the optimizers.
+# In float64, rounding errors are negligible. A remaining difference would be a difference between
+# the optimizers.
 
 # %%
-wide_template = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), template)
-_, _, in_jax_64 = train_jax(*restore_jax(checkpoint, wide_template), SEAM, STEPS)
-in_torch_64 = train_torch(*restore_torch(checkpoint, torch.float64), SEAM, STEPS)
+float64_template = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), template)
+_, _, in_jax_64 = train_jax(*restore_jax(checkpoint, float64_template), SAVED_AT, STEPS)
+in_torch_64 = train_torch(*restore_torch(checkpoint, torch.float64), SAVED_AT, STEPS)
 
 differences = {
     "JAX, float32": np.abs(in_jax - in_torch),
-    "PyTorch, nudged, float32": np.abs(in_torch_nudged - in_torch),
+    "PyTorch, perturbed, float32": np.abs(in_torch_perturbed - in_torch),
     "JAX, float64": np.abs(in_jax_64 - in_torch_64),
 }
 for name, difference in differences.items():
-    print(f"{name:25} at the seam {difference[0]:.1e}, at most {difference.max():.1e}")
+    print(f"{name:27} first step {difference[0]:.1e}, at most {difference.max():.1e}")
 assert differences["JAX, float64"].max() < 1e-12
 assert differences["JAX, float32"].max() < 1e-5
 
@@ -221,14 +226,14 @@ assert differences["JAX, float32"].max() < 1e-5
 STYLE = {
     "PyTorch": {"color": "#D55E00", "linewidth": 2.5},
     "JAX": {"color": "#0072B2", "linewidth": 2.5},
-    "PyTorch to the end": {"color": "#1C1F22", "linewidth": 1, "linestyle": (0, (1, 2))},
-    "PyTorch, nudged": {"color": "#8A949C", "linewidth": 1.5},
+    "PyTorch only": {"color": "#1C1F22", "linewidth": 1, "linestyle": (0, (1, 2))},
+    "PyTorch, perturbed": {"color": "#8A949C", "linewidth": 1.5},
 }
 WINDOW = 10
 
 
 def smooth(losses):
-    """Means of WINDOW steps, each drawn at its last."""
+    """Returns means over WINDOW steps, and the last step of each window."""
     means = np.convolve(losses, np.full(WINDOW, 1 / WINDOW), "valid")
     return np.arange(WINDOW, len(losses) + 1), means
 
@@ -237,30 +242,35 @@ plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.rig
 fig, (top, bottom) = plt.subplots(
     2, 1, figsize=(9, 6.4), height_ratios=(5, 2), sharex=True, layout="constrained", dpi=110
 )
-steps, across = smooth(np.concatenate([before_the_seam, in_jax]))
-_, without = smooth(np.concatenate([before_the_seam, in_torch]))
-top.plot(steps[steps <= SEAM], across[steps <= SEAM], label="PyTorch", **STYLE["PyTorch"])
+steps, across = smooth(np.concatenate([before_saving, in_jax]))
+_, without = smooth(np.concatenate([before_saving, in_torch]))
+top.plot(steps[steps <= SAVED_AT], across[steps <= SAVED_AT], label="PyTorch", **STYLE["PyTorch"])
 top.plot(
-    steps[steps >= SEAM], across[steps >= SEAM], label="JAX, from its checkpoint", **STYLE["JAX"]
+    steps[steps >= SAVED_AT],
+    across[steps >= SAVED_AT],
+    label="JAX, from its checkpoint",
+    **STYLE["JAX"],
 )
-top.plot(steps, without, label="PyTorch to the end", **STYLE["PyTorch to the end"])
+top.plot(steps, without, label="PyTorch only", **STYLE["PyTorch only"])
 top.set(yscale="log", ylabel="training loss")
-top.set_title("One training run, begun in PyTorch and ended in JAX", loc="left")
+top.set_title("One training run, started in PyTorch and continued in JAX", loc="left")
 top.legend(frameon=False)
 
-after = np.arange(SEAM + 1, STEPS + 1)
-floor = np.finfo(np.float32).eps * 1e-3  # equal losses have no logarithm
-for name, key in (("PyTorch, nudged", "PyTorch, nudged, float32"), ("JAX", "JAX, float32")):
-    label = "JAX" if name == "JAX" else "PyTorch from parameters moved by one ulp"
+after = np.arange(SAVED_AT + 1, STEPS + 1)
+floor = np.finfo(np.float32).eps * 1e-3  # drawn for equal losses, because the axis is logarithmic
+for name, key in (("PyTorch, perturbed", "PyTorch, perturbed, float32"), ("JAX", "JAX, float32")):
+    label = "JAX" if name == "JAX" else "PyTorch, parameters changed by one ULP"
     drawn = np.maximum(differences[key], floor)
     bottom.plot(after, drawn, label=label, **STYLE[name] | {"linewidth": 1.2})
 bottom.set(yscale="log", xlabel="step", xlim=(0, STEPS), ylabel="difference")
-bottom.set_title("Distance of the loss from that of PyTorch to the end", loc="left", size=11)
+bottom.set_title("Difference of the loss from the run in PyTorch only", loc="left", size=11)
 bottom.legend(frameon=False, loc="upper left")
 for axes in (top, bottom):
-    axes.axvline(SEAM, color="#8A949C", linewidth=1, linestyle="--", zorder=0)
+    axes.axvline(SAVED_AT, color="#8A949C", linewidth=1, linestyle="--", zorder=0)
     axes.grid(axis="y", alpha=0.25)
-top.annotate("the checkpoint", (SEAM, across.max()), (6, -4), textcoords="offset points", va="top")
+top.annotate(
+    "the checkpoint", (SAVED_AT, across.max()), (6, -4), textcoords="offset points", va="top"
+)
 caption = (
     f"float32, Adamax, batches of {BATCH}. Above: means of {WINDOW} steps. "
     f"Below: each step; equal losses are drawn at {floor:.0e}."
@@ -269,10 +279,10 @@ fig.supxlabel(caption, x=0.01, ha="left", size=10, color="#5B6770")
 fig.savefig(FOLDER / "coming_from.png")
 
 # %% [markdown]
-# ## And back
+# ## Back to PyTorch
 #
-# The same layout leads back. PyTorch takes twenty more steps from the end of JAX's run, and JAX
-# takes them too.
+# `dump_params` and `dump_state` use the same layout. From the end of the JAX run, PyTorch and JAX
+# both train for twenty more steps.
 
 # %%
 arrays = compat_torch.dump_params(params, layout, to_array=torch.from_numpy)
@@ -293,8 +303,8 @@ assert back_difference < 1e-5
 # %% [markdown]
 # ## Errors
 #
-# A missing or surplus entry, a wrong shape or a step that is not a number raises an error that
-# names it.
+# A missing or extra entry, a wrong shape or a step that is not a number raises an error that names
+# the entry.
 
 # %%
 damaged = copy.deepcopy(checkpoint["optimizer"])
@@ -305,7 +315,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# All numbers of this page, with the machine and the versions, are in `coming_from.json`.
+# `coming_from.json` contains all numbers of this page, the machine and the versions.
 
 
 # %%
@@ -321,10 +331,10 @@ results = {
     "machine": f"{processor()}, {os.cpu_count()} cores",
     "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
     "steps": STEPS,
-    "seam": SEAM,
+    "saved_at": SAVED_AT,
     "seed": 0,
     "options": OPTIONS,
-    "loss_before_the_seam": round(float(before_the_seam[-20:].mean()), 6),
+    "loss_before_saving": round(float(before_saving[-20:].mean()), 6),
     "loss_at_the_end": {
         "JAX": round(float(in_jax[-20:].mean()), 6),
         "PyTorch": round(float(in_torch[-20:].mean()), 6),

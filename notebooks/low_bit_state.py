@@ -5,11 +5,12 @@
 # `adamax(..., m_dtype="int8", v_dtype="uint8")` stores them in 2. This notebook shows
 #
 # 1. why rounding v to bfloat16 after each step does not work: v never decays;
-# 2. what is stored instead: v in units of a shared scale, in which it does not have to decay;
+# 2. how v is stored: in units of a shared scale, so the stored number does not have to decay;
 # 3. the codes: 256 values for v, 255 for m, their errors, and why m is rounded stochastically;
-# 4. the bytes of a compiled training step, and the loss.
+# 4. the bytes of a compiled training step, and the loss;
+# 5. how to check whether a format fits the gradients of a model.
 #
-# It takes less than a minute on two CPU cores. `python notebooks/low_bit_state.py` does the same.
+# It runs for a minute on two CPU cores. `python notebooks/low_bit_state.py` does the same.
 
 # %%
 import functools
@@ -37,8 +38,8 @@ subplots = functools.partial(plt.subplots, layout="constrained", dpi=110)
 # ## Why naive bfloat16 is stuck
 #
 # In a step without a large gradient, v decays by a factor of b2 = 0.999, so by 0.1 %. bfloat16 has
-# 7 mantissa bits: neighbors are 0.4 to 0.8 % apart, and half of that is more than the decay. So
-# 0.999 v rounds back to v, for every v.
+# 7 mantissa bits, so neighboring numbers differ by 0.4 to 0.8 %. Half of this distance is more than
+# the decay. So 0.999 v rounds back to v, for every v.
 
 # %%
 numbers = np.arange(128, 256, dtype=np.float32) / 128  # each bfloat16 in [1, 2)
@@ -48,9 +49,9 @@ for b2 in (0.999, 0.998, 0.99):
     print(f"{b2} v rounds back to v for {stuck:3} of {len(numbers)} mantissas")
 
 # %% [markdown]
-# The effect: one outlier of size 1, then gradients of 0.001. The exact v decays to 0.001, and
-# updates reach the learning rate again. With naive rounding v remains 1, and every later update is
-# a thousandth of the exact one.
+# As an example, one outlier of size 1 is followed by gradients of 0.001. The exact v decays to
+# 0.001, and updates reach the learning rate again. With naive rounding v remains 1, and every later
+# update is a thousandth of the exact update.
 
 
 # %%
@@ -59,7 +60,7 @@ def naive_bfloat16(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     def store(state):
         def rounded(x):
-            # XLA may remove a cast to bfloat16 and back.
+            # A cast is not enough, because XLA may remove a cast to bfloat16 and back.
             floats = jnp.issubdtype(x.dtype, jnp.floating)
             return jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16) if floats else x
 
@@ -123,7 +124,8 @@ print(f"2 bytes {low_bit_updates[-1]:.3f}, naive bfloat16 {naive_updates[-1]:.4f
 #
 # - a gradient that sets a new maximum is rounded once, when it is stored;
 # - between halvings the stored number does not change, while v decays;
-# - when the scale is halved, so is the stored number. This is exact: its code decreases by four.
+# - when the scale is halved, the stored number is halved, too. This is exact: its code decreases by
+#   four.
 #
 # All parameters have the same scale. The state contains its logarithm, a 32-bit phase between 0 and
 # 1 that wraps around. Here b2 is 0.99, so the scale is halved every 69 steps.
@@ -188,29 +190,29 @@ errors_of_v = np.float64(rounded) / np.float64(v) - 1
 # %% [markdown]
 # ## The code of m
 #
-# v bounds m: |m| is at most 1.01 v for the default decay rates. So m needs no scale of its own.
+# v bounds m: |m| is at most 1.01 v for the default decay rates. So m does not need its own scale.
 # Its code represents m / v: a sign, and a float with 4 exponent bits and 3 mantissa bits, equally
 # spaced near zero.
 #
-# When the gradients stop, m must decay: 0.9 m, 0.81 m, ... With rounding to the nearest code it
-# does not: once 0.9 m rounds back to m, m and the update remain. `optax_adamax` rounds up or down
-# by bits from a hash of the step count and of the gradient, so that the mean over the steps is
-# exact. There are no random numbers, so a resumed run repeats the rounding.
+# If all later gradients are zero, m must decay: 0.9 m, 0.81 m, ... With rounding to the nearest
+# code, m stops decaying as soon as 0.9 m rounds back to m, and the updates continue. `optax_adamax`
+# rounds m up or down with bits from a hash of the step count and of the gradient. This stochastic
+# rounding is unbiased over the steps. It is deterministic, so a resumed run repeats it.
 
 # %%
 ratio_codes = jnp.arange(1, 128, dtype=jnp.int8)
 ratios = decode_state(state_of(RatioInt8(ratio_codes), jnp.ones(127))).m
 
-silence = np.zeros(200, np.float32)
-silence[0] = 1
-_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), silence)
+one_gradient = np.zeros(200, np.float32)
+one_gradient[0] = 1
+_, states = follow(optax_adamax.scale_by_adamax(m_dtype="int8"), one_gradient)
 hashed = jax.vmap(lambda state: decode_state(state).m)(states)
 nearest = [0.1]
-for _ in silence[1:]:
+for _ in one_gradient[1:]:
     state = state_of(jnp.float32(0.9 * nearest[-1]), jnp.float32(1))
     nearest.append(float(decode_state(encode_state(state, m_dtype="int8")).m))
-after = np.arange(len(silence))
-true_m = 0.1 * 0.9**after
+after = np.arange(len(one_gradient))
+exact_m = 0.1 * 0.9**after
 
 fig, ((values, errors), (ratio, stall)) = subplots(2, 2, figsize=(11, 8))
 values.plot(v_values, v_codes, ".", color=BLUE, markersize=4)
@@ -230,22 +232,23 @@ ratio.set(xticks=(1, 32, 64, 96, 127))
 ratio.set_title("int8 m: the codes", loc="left")
 stall.plot(after, nearest, color=ORANGE, lw=2)
 stall.plot(after, hashed, color=BLUE, lw=2)
-stall.plot(after, true_m, "k--", lw=1.2)
+stall.plot(after, exact_m, "k--", lw=1.2)
 stall.set_yscale("symlog", linthresh=2**-16, linscale=0.3)
 stall.text(199, 2e-4, "rounded to nearest: stuck", color=ORANGE, ha="right")
 stall.text(199, 4e-6, "stochastic rounding\n(dashed: exact)", color=BLUE, ha="right")
 stall.set(xlabel="steps without a gradient", ylabel="m")
-stall.set_title("int8 m: when the gradients stop", loc="left")
+stall.set_title("int8 m: after the last gradient", loc="left")
 fig.savefig(FOLDER / "low_bit_state_codes.png")
-print(f"m after {after[-1]} steps: exact {true_m[-1]:.1e}", end=", ")
+print(f"m after {after[-1]} steps: exact {exact_m[-1]:.1e}", end=", ")
 print(f"stochastic rounding {hashed[-1]:.1e}, nearest {nearest[-1]:.1e}")
 
 # %% [markdown]
 # ## Bytes and loss
 #
-# A perceptron on the 1,797 real digits that ship with scikit-learn, with the learning rate 0.002 of
-# the paper, and the same initialization and batches for each format. The bytes are those that the
-# compiled training step overwrites in place, minus the parameters.
+# The model is a perceptron for the 1,797 real digits that ship with scikit-learn. The learning rate
+# is 0.002, as in the paper. All formats start from the same parameters and use the same batches.
+# The bytes of state are the bytes that the compiled training step overwrites in place, without the
+# parameters.
 
 # %%
 digits = load_digits()
@@ -280,7 +283,7 @@ def train_step(tx, params, state, key):
 
 
 def bytes_per_parameter(tx: optax.GradientTransformation) -> float:
-    """Returns the bytes of state per parameter that a compiled step overwrites in place."""
+    """Returns the bytes of state per parameter in a compiled step that overwrites the state."""
     params = init_params(jax.random.key(0))
     step = jax.jit(functools.partial(train_step, tx), donate_argnums=(0, 1))
     memory = step.lower(params, tx.init(params), jax.random.key(0)).compile().memory_analysis()
@@ -344,8 +347,8 @@ fig.savefig(FOLDER / "low_bit_state_loss.png")
 # %% [markdown]
 # ## Does the format fit my gradients?
 #
-# uint8 stores v from 1.2e-10 to 9.4e8. `describe_state` shows the range of v in each leaf, and what
-# to write if the format does not fit.
+# uint8 stores v from 1.2e-10 to 9.4e8. `describe_state` shows the range of v in each leaf, and
+# proposes other arguments if the format does not fit.
 
 # %%
 rng = np.random.default_rng(0)
@@ -369,7 +372,7 @@ for row, leaf in enumerate(found):
     shares.barh(row - 0.2, 100 * leaf.underflow_fraction, color=GREEN, height=0.4)
     shares.barh(row + 0.2, 100 * leaf.saturated_fraction, color=ORANGE, height=0.4)
 spans.axvspan(2**-33, 1.75 * 2**29, color=GREY, alpha=0.15)
-spans.text(2**-32, -0.75, "range of uint8", color=GREY, va="center")
+spans.text(2**-32, -0.75, "uint8 range", color=GREY, va="center")
 spans.set_yticks(range(len(names)), names)
 spans.set(xscale="log", xlabel="v, smallest to largest", ylim=(-1, len(names) - 0.5))
 spans.set_title("v of each leaf", loc="left")

@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Quickstart: a small convolutional network on handwritten digits
 #
-# `optax_adamax.adamax` trains a network on the 1,797 real digits that ship with scikit-learn, and
-# is compared with `optax.adamax`, `optax.adam` and `optax.sgd` with momentum. You will see
+# `optax_adamax.adamax` trains a network on the 1,797 real digits that ship with scikit-learn. It is
+# compared with `optax.adamax`, `optax.adam` and `optax.sgd` with momentum. You will see
 #
 # 1. a train step in plain JAX, jitted, with its state donated, and a learning-rate schedule;
-# 2. the peak learning rate of each optimizer chosen on a validation set, with equal effort;
+# 2. how the peak learning rate of each optimizer is chosen on a validation set, with equal effort;
 # 3. test accuracy over three seeds, and the loss curves;
-# 4. a checkpoint that is saved during a run and resumed: the run ends with the same bits as an
-#    uninterrupted run.
+# 4. a checkpoint that is saved during a run and resumed: the resumed run and an uninterrupted run
+#    have equal bits.
 #
 # It runs for about a minute on two CPU cores. `python notebooks/quickstart.py` does the same; with
 # `--write` it also writes the figure and `quickstart.json` in this folder.
@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import optax_adamax
 
-# A CPU is fast enough here, and repeats its results bit for bit. (Another machine or another number
-# of threads can add numbers in another order.)
+# A CPU is fast enough here, and repeats its results bit for bit. Another machine or number of
+# threads can add numbers in another order.
 jax.config.update("jax_platforms", "cpu")
 
 STARTED = time.perf_counter()
@@ -59,8 +59,7 @@ OPTIMIZERS = {
 # ## The data
 #
 # The images have 8 x 8 pixels. 1,000 are for training, 297 for the choice of learning rates, and
-# 500 for the test, which are used only at the end. Each digit has the same share in all three
-# sets.
+# 500 for the test at the end. The fraction of each digit is the same in all three sets.
 
 # %%
 digits = load_digits()
@@ -122,9 +121,9 @@ def evaluate(
 # %% [markdown]
 # ## The train step
 #
-# A step changes only a `TrainState`, which it overwrites (`donate_argnums`), so memory contains no
-# second copy of parameters, m and v. The learning rate rises over the first tenth of the steps and
-# falls along a cosine to zero.
+# A step overwrites its `TrainState` (`donate_argnums`), so memory does not contain a second copy of
+# parameters, m and v. The learning rate rises linearly over the first tenth of the steps, and then
+# falls to zero along a cosine.
 
 
 # %%
@@ -178,8 +177,8 @@ valid_loss, best_rate = {}, {}
 for optimizer, (init, train_step) in trainers.items():
     for rate in progress(PEAK_RATES, f"tuning {optimizer}", leave=False):
         trained = [train(train_step, init(seed), rate, seed)[0].params for seed in TUNING_SEEDS]
-        of_seeds = [evaluate(params, valid_images, valid_labels)[0] for params in trained]
-        valid_loss[optimizer, rate] = np.float64(of_seeds)
+        by_seed = [evaluate(params, valid_images, valid_labels)[0] for params in trained]
+        valid_loss[optimizer, rate] = np.float64(by_seed)
     best = min(PEAK_RATES, key=lambda rate: valid_loss[optimizer, rate].mean())
     best_rate[optimizer] = best
     edge = ", at the edge of the grid" if best in (PEAK_RATES[0], PEAK_RATES[-1]) else ""
@@ -198,8 +197,8 @@ for optimizer, rate in progress(best_rate.items(), "three seeds", leave=False):
     runs = [train(train_step, init(seed), rate, seed) for seed in SEEDS]
     final_state[optimizer] = [state for state, _ in runs]
     loss_curves[optimizer] = np.array([losses.reshape(EPOCHS, -1).mean(1) for _, losses in runs])
-    of_seeds = [evaluate(state.params, test_images, test_labels)[1] for state, _ in runs]
-    accuracy[optimizer] = np.float64(of_seeds)
+    by_seed = [evaluate(state.params, test_images, test_labels)[1] for state, _ in runs]
+    accuracy[optimizer] = np.float64(by_seed)
 
 # %%
 STYLE = {
@@ -210,12 +209,12 @@ STYLE = {
 }
 
 
-def draw(axes: plt.Axes, x: np.ndarray, of_seeds: np.ndarray, optimizer: str) -> None:
+def draw(axes: plt.Axes, x: np.ndarray, by_seed: np.ndarray, optimizer: str) -> None:
     """Draws the mean over the seeds as a line, and their range as a band."""
     label = f"{optimizer}: {accuracy[optimizer].mean():.1%}"
-    axes.plot(x, of_seeds.mean(0), label=label, **STYLE[optimizer])
+    axes.plot(x, by_seed.mean(0), label=label, **STYLE[optimizer])
     color = STYLE[optimizer]["color"]
-    axes.fill_between(x, of_seeds.min(0), of_seeds.max(0), color=color, alpha=0.15, lw=0)
+    axes.fill_between(x, by_seed.min(0), by_seed.max(0), color=color, alpha=0.15, lw=0)
 
 
 plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
@@ -247,8 +246,8 @@ if WRITE:
 # ## A checkpoint, resumed
 #
 # This run stops in the middle of an epoch and saves a checkpoint with Orbax. Then, as in a new
-# process, everything is created again and the run continues from the checkpoint. It ends with the
-# same bits as the uninterrupted run above: parameters, m, v and the step count.
+# process, all objects are created again, and the run continues from the checkpoint. At the end,
+# parameters, m, v and the step count have the same bits as in the uninterrupted run above.
 
 # %%
 optimizer, seed, middle = "optax_adamax.adamax", SEEDS[0], STEPS // 2 + 7
@@ -277,7 +276,7 @@ print(f"resumed at step {middle} of {STEPS}; at the end all {len(arrays)} arrays
 #
 # One test image is 0.2 %, so three seeds cannot rank optimizers that differ by half a percent or
 # less. The training loss depends on the peak rate as much as on the optimizer. `quickstart.json`
-# has all results, with the machine and the versions.
+# contains all results, the machine and the versions.
 
 
 # %%

@@ -5,9 +5,9 @@
 # parameters, further over the data-parallel devices (ZeRO-1), or in host memory. On 8 CPU devices,
 # with a small network on the 1,797 real digits that ship with scikit-learn, you will see
 #
-# 1. the shardings of a state made by `jax.jit(adamax(...).init)`, and of one made by `shard`;
+# 1. the shardings of a state from `jax.jit(adamax(...).init)`, and of a state from `shard`;
 # 2. ZeRO-1: each shard of each moment, and the bytes on each device;
-# 3. the step: one all-gather per parameter, and the moments of one device;
+# 3. the step: one all-gather per parameter, and the same moments as on one device;
 # 4. a state in host memory between the steps;
 # 5. a run on 8 devices that continues from its checkpoint on 4;
 # 6. the size of the state for one layer of a transformer with 70 billion parameters.
@@ -41,8 +41,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 FOLDER = Path(globals().get("__file__", "sharding.ipynb")).resolve().parent
 
 # %% [markdown]
-# Eight devices: four data-parallel groups of two. Each group holds the parameters once: the hidden
-# layers and the first bias are sharded over its two devices (`"model"`), the rest is replicated.
+# The eight devices form four data-parallel groups of two. Each group stores the parameters once.
+# The hidden layers and the first bias are sharded over the two devices of a group (`"model"`). The
+# other parameters are replicated.
 
 # %%
 mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -81,7 +82,7 @@ adamax = optax_adamax.adamax(2e-3)
 # ## 1. The shardings of a state
 #
 # `adamax.init` creates zeros, which do not depend on the parameters. Under `jax.jit` all of them
-# are unsharded on one device. `shard` makes them in place:
+# are unsharded on one device. `shard` creates each array with its sharding:
 
 # %%
 like_parameters = sharding.shard(adamax, params)
@@ -106,8 +107,8 @@ for name, state in states.items():
     print(f"{name:16} bytes on each device: {bytes_on_devices(state)}")
 
 # %% [markdown]
-# `shard` finds the leaves that belong to parameters with `optax.tree.map_params`, so it works for a
-# whole chain of any transformations. Other leaves, such as the step count, are replicated.
+# `shard` finds the leaves that belong to parameters with `optax.tree.map_params`, so it works for
+# chains of any transformations. Other leaves, such as the step count, are replicated.
 
 # %%
 for path, place in jax.tree_util.tree_leaves_with_path(zero1.shardings):
@@ -116,9 +117,9 @@ for path, place in jax.tree_util.tree_leaves_with_path(zero1.shardings):
 # %% [markdown]
 # ## 2. ZeRO-1
 #
-# Without ZeRO-1 each of the four groups holds the same moments. With `zero1_axis="data"` each
-# moment is sharded over the groups, along its largest unsharded dimension. The numbers are the
-# devices that store a shard.
+# Without ZeRO-1, each of the four groups stores the same moments. With `zero1_axis="data"`, each
+# moment is sharded over the groups, along its largest unsharded dimension. The numbers in the
+# figure are the devices that store a shard.
 
 # %%
 COLOURS = plt.get_cmap("tab10").colors
@@ -164,7 +165,7 @@ fig.savefig(FOLDER / "sharding.png", dpi=150)
 plt.show()
 
 # %% [markdown]
-# A leaf without such a dimension is not sharded further. `unsharded` lists these leaves, their
+# A leaf without a divisible dimension is not sharded further. `unsharded` lists these leaves, their
 # bytes on each device, and the reason (`b3`, of 10 elements, is an example):
 
 # %%
@@ -225,9 +226,9 @@ for name, tx in (("like parameters", like_parameters), ("ZeRO-1", zero1)):
     print(f"a step, {name:15}", dict(found))
 
 # %% [markdown]
-# The arithmetic is elementwise, so the same gradients give the same moments under every sharding.
-# (The last bit can differ: XLA on CPU contracts `b1 * m + (1 - b1) * g` to one fused multiply-add
-# in some programs and not in others.)
+# The arithmetic is elementwise, so the same gradients give the same moments with every sharding.
+# Only the last bit can differ: XLA on CPU contracts `b1 * m + (1 - b1) * g` to a fused multiply-add
+# in some programs.
 
 # %%
 gradients = [jax.grad(loss)(params, *batch(t, mesh)) for t in range(5)]
@@ -248,7 +249,7 @@ for name, state in (("like parameters", sharded), ("ZeRO-1", sharded_zero1)):
 # ## 4. Host memory
 #
 # With `memory_kind="pinned_host"` the state is in host memory between the steps. Each step moves it
-# to the devices and back. The step donates the state; otherwise it would exist twice.
+# to the devices and back. The step donates the state; without donation, two copies would exist.
 
 
 # %%
@@ -273,8 +274,9 @@ assert set(kinds) == {"pinned_host"} and losses[-1] < losses[0] / 5
 # %% [markdown]
 # ## 5. From 8 devices to 4
 #
-# `init` of shapes returns shapes with shardings, the target for restoring a checkpoint. The run
-# continues on half of the devices, on another mesh, without ZeRO-1.
+# If its argument is a tree of shapes, `init` returns shapes with shardings, which are the target
+# for restoring a checkpoint. The run continues on half of the devices, on another mesh, without
+# ZeRO-1.
 
 # %%
 losses, params_8, state_8 = train(adamax, params, STEPS, zero1_axis="data")
@@ -297,9 +299,9 @@ for t in range(STEPS, STEPS + 5):
 # %% [markdown]
 # ## 6. At scale
 #
-# Shapes on an abstract mesh are enough to compute sizes; nothing is allocated. This is one layer of
-# a transformer of 70 billion parameters on 512 devices, 64 data-parallel groups of 8.
-# `python -m benchmarks.state_bytes` computes whole models.
+# Sizes can be computed from shapes on an abstract mesh, so nothing is allocated. The example is one
+# layer of a transformer with 70 billion parameters on 512 devices, in 64 data-parallel groups of 8.
+# `python -m benchmarks.state_bytes` computes the sizes for complete models.
 
 # %%
 large = AbstractMesh((64, 8), ("data", "model"))

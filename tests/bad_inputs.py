@@ -1,4 +1,4 @@
-"""Table of bad inputs: a name, a call, the exception, and words of its message.
+"""Table of bad inputs. A row has a name, a call, the exception, and words of its message.
 
 A call receives the transformations and states of `Given`, and must not change them.
 """
@@ -40,9 +40,9 @@ def gradients(**changes):
 class Given(NamedTuple):
     """Transformations, each with its state after a step."""
 
-    plain: optax.GradientTransformation  # of PARAMS
+    plain: optax.GradientTransformation  # for PARAMS
     state: ScaleByAdamaxState
-    low: optax.GradientTransformation  # of REAL, in 2 bytes, as all below
+    low: optax.GradientTransformation  # for REAL, with 2-byte state, like those below
     low_state: ScaleByAdamaxState
     skip: optax.GradientTransformation
     skip_state: tuple

@@ -1,4 +1,4 @@
-"""Table of states that `update` and the conversions reject; see `bad_inputs`."""
+"""Table of states that `update` and the conversions reject, in the form of `bad_inputs`."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ ROWS = [
     (f"state: {name}", lambda x, s=state: x.plain.update(gradients(), s(x)), error, words)
     for name, state, error, words in STATES
 ]
-# The state of an alias.
+# States passed to an alias.
 ROWS += [
     (f"state of {name}", lambda _, tx=tx, s=state: tx.update(REAL, s(), REAL), TypeError, words)
     for name, tx, state, words in [
@@ -145,7 +145,7 @@ ROWS += [
         optax.sgd(0.1).init(REAL), REAL, adamax(0.1)), ValueError, "There is no ScaleByAdamState"),
 ]  # fmt: skip
 
-# Wrappers whose state is in the place of another argument.
+# Wrappers whose state is passed in the position of another argument.
 ROWS += [
     (f"{name}: {case}", lambda _, tx=tx, swap=swap: tx.update(*swap(REAL, tx.init(REAL))),
      TypeError, f"must be a {state}, but {given} was given. {ORDER}")

@@ -1,4 +1,4 @@
-"""Strict modes and eight CPU devices for every test, set before JAX starts."""
+"""Sets strict modes and eight CPU devices for every test, before JAX starts."""
 
 import gc
 import os
@@ -32,7 +32,7 @@ def pytest_collection_finish():
 def mutant(monkeypatch, request):
     """Returns a function that replaces an attribute of the package for one test.
 
-    Programs that were compiled with the other value are dropped, before and after the test.
+    Programs compiled with the other value are dropped from the caches before and after the test.
     """
 
     def replace(module, name, value):
@@ -49,9 +49,9 @@ def is_helper(module):
 
 
 def clear_caches(test_module):
-    """Clears the caches of jax.jit and functools.cache in the package and behind a test module.
+    """Clears the caches of jax.jit and functools.cache that a test module uses.
 
-    These are the module itself and the helper modules whose functions it imports.
+    They are in the package, in the test module, and in the helper modules that it imports from.
     jax.clear_caches would also drop the programs of all other test modules.
     """
     imported = {getattr(value, "__module__", None) for value in vars(test_module).values()}

@@ -4,7 +4,7 @@ import warnings
 
 import jax
 
-with warnings.catch_warnings():  # flax 0.12.0 looks for names that JAX 0.8.0 deprecates
+with warnings.catch_warnings():  # flax 0.12.0 accesses names that JAX 0.8.0 deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
     from flax import linen, nnx
 

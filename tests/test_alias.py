@@ -1,4 +1,4 @@
-"""Each alias is its chain for each keyword, and each wrapper leaves each keyword alone."""
+"""Each alias equals its documented chain for each keyword, also inside of wrappers."""
 
 import functools
 import inspect
@@ -19,7 +19,7 @@ from optax_adamax import (
     scale_by_adamax,
 )
 
-# A value other than the default for each keyword, by which updates change.
+# For each keyword, a value other than the default, which changes the updates.
 KEYWORDS = {
     "learning_rate": lambda count: 0.3 / (1 + count),
     "b1": 0.6,
@@ -34,7 +34,8 @@ KEYWORDS = {
     "v_dtype": "uint8",
     "nonfinite": "zero",
 }
-WITH = {"eps_placement": {"eps": 0.5}, "mask": {"weight_decay": 0.5}}  # what else makes it matter
+# Arguments without which a keyword would not change the updates.
+WITH = {"eps_placement": {"eps": 0.5}, "mask": {"weight_decay": 0.5}}
 DEFAULTS = {"learning_rate": 0.1, "weight_decay": 1e-4, "mask": None}
 CASES = [
     (alias, name)
@@ -53,7 +54,7 @@ def arguments(name):
 
 
 def chain(alias, given):
-    """What the alias stands for."""
+    """Returns the documented chain of the alias."""
     values = DEFAULTS | given
     rule = {name: x for name, x in given.items() if name not in DEFAULTS}
     decay = optax.add_decayed_weights(values["weight_decay"], values["mask"])
@@ -65,7 +66,7 @@ def chain(alias, given):
 
 
 def train(tx, gradients=GRADIENTS, params=PARAMS):
-    """The parameters after each step, and the last state."""
+    """Returns the parameters after each step, and the last state."""
     state, steps = tx.init(params), []
     with jax.numpy_dtype_promotion("standard"):
         for g in gradients:
@@ -85,7 +86,7 @@ def assert_close(tree, other):
 
 
 @pytest.mark.parametrize("alias, name", CASES)
-def test_keyword_of_an_alias_is_that_of_its_chain(alias, name):
+def test_alias_equals_its_chain_for_each_keyword(alias, name):
     given = arguments(name)
     gradients = GRADIENTS
     if name == "nonfinite":
@@ -110,7 +111,7 @@ def test_skipped_step_of_an_alias_changes_no_parameter_and_no_schedule(alias):
     assert_close(steps[2:], expected[1:])
 
 
-# Each wrapper, with each of its own options, for which it leaves these gradients alone.
+# Each wrapper with each of its options, with values that do not change these gradients.
 WRAPPERS = {
     "limit_spikes, ratio": lambda tx: limit_spikes(tx, max_norm_ratio=1e3),
     "limit_spikes, norm": lambda tx: limit_spikes(tx, max_norm=1e3),
@@ -131,16 +132,16 @@ WRAPPERS = {
         if not (wrapper.startswith("pack") and name == "mask")  # a packed tree has other leaves
     ],
 )
-def test_wrapper_leaves_keyword_alone(wrapper, name):
+def test_wrapper_preserves_the_effect_of_each_keyword(wrapper, name):
     tx = adamaxw(**{"learning_rate": 0.1} | arguments(name))
     assert_same(train(WRAPPERS[wrapper](tx))[0], train(tx)[0])
 
 
 @pytest.mark.parametrize("name", inspect.signature(adamaxw).parameters)
-def test_master_params_of_each_keyword_are_those_of_float32(name):
+def test_master_params_equal_float32_parameters_for_each_keyword(name):
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = adamaxw(**{"learning_rate": 0.1} | arguments(name))
     steps, state = train(compensate_rounding(tx, "int16"), params=params)
-    wide = jax.tree.map(lambda p: p.astype(np.float32), params)
-    expected = train(tx, params=wide)[0][-1]
+    float32 = jax.tree.map(lambda p: p.astype(np.float32), params)
+    expected = train(tx, params=float32)[0][-1]
     assert_close(master_params(state, steps[-1]), expected)

@@ -35,29 +35,29 @@ def test_range_of_runs_is_the_range_of_their_medians():
 
     medians = (1.0, 4.0, 2.0)
     runs = [{"int8": {"ratio": {"median": x, "quartiles": [0, 9]}, "passes": 3}} for x in medians]
-    found = low_bit.of_runs(runs)
+    found = low_bit.merge_runs(runs)
     assert found == {"int8": {"ratio": {"median": 2.0, "runs": [1.0, 4.0]}, "passes": 3}}
-    assert timing.text(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
+    assert timing.format_ratio(found["int8"]["ratio"]) == "2.00 (1.00 to 4.00)"
 
 
 def test_c_loop_computes_a_step_of_adamax():
-    from benchmarks.bandwidth_bound import Limit
+    from benchmarks.bandwidth_bound import MemoryBound
 
     try:
-        limit = Limit(1001)
+        bound = MemoryBound(1001)
     except (OSError, RuntimeError) as reason:
         pytest.skip(str(reason))
-    limit.adamax()
-    parameter, m, v, g = (float(x[-1]) for x in limit._arrays)
+    bound.adamax()
+    parameter, m, v, g = (float(x[-1]) for x in bound._arrays)
     # The first step of Adamax without bias correction.
     np.testing.assert_allclose([m, v], [0.1 * g, g], rtol=1e-5)
     np.testing.assert_allclose(parameter, 1 - 1e-3 * 0.1, rtol=1e-6)
-    limit.copy()
-    assert np.all(limit._arrays[1] == np.float32(g))
+    bound.copy()
+    assert np.all(bound._arrays[1] == np.float32(g))
 
 
 def test_peers_reports_missing_frameworks(monkeypatch):
-    from benchmarks import peers, update_docs
+    from benchmarks import peers, tables
 
     def broken(gradient):
         raise RuntimeError("no such device")
@@ -66,63 +66,65 @@ def test_peers_reports_missing_frameworks(monkeypatch):
     found = peers.measure(64, 2, few | {"broken": broken})
     assert set(few) <= set(found["to_optax"])
     assert found["missing"]["broken"] == "RuntimeError: no such device"
-    text = update_docs.peers({"default": found, "switched": None})
+    text = tables.peers({"default": found, "switched": None})
     assert "| broken | not measured: RuntimeError: no such device |" in text
 
 
 def test_scaling_and_packing_write_results_and_figures(tmp_path, monkeypatch):
-    from benchmarks import packing, reporting, scaling, update_docs
+    from benchmarks import packing, reporting, scaling, tables
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
-    parameters = {"16": scaling.one_leaf(16, 1)}
-    leaves = {"1": scaling.many_leaves(1, 1)}
+    parameters = {"16": scaling.measure_one_leaf(16, 1)}
+    leaves = {"1": scaling.measure_many_leaves(1, 1)}
     # 16 bytes per parameter: parameter, m, v and gradient. The remaining bytes are counts.
     assert 16 * 16 <= parameters["16"]["adamax"]["peak_bytes"] <= 16 * 16 + 64
     scaling.draw({"parameters": parameters, "leaves": leaves})
     found = packing.compare(2, 1, 1)
-    packing.draw({"by_size": packing.by_size(1, (4,), 1)})
+    packing.draw({"by_size": packing.compare_sizes(1, (4,), 1)})
     assert {path.name for path in tmp_path.iterdir()} == {"packing.png", "scaling.png"}
-    assert packing.PACKED in update_docs.packing({"by_count": {"2": found}})
+    assert packing.PACKED in tables.packing({"by_count": {"2": found}})
 
 
 def test_slopes_are_fitted_to_the_upper_half():
-    from benchmarks import scaling, update_docs
+    from benchmarks import scaling, tables
 
     curve = {str(10**k): {"x": {"bytes": 10.0 ** max(2, 2 * k)}} for k in range(5)}
     found = scaling.slopes(curve, "bytes")
     np.testing.assert_allclose(found["x"], 2)
-    text = update_docs.scaling({"slopes": {"step, leaves": found}})
+    text = tables.scaling({"slopes": {"step, leaves": found}})
     assert text.endswith("| step, leaves | 2.00 |")
 
 
 def test_overhead_and_gpu_return_rows():
-    from benchmarks import gpu, overhead, update_docs
+    from benchmarks import gpu, overhead, tables
 
-    assert overhead.traces(3) == 1
-    rows = {"1 leaf": overhead.python_time(1, 1, traced=True)}
-    assert "adamax, 2 bytes" in update_docs.overhead({"rows": rows})
+    assert overhead.count_traces(3) == 1
+    rows = {"1 leaf": overhead.measure_update(1, 1, traced=True)}
+    assert "adamax, 2 bytes" in tables.overhead({"rows": rows})
     found = gpu.measure(64, 1, [("int8", "uint8")])
-    assert found["int8, uint8"]["bytes_a_parameter"] == 16
-    assert found[gpu.REFERENCE]["bytes_a_parameter"] == 28
+    assert found["int8, uint8"]["bytes_per_parameter"] == 16
+    assert found[gpu.REFERENCE]["bytes_per_parameter"] == 28
 
 
 def test_timed_step_applies_the_transformation():
     from benchmarks import timing
 
-    step = timing.Step(optax.sgd(1.0), np.ones(3, np.float32), timing.given, np.ones(3, np.float32))
+    step = timing.Step(
+        optax.sgd(1.0), np.ones(3, np.float32), timing.batch_as_gradient, np.ones(3, np.float32)
+    )
     step()
     np.testing.assert_array_equal(step.carry[0], np.full(3, -1.0))
 
 
 def test_readme_figure_counts_bytes_and_draws(tmp_path, monkeypatch):
-    from benchmarks import readme_figure, reporting, update_docs
+    from benchmarks import readme_figure, reporting, tables
     from benchmarks.tasks import Task
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
     counted = {name: readme_figure.bytes_of(way) for name, way in readme_figure.WAYS.items()}
     assert sum(counted[readme_figure.OURS].values()) == 7
     assert sum(counted[readme_figure.FLOAT32].values()) == 16
-    assert "| 2 | 2 | 1 | 2 | 7 |" in update_docs.bytes_by_part({"bytes": counted})
+    assert "| 2 | 2 | 1 | 2 | 7 |" in tables.bytes_by_part({"bytes": counted})
 
     def loss(params, key=None):
         return jnp.sum(params["w"] ** 2)
@@ -137,15 +139,15 @@ def test_readme_figure_counts_bytes_and_draws(tmp_path, monkeypatch):
 
 
 def test_update_error_of_a_few_steps():
-    from benchmarks import update_docs, update_error
+    from benchmarks import tables, update_error
 
     (row,) = update_error.measure(50, 20, [("int8", "uint8")])
     assert 0.95 < row["constant_mean"] < 1 and 0.01 < row["random_rms"] < 0.2
-    assert "1.2e-10 to 9.4e8" in update_docs.storage_formats({"rows": [row]})
+    assert "1.2e-10 to 9.4e8" in tables.storage_formats({"rows": [row]})
 
 
 def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
-    from benchmarks import learning_rate, learning_rate_figure, reporting, update_docs
+    from benchmarks import learning_rate, learning_rate_figure, reporting, tables
     from benchmarks.tasks import Task
 
     monkeypatch.setattr(reporting, "FIGURES", tmp_path)
@@ -175,8 +177,8 @@ def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
     results = {"noises": learning_rate.NOISES, "tasks": tasks}
     learning_rate_figure.draw(results)
     assert (tmp_path / "learning_rate.png").exists()
-    assert "| one, noise added | " in update_docs.learning_rate(results)
-    assert "sgd" not in update_docs.largest_update(results)
+    assert "| one, noise added | " in tables.learning_rate(results)
+    assert "sgd" not in tables.largest_update(results)
 
 
 def test_noise_has_the_tails_of_student_t_and_the_scale_of_the_gradient():
@@ -196,7 +198,7 @@ def test_noise_has_the_tails_of_student_t_and_the_scale_of_the_gradient():
 
 
 def test_good_rates_lack_a_twentieth_of_the_decrease():
-    from benchmarks.learning_rate_summary import span, summary
+    from benchmarks.learning_rate_summary import format_rates, summary
 
     losses = {"a": [[3.0], [1.0], [1.09]], "b": [[np.nan], [1.2], [1.11]]}
     rows = {
@@ -207,4 +209,4 @@ def test_good_rates_lack_a_twentieth_of_the_decrease():
     assert (found["a"]["loss"], found["a"]["rate"], found["a"]["good_rates"]) == (1.0, 2, [2, 3])
     assert (found["b"]["loss"], found["b"]["rate"], found["b"]["good_rates"]) == (1.11, 3, [])
     assert found["b"]["largest_update"] == 2.0
-    assert [span(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]
+    assert [format_rates(row["good_rates"]) for row in found.values()] == ["2 to 3", "none"]

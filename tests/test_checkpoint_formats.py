@@ -1,4 +1,4 @@
-"""A checkpoint can be restored into the format that was saved, and into no other format."""
+"""A checkpoint is restored only into the storage format in which it was saved."""
 
 import functools
 import itertools
@@ -22,7 +22,7 @@ from optax_adamax import (
 from tests.oracle.formats import FORMATS, SOME_FORMATS
 
 PAIRS = list(itertools.permutations(FORMATS, 2))
-ORBAX = re.compile("structure", re.IGNORECASE)  # words in the errors of either library
+ORBAX = re.compile("structure", re.IGNORECASE)  # words in the errors of Orbax and Flax
 FLAX = re.compile("keys|field names")
 PARAMS = {"a": np.float32([[0, 1, 2], [3, 4, 5]]), "b": {"c": np.ones((2, 3), np.float32)}}
 

@@ -1,4 +1,4 @@
-"""The mean of quantized m over a whole run agrees with float64.
+"""The mean of quantized m over a run agrees with float64.
 
 Each m depends on earlier rounded values. Rounding that is unbiased for a fixed m can correlate with
 these values, so it is tested in closed loop. `benchmarks/mutants/rounding.toml` has mutants that
@@ -95,7 +95,7 @@ def rms(x):
 
 
 def check_mean(m_dtype, v_dtype, b2, rows=ALL):
-    """Checks for each b1 that dense and sparse gradients have means within 0.5 % rms of float64."""
+    """Checks for each b1 that the means of m agree with float64 within 0.5 % rms."""
     m, u = means(m_dtype, v_dtype, b2, rows)
     sparse = -2 * len(SPARSE_PERIODS)
     for columns in (np.s_[:, :sparse], np.s_[:, sparse:]):

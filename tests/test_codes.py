@@ -1,4 +1,4 @@
-"""Each code of a storage format survives decoding and encoding, and NaN stays NaN."""
+"""Decoding and encoding a code returns the same code, and NaN stays NaN."""
 
 import functools
 
@@ -30,7 +30,7 @@ def test_all_codes_of_v_are_fixed_points(v_dtype):
 
 
 def test_range_of_uint8_v_holds_for_every_phase():
-    """The stored value lies between v / 2 and v, depending on the phase."""
+    """The stored value is between v / 2 and v, depending on the phase."""
     v_format = V_FORMATS["uint8"]
     lowest, highest = (float(v_format.decode(jnp.uint8(code))) for code in (0, 255))
     assert v_format.range == (2 * lowest, highest)

@@ -1,4 +1,4 @@
-"""compensate_rounding: `inner` receives float32; int16 residuals reproduce float32 exactly."""
+"""`compensate_rounding` passes float32 to `inner`; int16 residuals reproduce float32 exactly."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from optax_adamax import Int8Residual, adamax, adamaxw, compensate_rounding, mas
 
 
 def inner_of(kind):
-    """Rates that are not powers of two: their products are rounded, and may be contracted."""
+    """Returns an optimizer with a rate that is not a power of two, so XLA may contract products."""
     # Piecewise constant, because a compiled cosine differs in the last bits.
     schedule = optax.piecewise_constant_schedule(3e-4, {5: 0.7, 11: 0.3})
     if kind == "decay":  # a power of two, because optax adds a product
@@ -49,7 +49,7 @@ def test_compiled_eager_and_scanned_agree(kind, residual_dtype):
 
 
 def test_int16_equals_float32_exactly():
-    """With bfloat16 gradients and weight decay, outside of jax.jit."""
+    """The gradients are bfloat16, with weight decay. The steps run outside of jax.jit."""
     rng, inner = np.random.default_rng(2), adamaxw(3e-4, weight_decay=0.01)
     tx = compensate_rounding(inner, "int16")
     params = jnp.asarray(rng.normal(size=300), jnp.bfloat16)
@@ -83,7 +83,7 @@ def float32_optimizer(decay):
 
 
 def test_weight_decay_is_applied_in_full_with_bfloat16_gradients():
-    """As the last transformation of a chain with these gradients, 2 % of it was applied."""
+    """With bfloat16 gradients, an optax chain would apply only 2 % of the decay."""
     rng = np.random.default_rng(3)
     params = rng.uniform(1, 2, 4096).astype(jnp.bfloat16)
     gradients = rng.normal(size=(300, 4096)).astype(jnp.bfloat16)
@@ -91,7 +91,7 @@ def test_weight_decay_is_applied_in_full_with_bfloat16_gradients():
         float32_optimizer, params.astype(np.float32), gradients.astype(np.float32)
     )
     assert expected == pytest.approx(1e-4 * 300 * 0.01 * 1.5, rel=0.05)
-    # int8 rounds 300 times per element: a deviation of 1.4 % of the result.
+    # int8 rounds 300 times per element, so the standard deviation is 1.4 % of the result.
     for residual_dtype, tolerance in (("int16", 2e-3), ("int8", 0.05)):
 
         def make(decay, residual_dtype=residual_dtype):
@@ -100,7 +100,7 @@ def test_weight_decay_is_applied_in_full_with_bfloat16_gradients():
         assert run_with_decay(make, params, gradients) == pytest.approx(expected, rel=tolerance)
 
 
-def test_wide_parameters_have_no_residual():
+def test_float32_and_complex_parameters_have_no_residual():
     tx = compensate_rounding(optax.identity())
     params = {"w": jnp.ones(3), "b": jnp.ones(2, jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
     state = tx.init(params)
@@ -140,7 +140,7 @@ def test_inner_receives_float32_gradients_and_masters():
 
 
 TX = compensate_rounding(adamax(1e-3))
-LOW, WIDE = jnp.ones(2, jnp.bfloat16), jnp.ones(2)
+LOW, FLOAT32 = jnp.ones(2, jnp.bfloat16), jnp.ones(2)
 
 
 def init(params):
@@ -160,8 +160,8 @@ def init(params):
         (TypeError, r"\['b'\] has dtype float16", lambda: init({"b": jnp.ones(2, "float16")})),
         (ValueError, "needs the parameters", lambda: TX.update(LOW, init(LOW))),
         (TypeError, "must be a CompensateRoundingState", lambda: TX.update(LOW, (init(LOW),), LOW)),
-        (TypeError, "with optax.apply_updates", lambda: TX.update(LOW, init(LOW), WIDE)),
-        (TypeError, "has no residual for it", lambda: TX.update(WIDE, init(WIDE), LOW)),
+        (TypeError, "with optax.apply_updates", lambda: TX.update(LOW, init(LOW), FLOAT32)),
+        (TypeError, "has no residual for it", lambda: TX.update(FLOAT32, init(FLOAT32), LOW)),
         (ValueError, r"its shape is \(3,\)",
          lambda: TX.update(LOW, init(LOW), jnp.ones(3, LOW.dtype))),
         (TypeError, "in an Int8Residual, but the transformation was built for an Int16Residual",
@@ -170,7 +170,7 @@ def init(params):
          lambda: master_params((), LOW)),
         (ValueError, r"there is no parameter for \['a'\]\. Call init with these parameters",
          lambda: master_params(init({"a": LOW}), {"b": LOW})),
-        (TypeError, "with optax.apply_updates", lambda: master_params(init(LOW), WIDE)),
+        (TypeError, "with optax.apply_updates", lambda: master_params(init(LOW), FLOAT32)),
         (ValueError, r"its shape is \(3,\)",
          lambda: master_params(init(LOW), jnp.ones(3, LOW.dtype))),
     ],

@@ -40,16 +40,16 @@ STORAGE = {
     "storage", ["8 bytes", pytest.param("4 bytes", marks=pytest.mark.slow), "2 bytes"]
 )
 def test_master_parameters_follow_the_float32_run(storage):
-    """Within the rounding of the residual, with the same gradients."""
+    """The two runs differ only by the rounding of the residual."""
     m_dtype, v_dtype = STORAGE[storage]
     inner = adamax(2.0**-10, m_dtype=m_dtype, v_dtype=v_dtype)
     params, sequence = {"a": parameters()["a"]}, gradients({"a": parameters()["a"]})
-    widened = functools.partial(jax.tree.map, lambda x: np.asarray(x).astype(np.float32))
-    wide, _ = run(inner, widened(params), list(map(widened, sequence)))
+    to_float32 = functools.partial(jax.tree.map, lambda x: np.asarray(x).astype(np.float32))
+    expected, _ = run(inner, to_float32(params), list(map(to_float32, sequence)))
     for residual_dtype, tolerance in (("int8", 2.0**-13), ("int16", 2.0**-21)):
         found, state = run(compensate_rounding(inner, residual_dtype), params, sequence)
         close = functools.partial(np.testing.assert_allclose, rtol=tolerance, atol=tolerance / 16)
-        jax.tree.map(close, master_params(state, found), wide)
+        jax.tree.map(close, master_params(state, found), expected)
 
 
 def test_vmap_scan_and_pmap_agree():
@@ -117,7 +117,7 @@ def test_partition_with_two_residuals_has_both_masters():
 
 
 def test_multi_steps_inside_and_outside_accumulates():
-    """Inside, it accumulates float32 gradients; outside, it rounds the mean to bfloat16."""
+    """Inside, MultiSteps accumulates float32 gradients. Outside, it rounds the mean to bfloat16."""
     params, sequence = parameters(), gradients()
     twice = [g for g in sequence for _ in range(2)]
     inside = compensate_rounding(optax.MultiSteps(SGD, 2))
@@ -161,7 +161,7 @@ def test_guards_inside_skip_steps(guard):
     ],
 )
 def test_guards_of_optax_outside_are_rejected_by_jax(guard):
-    """If this fails, optax supports it, and the guide must be changed."""
+    """If this test fails, optax supports these compositions, and the guide must be changed."""
     params, tx = parameters(), guard(optimizer())
     with pytest.raises(TypeError, match=r"differ"):
         run(tx, params, gradients(steps=1))
@@ -182,7 +182,7 @@ def test_limit_spikes_and_clipping_outside_work():
 
 
 def test_pack_small_leaves_inside_and_outside_agree():
-    """Inside, residuals are not packed; outside, they are in the buffers."""
+    """Inside, residuals are not packed. Outside, they are packed into the buffers."""
     params, sequence = parameters(), gradients()
     inside = run(compensate_rounding(pack_small_leaves(SGD)), params, sequence)
     assert_same_masters(inside, expected())

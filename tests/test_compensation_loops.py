@@ -23,7 +23,7 @@ from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, mas
 
 @residuals
 def test_bfloat16_updates_train_like_float32_updates(residual_dtype):
-    """In a scan that adds them without a cast, under strict promotion."""
+    """A scan adds them without a cast, under strict promotion."""
     start = parameters()["a"]
     stacked = jnp.stack(gradients(start, steps=200))
 
@@ -50,7 +50,7 @@ def test_bfloat16_updates_train_like_float32_updates(residual_dtype):
 
 @pytest.mark.parametrize("update_dtype", ["float32", "bfloat16"])
 def test_equinox_apply_updates_needs_bfloat16_updates(update_dtype):
-    """With float32 updates the next step raises, and names the argument."""
+    """With float32 updates, the next step raises an error that names the argument."""
     model = eqx.nn.Linear(2, 1, use_bias=False, key=jax.random.key(0), dtype=jnp.bfloat16)
     tx = compensate_rounding(adamaxw(1e-3), update_dtype=update_dtype)
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
@@ -79,7 +79,7 @@ def scaled_outside(tx):
     "outside", [scaled_outside, lambda tx: optax.chain(tx, optax.add_decayed_weights(0.1))]
 )
 def test_check_applied_detects_transformations_outside(outside, compiled):
-    """optax.chain(compensate_rounding(...), scale) leaves the parameters where they are."""
+    """Without the check, optax.chain(compensate_rounding(...), scale) changes no parameters."""
     params = parameters()
     for check_applied in (False, True):
         tx = outside(compensate_rounding(optax.sgd(0.1), check_applied=check_applied))
@@ -95,7 +95,7 @@ def test_check_applied_detects_transformations_outside(outside, compiled):
 
 
 def test_check_applied_accepts_correct_loops():
-    """Also inside limit_spikes with a skipped step, and if it is turned on during a run."""
+    """The check also accepts skipped steps of limit_spikes, and can be turned on during a run."""
     params, sequence = parameters(), gradients(steps=3)
     checked = compensate_rounding(SGD, check_applied=True)
     plain = compensate_rounding(SGD)
@@ -110,7 +110,7 @@ def test_check_applied_accepts_correct_loops():
         for g in (sequence[0], large, sequence[1]):
             p, state = step(p, state, g)
         jax.effects_barrier()
-    left = plain.update(sequence[2], state, p)[1]  # and turned off again
+    left = plain.update(sequence[2], state, p)[1]  # the check can be turned off again
     assert left.expected_params == ()
 
 
@@ -123,7 +123,7 @@ def test_check_applied_stores_the_applied_parameters():
 
 
 def test_count_saturates():
-    """A negative count would exchange updates and residuals."""
+    """A count that wraps to negative numbers would exchange updates and residuals."""
     tx = adding("int8")
     params = jnp.ones(4, jnp.bfloat16)
     state = tx.init(params)._replace(count=jnp.int32(2**31 - 1))
@@ -134,7 +134,7 @@ def test_count_saturates():
 
 
 def test_derivative_of_an_update_raises():
-    """Rounding has derivative zero, which would look like a result."""
+    """Without the error, the derivative would be zero, because rounding is piecewise constant."""
     tx = compensate_rounding(optax.sgd(0.1))
     params = jnp.ones(3, jnp.bfloat16)
 

@@ -95,17 +95,17 @@ def test_checkpoint_resumes_exactly(tmp_path):
     assert_equal(run(tx, restored[0], sequence[STEPS // 2 :], restored[1]), expected())
 
 
-@pytest.mark.parametrize("kept", ["int8", "int16"])
-def test_checkpoint_of_another_residual_dtype_raises(tmp_path, kept):
-    """Orbax would cast the integers, and every parameter would be wrong."""
-    other = {"int8": "int16", "int16": "int8"}[kept]
+@pytest.mark.parametrize("saved", ["int8", "int16"])
+def test_checkpoint_of_another_residual_dtype_raises(tmp_path, saved):
+    """If Orbax cast the integers, every master parameter would be wrong."""
+    other = {"int8": "int16", "int16": "int8"}[saved]
     target = optimizer(other).init(parameters())
-    _, state = expected(kept)
+    _, state = expected(saved)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / kept, state)
+        checkpointer.save(tmp_path / saved, state)
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match=other):
-            checkpointer.restore(tmp_path / kept, target)
+            checkpointer.restore(tmp_path / saved, target)
     with pytest.raises(ValueError, match=other):
         flax.serialization.from_bytes(target, flax.serialization.to_bytes(state))
 
@@ -147,7 +147,7 @@ def test_init_accepts_shapes_none_and_masks():
 
 
 def test_init_of_shapes_keeps_shardings():
-    """Without them, the moments and residuals of a sharded model would be on one device."""
+    """Without shardings, all moments and residuals of a sharded model would be on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     place = NamedSharding(mesh, P("data"))
     shape = jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=place)
@@ -202,7 +202,7 @@ def test_messages_about_trees_name_leaves_and_print_no_arrays(other):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("residual_dtype", ["int8", "int16"])
 def test_step_copies_only_the_residual(residual_dtype, dtype):
-    """In addition to the temporaries of `inner`, with gradients of any dtype."""
+    """`inner` has no temporaries here. The gradients are bfloat16 or float32."""
     n, width = 1 << 20, jnp.iinfo(residual_dtype).bits // 8
     tx = compensate_rounding(optax.sgd(3e-4), residual_dtype)
     with jax.numpy_dtype_promotion("standard"):

@@ -31,7 +31,7 @@ PLATEAU = [{"value": jnp.float32(1.0)}] * STEPS
 
 
 def assert_like_optax(compose, *, same_gradients=True, **arguments):
-    """Checks that `compose(package)` trains alike with this package and with optax.
+    """Checks that `compose(package)` trains equally with this package and with optax.
 
     For equal gradients, m and v are equal bit for bit. Updates differ by a few float32 ULP because
     of the bias correction, and parameters by the rounding of their sums.

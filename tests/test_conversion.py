@@ -1,4 +1,4 @@
-"""`encode_state` and `decode_state` convert extreme, half-precision, boxed and averaged states."""
+"""`encode_state` and `decode_state` convert extreme, half-precision, Flax and averaged states."""
 
 import jax
 import jax.numpy as jnp
@@ -61,14 +61,14 @@ def test_float64_moments_beyond_float32_saturate():
 @pytest.mark.parametrize(
     "source, target", [("uint8", None), (None, "uint8"), ("uint8", "bfloat16")]
 )
-def test_int8_m_survives_a_change_of_the_format_of_v(source, target):
+def test_int8_m_is_preserved_if_the_format_of_v_changes(source, target):
     """The codes of m are ratios to v, so they change if v is rounded to another format."""
     v = np.geomspace(1, 8, 1000, dtype=np.float32)
     ratios = np.asarray(decode_state(encode_state(state_of(0.9 * v, v), "int8")).m) / v
     state = encode_state(state_of(ratios[0] * v, v), "int8", source)
     before, converted = decode_state(state), encode_state(state, "int8", target)
     after = decode_state(converted)
-    # Half of the distance of two codes of m. The two v differ by more than that.
+    # Half of the distance between two codes of m. The two v differ by more.
     np.testing.assert_allclose(after.m, before.m, rtol=1 / 15)
     if target == "uint8":
         assert np.max(np.abs(after.v / before.v - 1)) > 1 / 14
@@ -164,7 +164,7 @@ def test_pmean_of_a_quantized_state_raises_in_the_next_step():
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype", FORMATS[:2])
-def test_decoded_state_survives_ravel_pytree(m_dtype, v_dtype):
+def test_decoded_state_is_restored_by_unravel(m_dtype, v_dtype):
     tx = adamax(0.1, m_dtype=m_dtype, v_dtype=v_dtype)
     g = {"a": np.float32([0.5, -2.0, 0.0]), "b": np.ones((2, 2), np.float32)}
     _, state = jax.jit(tx.update)(g, tx.init(g))
@@ -180,7 +180,7 @@ def test_decoded_state_survives_ravel_pytree(m_dtype, v_dtype):
 @pytest.mark.parametrize("before, after", [(0.1, lambda _: 0.1), (lambda _: 0.1, 0.1)])
 @pytest.mark.parametrize("formats", [{"m_dtype": "int8", "v_dtype": "uint8"}])
 def test_number_can_be_replaced_by_a_schedule_during_a_run(before, after, formats):
-    """The conversion that the error message names continues the run bit for bit, in both ways."""
+    """The conversion that the error message proposes continues the run, in both directions."""
     old, new = adamax(before, **formats), adamax(after, **formats)
     g = {"w": np.float32([1.0, -3.0])}
     _, state = jax.jit(old.update)(g, old.init(g))
@@ -196,7 +196,7 @@ def test_number_can_be_replaced_by_a_schedule_during_a_run(before, after, format
 
 
 def test_parameters_of_filtered_gradients_are_ignored():
-    """An unfiltered Equinox model has functions and integers where the gradient is None."""
+    """An unfiltered Equinox model contains functions and integers, with the gradient None."""
     tx = scale_by_adamax()
     g = {"w": np.ones(2, np.float32), "activation": None, "step": None}
     unfiltered = {"w": np.ones(2, jnp.bfloat16), "activation": jax.nn.relu, "step": 3}

@@ -1,4 +1,4 @@
-"""Extreme numbers and extreme decay rates, in each storage format."""
+"""Extreme numbers and extreme decay rates give finite, correct updates in each storage format."""
 
 import functools
 
@@ -16,7 +16,7 @@ QUANTIZED_V = [form for form in LOW_BIT if form[1] != "float32"]
 
 
 def scan(tx, gradients, params=None):
-    """Updates, m and v of each step, and the last state."""
+    """Returns updates, m and v of each step, and the last state."""
 
     def body(state, g):
         u, state = tx.update(g, state)
@@ -54,7 +54,7 @@ SIGNS = np.float32([[1, 1], [-1, 1], [1, 1], [1, -1], [-1, 1], [0.5, 1]])
 
 @functools.cache
 def updates_with_b2_of_0(v_dtype):
-    """Updates of `SIGNS` with int8 m, for b1 = 0 and b1 = 0.5."""
+    """Returns the updates of `SIGNS` with int8 m, for b1 = 0 and b1 = 0.5."""
 
     def run(b1, b2):
         tx = scale_by_adamax(b1, b2, 0.0, m_dtype="int8", v_dtype=v_dtype)
@@ -110,7 +110,7 @@ def test_v_after_a_step_with_tiny_b2_is_the_gradient(v_dtype, traced):
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(QUANTIZED_V, SOME_FORMATS))
 def test_branch_for_tpu_stores_the_same_v(mutant, m_dtype, v_dtype):
-    """The scalars that travel in low bits of other operands arrive there, and nothing else."""
+    """The TPU branch passes scalars in the low bits of other operands, without other changes."""
     rng = np.random.default_rng(0)
     gradients = np.float32(rng.standard_t(2, (120, 64)) * 10.0 ** rng.uniform(-5, 2, 64))
     tx = scale_by_adamax(0.9, 0.95, m_dtype=m_dtype, v_dtype=v_dtype)
@@ -118,7 +118,7 @@ def test_branch_for_tpu_stores_the_same_v(mutant, m_dtype, v_dtype):
     mutant(jax.lax, "platform_dependent", choose_tpu)
     tpu_u, tpu_m, tpu_v, _ = scan(tx, gradients)
     np.testing.assert_array_equal(tpu_v, v)
-    # XLA on CPU contracts the products of this branch, which changes few of the codes of m.
+    # XLA on CPU contracts products in this branch, which changes less than 1 % of the codes of m.
     assert np.mean(np.abs(tpu_m - m) > 1e-6 * v) < 0.01
     assert np.mean(np.abs(tpu_u - u) > 1e-4) < 0.01
 
@@ -129,7 +129,7 @@ def choose_tpu(*arguments, default=None, **branches):
 
 @pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
 def test_state_made_by_vmap_is_decoded_row_by_row(v_dtype):
-    """There is one phase of the shared scale per row."""
+    """Each row has its own phase of the shared scale."""
     tx = scale_by_adamax(m_dtype="int8", v_dtype=v_dtype)
     b2, g = np.float32([0.5, 0.8, 0.9]), np.float32(np.random.default_rng(0).normal(size=(3, 3)))
 

@@ -69,7 +69,7 @@ HESSIANS = [jax.jit(jax.hessian(loss)), jax.jit(jax.hessian(scanned_loss))]
 @pytest.mark.parametrize("hessian", HESSIANS, ids=["unrolled", "scan"])
 @pytest.mark.parametrize("b1", [0.5, 0.0])
 def test_second_derivatives_agree_with_float64(b1, hessian):
-    """At b1 = 0 and t = 1, b1^(t-1) is 0^0."""
+    """b1 = 0 is included, because the derivative of b1^t contains 0^0 at t = 1."""
     x = np.array([b1, 0.8, 0.01, 1.1])
     hessian = hessian(np.float32(x))
     expected = differences(lambda x: differences(exact_loss, x, 1e-4), x, 1e-4)
@@ -161,7 +161,7 @@ def final_and_derivative():
     ids=["usual", "default", "b1=0", "eps=0"],
 )
 def test_derivative_in_the_hyperparameters_agrees_with_differences(at):
-    """Differences are one-sided and of second order, because some values end their range."""
+    """Differences are one-sided, of second order, because some values are at an end of a range."""
     with jax.enable_x64(True):
         final, derive = final_and_derivative()
         derivative = np.asarray(derive(np.array(at)))
@@ -173,7 +173,7 @@ def test_derivative_in_the_hyperparameters_agrees_with_differences(at):
 
 
 def test_derivative_in_the_hyperparameters_is_finite():
-    """It is 0 for zero gradients, because such parameters never change."""
+    """For zero gradients the derivative is 0, because the parameters never change."""
 
     def loss(hyperparameters, gradient):
         dtypes = ("float32", "bfloat16", "complex64")

@@ -1,4 +1,4 @@
-"""`describe_state` counts elements as a loop over the decoded state does, and gives advice."""
+"""`describe_state` agrees with NumPy counts of the decoded state, and gives advice."""
 
 import functools
 
@@ -24,7 +24,7 @@ from optax_adamax._m_formats import M_FORMATS
 from optax_adamax._v_formats import V_FORMATS
 from tests.oracle.formats import SOME_FORMATS, state_bytes
 
-# The other two combine properties of the first and the last.
+# The other two formats combine properties of the first and the last format; they are slow tests.
 FORMATS = formats([*SOME_FORMATS, ("int8", "float32")], SOME_FORMATS[::2])
 LOW, HIGH = V_FORMATS["uint8"].range
 MAGNITUDES = [0.0, 1e-38, LOW / 10, 10 * LOW, 1e-3, 1.0, 0.9 * HIGH, 1.2 * HIGH, 1e3 * HIGH, 1e38]
@@ -67,20 +67,20 @@ def test_counts_agree_with_the_decoded_state(m_dtype, v_dtype):
     for name in floats.m:
         leaf = described[name]
         m, v = (np.asarray(x, np.float64).ravel() for x in (floats.m[name], floats.v[name]))
-        seen = (m != 0) | (v > max(low, eps * (1 + V_FORMATS[v_dtype].relative_error)))
+        nonzero = (m != 0) | (v > max(low, eps * (1 + V_FORMATS[v_dtype].relative_error)))
         n = max(1, m.size)
         assert leaf.shape == floats.m[name].shape
         assert leaf.bytes == m.size * state_bytes(m_dtype, v_dtype)
         assert (leaf.m_dtype, leaf.v_dtype) == (m_dtype, v_dtype)
-        wanted = (v[seen].min(), v[seen].max()) if seen.any() else (np.nan, np.nan)
+        wanted = (v[nonzero].min(), v[nonzero].max()) if nonzero.any() else (np.nan, np.nan)
         np.testing.assert_allclose((leaf.v_min, leaf.v_max), wanted, rtol=1e-6)
         np.testing.assert_allclose(
-            leaf.underflow_fraction, (seen & (v <= low)).sum() / n, rtol=1e-6
+            leaf.underflow_fraction, (nonzero & (v <= low)).sum() / n, rtol=1e-6
         )
         np.testing.assert_allclose(
-            leaf.saturated_fraction, (seen & (v >= high)).sum() / n, rtol=1e-6
+            leaf.saturated_fraction, (nonzero & (v >= high)).sum() / n, rtol=1e-6
         )
-        np.testing.assert_allclose(leaf.no_gradient_fraction, (~seen).sum() / n, rtol=1e-6)
+        np.testing.assert_allclose(leaf.no_gradient_fraction, (~nonzero).sum() / n, rtol=1e-6)
         assert leaf.nonfinite_fraction == 0
     assert bool(describe_state(state).fits) == (v_dtype != "uint8")
     assert described["fits"].advice == described["none"].advice == ""
@@ -139,7 +139,7 @@ def test_v_at_the_upper_end_is_saturated():
 
 
 def test_m_above_the_largest_int8_code_is_saturated():
-    """This happens for b1 above b2, or in a state of another optimizer."""
+    """Such an m occurs for b1 > b2, or in the state of another optimizer."""
     v = np.ones(1000, np.float32)
     m = np.float32(([7.0, 7.4, 8.0, -100.0] + [1.0] * 6) * 100)
     (leaf,) = describe_state(state_of(m, v, "int8", "bfloat16")).leaves
@@ -151,7 +151,7 @@ def test_m_above_the_largest_int8_code_is_saturated():
 
 @pytest.mark.parametrize("v_dtype", ["float32", "bfloat16", "uint8"])
 def test_the_largest_code_of_m_is_recognized_above_every_v(v_dtype):
-    """m / v of the largest code is not exactly the ratio of that code."""
+    """Rounding makes m / v of the largest code differ slightly from the ratio of that code."""
     v = np.geomspace(1e-3, 1e3, 1000, dtype=np.float32)
     (leaf,) = describe_state(state_of(100 * v, v, "int8", v_dtype)).leaves
     assert leaf.m_saturated_fraction == 1

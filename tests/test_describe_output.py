@@ -1,4 +1,4 @@
-"""The output of describe_state and of a state; states on several devices or processes."""
+"""The table of `describe_state` and the repr of a state are readable, also for sharded states."""
 
 import os
 import socket
@@ -74,7 +74,7 @@ def test_the_repr_of_a_state_has_dtypes_instead_of_arrays():
     assert "m=<2 bfloat16/float32 arrays>" in repr(mixed)
 
 
-def test_the_repr_of_states_without_numbers():
+def test_repr_of_abstract_states_has_dtypes():
     tx = adamax(0.1)
     structs = jax.eval_shape(tx.init, jnp.ones(2))
     assert "count=int32" in repr(structs)
@@ -85,7 +85,7 @@ def test_the_repr_of_states_without_numbers():
 
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P()])
-def test_a_sharded_state(spec):
+def test_sharded_state_has_the_same_description(spec):
     mesh = jax.make_mesh((2,), ("x",), (jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
     v = np.exp(np.arange(-8, 8, dtype=np.float32)).reshape(4, 4)
     state = state_of(-v, v, "int8", "uint8")
@@ -106,7 +106,7 @@ def test_state_in_host_memory_is_described():
 
 
 class Spread:
-    """An array of which this process holds a part."""
+    """Mimics an array of which this process has only a part."""
 
     is_fully_addressable = False
 

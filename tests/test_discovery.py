@@ -1,4 +1,4 @@
-"""The package can be explored interactively: attributes, `dir`, `help`, examples to paste."""
+"""Attributes, `dir`, `help` and pasted docstring examples work in an interactive session."""
 
 import ast
 import builtins
@@ -26,7 +26,7 @@ ROOT = Path(optax_adamax.__file__).parents[1]
 
 
 def in_a_new_process(program):
-    """Runs a program in which nothing has been imported before."""
+    """Runs a program in a new process, without earlier imports."""
     run = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {program}"]
     subprocess.run(run, check=True, timeout=120)
 
@@ -36,7 +36,7 @@ def in_a_new_process(program):
     [
         "import optax_adamax; optax_adamax.sharding.shard",
         "import optax_adamax; optax_adamax.compat.torch.adamax(lr=0.1)",
-        pytest.param(  # the import of the next one, the attribute of the one before
+        pytest.param(  # combines the previous and the next program
             "from optax_adamax import compat; compat.torch.adamax(lr=0.1)", marks=pytest.mark.slow
         ),
         "from optax_adamax import compat, sharding; compat.keras, sharding.shard",
@@ -68,7 +68,7 @@ def test_dir_has_only_public_names_and_submodules(package):
 
 
 def test_every_module_without_an_underscore_is_in_dir():
-    """Except `wrappers`, whose functions are in the package itself."""
+    """The exception is `wrappers`: the package itself exports its functions."""
     for package in PACKAGES:
         modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
         public = {name for name in modules if not name.startswith("_")} - {"wrappers"}
@@ -124,10 +124,10 @@ def test_help_has_a_readable_signature_and_says_where_eps_is(name):
     text = pydoc.render_doc(function, renderer=pydoc.plaintext)
     # Python 3.13 prints one argument per line.
     signature = text.split(f"\n{name}(")[1].split("-> ")[0]
-    arguments = signature.split("b1:")[1]  # before it the learning rate, whose type optax reads
+    arguments = signature.split("b1:")[1]  # without learning_rate; optax reads the type of it
     assert "jaxlib" not in arguments and "Union" not in arguments
     assert len(arguments) < 500
-    if name in ("adamax", "adamax_step"):  # they place it differently
+    if name in ("adamax", "adamax_step"):  # their default eps_placement differs
         summary = function.__doc__.split("Args:")[0]
         assert "denominator" in summary and re.search(r"eps|varepsilon", summary)
 
@@ -147,7 +147,7 @@ def undefined_names(source):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_an_example_runs_when_it_is_pasted_alone(name):
-    """doctest runs it with the names of its module; a reader has only the names in it."""
+    """doctest also defines the names of the module, which a reader does not have."""
     examples = doctest.DocTestParser().get_examples(FUNCTIONS[name].__doc__ or "")
     assert undefined_names("".join(example.source for example in examples)) == set()
 

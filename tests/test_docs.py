@@ -1,4 +1,4 @@
-"""Every public name has a place in the documentation, whose code runs and prints what it says."""
+"""The reference describes every public name, and code on the pages prints the stated output."""
 
 import contextlib
 import importlib
@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
-# These pages train networks. Other tests cover what the pages use.
+# Slow tests, because these pages train networks. Other tests cover the functions they use.
 LONG = {DOCS / "guide" / f"{name}.md" for name in ("frameworks", "deep_vaes", "recipes")}
 MODULES = [
     "optax_adamax",
@@ -29,7 +29,7 @@ MODULES = [
 
 
 def public(module: types.ModuleType) -> dict[str, object]:
-    """Names for users: those that the module lists, or else those that it defines."""
+    """Returns the public names of a module: `__all__`, or else the names that it defines."""
     names = getattr(module, "__all__", None)
     if names is None:
         made_here = (
@@ -40,7 +40,7 @@ def public(module: types.ModuleType) -> dict[str, object]:
 
 
 def documented() -> list[object]:
-    """What the reference describes."""
+    """Returns the objects that the reference pages describe."""
     found, module = [], None
     for page in sorted((DOCS / "reference").glob("*.md")):
         for directive, name in re.findall(r"^\.\. (\w+):: (\S+)$", page.read_text("utf-8"), re.M):
@@ -122,11 +122,11 @@ print(jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), *runs)))
     assert found.stdout == "True\n", found.stderr
 
 
-def test_links_between_pages_lead_somewhere():
+def test_links_between_pages_have_targets():
     for page in PAGES:
         for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
             target = (page.parent / path).resolve()
-            if target.is_relative_to(DOCS / "notebooks"):  # to which the build copies them
+            if target.is_relative_to(DOCS / "notebooks"):  # the build copies notebooks there
                 target = ROOT / target.relative_to(DOCS)
             assert target.exists(), (page, path)
 
@@ -142,7 +142,7 @@ def test_the_version_is_the_same_everywhere():
     assert re.fullmatch(version, changes[0])
 
 
-def test_the_oldest_versions_are_those_of_the_table():
+def test_oldest_versions_agree_with_the_table():
     oldest = dict(bound.split(">=") for bound in project()["dependencies"])
     table = (DOCS / "guide" / "compatibility.md").read_text("utf-8")
     assert re.search(rf"^\| 3\.11 \| {oldest['jax']} \| {oldest['optax']} \|", table, re.M)

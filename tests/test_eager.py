@@ -98,7 +98,7 @@ ARGUMENTS = {
     "b1": lambda x: adamax(0.1, b1=x),
     "b2": lambda x: adamax(0.1, b1=0.5, b2=x),
     "eps": lambda x: adamax(0.1, eps=x),
-    "b1 of int8": lambda x: adamax(0.1, b1=x, m_dtype="int8", v_dtype="uint8"),
+    "b1, int8": lambda x: adamax(0.1, b1=x, m_dtype="int8", v_dtype="uint8"),
     "max_norm_ratio": lambda x: limit_spikes(optax.identity(), x + 1),
     "max_norm": lambda x: limit_spikes(optax.identity(), max_norm=x),
     "decay": lambda x: limit_spikes(optax.identity(), 5.0, decay=x),

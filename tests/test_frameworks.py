@@ -13,7 +13,7 @@ import pytest
 
 import optax_adamax
 
-with warnings.catch_warnings():  # flax 0.12.0 looks for names that JAX 0.8.0 deprecates
+with warnings.catch_warnings():  # flax 0.12.0 accesses names that JAX 0.8.0 deprecates
     warnings.simplefilter("ignore", DeprecationWarning)
     from flax import linen, nnx
     from flax.training.train_state import TrainState
@@ -63,7 +63,7 @@ def nnx_model():
 
 
 def train_nnx(tx):
-    """Trains with flax.nnx, whose Optimizer wraps each state array in a variable."""
+    """Trains with flax.nnx, where Optimizer wraps each state array in a variable."""
     model = nnx_model()
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -147,7 +147,7 @@ FRAMEWORKS = [train_linen, train_nnx, train_equinox, train_haiku]
 def test_training_agrees_with_optax(train, constructor):
     decay = {"weight_decay": 0.1} if constructor == "adamaxw" else {}
     losses, params = train(getattr(optax_adamax, constructor)(RATE, **decay))
-    with jax.numpy_dtype_promotion("standard"):  # optax fails in the strict mode
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
         optax_losses, optax_params = train(getattr(optax, constructor)(RATE, **decay))
     assert losses[-1] < losses[0] / 2
     np.testing.assert_allclose(losses, optax_losses, rtol=1e-5)

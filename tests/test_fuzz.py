@@ -1,4 +1,4 @@
-"""No sequence of operations breaks an invariant of the state machine, and its finds stay fixed.
+"""Random sequences of operations preserve invariants, and earlier counterexamples stay fixed.
 
 `python -m benchmarks.fuzz` runs `tests/oracle/state_machine.py` for longer.
 """
@@ -19,7 +19,7 @@ Run.TestCase.settings = settings(
 test_random_operations_preserve_the_invariants = Run.TestCase
 
 
-# Counterexamples that the machine found.
+# Counterexamples that the state machine has found.
 
 
 def replay(dtypes, policy, *steps):
@@ -47,7 +47,7 @@ def test_m_is_not_rounded_up_to_infinity(dtypes):
 
 @pytest.mark.parametrize("m_dtype", M_DTYPES)
 def test_v_is_not_rounded_up_to_infinity(m_dtype):
-    """Needs a shared scale of nearly 1, as after 692 steps."""
+    """The error occurred for a shared scale of nearly 1, as after 692 steps."""
     gradient = [0.0] * 7 + [3.4e38]
     long_scan = ("long_scan", {"cycle": [[0.0] * SIZE], "betas": None})
     replay(

@@ -1,4 +1,4 @@
-"""Conversion of a state in host memory: the result is in host memory and has the same bits."""
+"""Converting a state in host memory gives a state in host memory with the same bits."""
 
 import jax
 import jax.numpy as jnp

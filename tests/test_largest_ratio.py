@@ -1,4 +1,4 @@
-"""The largest ratio of m to v that int8 stores, and the decay rates that need more."""
+"""int8 m stores the largest ratio of m to v, and decay rates with larger ratios are rejected."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ from tests.oracle.formats import step_bound
 
 
 @pytest.mark.parametrize("b2", [0.92, 0.95, 0.99])
-def test_int8_keeps_the_largest_ratios_of_constants(b2):
-    """|m| / v is up to 4.6 at b2 = 0.92. What is rounded beyond the bound is cut: a bit is lost."""
+def test_int8_stores_the_largest_ratios(b2):
+    """|m| / v is up to 4.6 at b2 = 0.92. Clipping at the bound makes the mean slightly smaller."""
     sizes = np.geomspace(0.1, 10, 32)
     gradients = np.float32(b2 ** np.arange(180.0)[:, None] * sizes)
     tx = scale_by_adamax(0.9, b2, 0.0, m_dtype="int8", v_dtype="uint8")
@@ -26,7 +26,7 @@ def test_int8_keeps_the_largest_ratios_of_constants(b2):
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.91, 0.5])
-def test_int8_refuses_constants_beyond_its_ratio(b2):
+def test_int8_rejects_decay_rates_beyond_its_ratio(b2):
     with pytest.raises(ValueError, match="requires b1 < b2"):
         scale_by_adamax(0.9, b2, m_dtype="int8")
 

@@ -56,7 +56,7 @@ def test_count_saturates_and_updates_stay_correct(m_dtype, v_dtype, nonfinite):
         expected, moments = reference.step(g, moments)
     core = state if nonfinite == "propagate" else state.inner_state
     assert int(core.count) == 2**31 - 1
-    if m_dtype == "int8":  # the rounding depends on the count, so it no longer averages out
+    if m_dtype == "int8":  # rounding depends on the count, which is constant now
         assert np.all(np.abs(u) <= 1.01) and np.all(np.sign(u) == np.sign(expected))
     else:
         np.testing.assert_allclose(u, expected, atol=1e-5 if m_dtype == "float32" else 0.03)
@@ -79,7 +79,7 @@ ENDS = [
     "v_dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow), "uint8"]
 )
 def test_extreme_hyperparameters_agree_with_float64(rule, v_dtype):
-    """The first step counts too: 1 - b1^t must not cancel for b1 near 1."""
+    """The first step is included: there, 1 - b1^t would cancel for b1 near 1."""
     rng = np.random.default_rng(0)
     gradients = (rng.standard_t(3, (300, 16)) * 10.0 ** rng.uniform(-3, 1, 16)).astype(np.float32)
     gradients[rng.random(gradients.shape) < 0.2] = 0

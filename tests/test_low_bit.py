@@ -93,7 +93,7 @@ def test_bfloat16_v_is_rounded_once():
     assert np.all(np.abs(stored - w)[w > 1e-30] <= ulp[w > 1e-30])
 
 
-# m: updates vanish, and its rounding is unbiased.
+# Tests of m.
 
 
 def check_updates_vanish(m_dtype, v_dtype):
@@ -128,7 +128,7 @@ def check_rounding_of_m_is_unbiased(m_dtype):
     bias = jax.jit(lambda: jax.lax.scan(lambda x, t: (x + error(t), None), 0 * m, counts)[0])()
     bias = np.asarray(bias)
     spacing = np.maximum(np.abs(m) * m_format.relative_error, m_format.resolution)
-    # Four standard deviations of the mean of as many random roundings.
+    # Four standard deviations of the mean of this number of random roundings.
     assert np.all(np.abs(bias / steps) <= 4 * 0.5 / np.sqrt(steps) * spacing)
 
 

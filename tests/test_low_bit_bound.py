@@ -1,6 +1,6 @@
-"""Updates with quantized state stay within the step bound, at any size of the gradients.
+"""Updates with quantized state stay within the step bound for gradients of any size.
 
-A non-finite gradient gives NaN updates of its own element permanently, and of no other element.
+A non-finite gradient makes the updates of its own element NaN permanently. Others stay finite.
 """
 
 import numpy as np
@@ -22,11 +22,11 @@ def check_step_bound(gradients, m_dtype, v_dtype, betas=(0.9, 0.999), **rule):
     return u
 
 
-# Three tests use gradients of 42 steps and three columns, so they share the programs of a format.
+# Three tests use gradients of shape (42, 3), so they share the compiled program of a format.
 SIZES = [0.0, 1e-45, 1e-38, 1e-20, 2**-34, 1e-8, 1e-3, 1.0, 5e3, 1e9, 1e30, 3.4e38]
 
 
-# Each b2 and each placement of eps occurs once; MIXED_RULES are the other two combinations.
+# Each b2 and each placement of eps occurs once. MIXED_RULES has the other two combinations.
 BOUND_RULES = [((0.9, 0.999), "max"), ((0.9, 0.99), "denominator")]
 MIXED_RULES = [((0.9, 0.999), "denominator"), ((0.9, 0.99), "max")]
 
@@ -50,7 +50,7 @@ def test_updates_are_within_the_bound(rules, m_dtype, v_dtype, gradients, index)
 
 @pytest.mark.parametrize("m_dtype, v_dtype", formats(LOW_BIT))
 def test_updates_are_within_the_bound_at_the_largest_numbers(m_dtype, v_dtype):
-    """7.5 v exceeds float32, as does v after rounding up (found by Hypothesis)."""
+    """7.5 v exceeds float32, and so does v if it is rounded up (found by Hypothesis)."""
     sequences = np.zeros((42, 3), np.float32)
     sequences[:4, :2] = np.transpose([[3.4e38, 0.0, 3.4e38, 0.0], [0.0, 0.0, 3.4e38, -3.4e38]])
     u = check_step_bound(sequences, m_dtype, v_dtype)

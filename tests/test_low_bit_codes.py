@@ -49,14 +49,14 @@ def test_codes_are_equal_in_eager_jit_scan_vmap_and_sharded_runs(m_dtype, v_dtyp
     start = tx.init(gradients[0])
     eager = run_python(tx.update, start, gradients)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.NamedSharding(mesh, jax.P("x"))
+    sharded = jax.NamedSharding(mesh, jax.P("x"))
     others = {
         "jit": run_python(jax.jit(tx.update), start, gradients),
         "scan": scan(gradients, m_dtype=m_dtype, v_dtype=v_dtype)[0],
         "sharded": run_python(
             jax.jit(tx.update),
-            tx.init(jax.device_put(gradients[0], split)),
-            [jax.device_put(g, split) for g in gradients],
+            tx.init(jax.device_put(gradients[0], sharded)),
+            [jax.device_put(g, sharded) for g in gradients],
         ),
     }
     for state in others.values():

@@ -1,4 +1,4 @@
-"""Quantized state has the same codes inside optax's wrappers as without them."""
+"""Quantized state has the same codes with and without optax's wrappers."""
 
 import functools
 
@@ -165,7 +165,7 @@ def run_in(dtype, m_dtype=None, v_dtype=None):
 @pytest.mark.parametrize(
     "m_dtype, v_dtype, dtype",
     [
-        # By default, every dtype with the smallest state, and each format with one dtype.
+        # Fast: every dtype with the 2-byte state, and each format of SOME_FORMATS with bfloat16.
         pytest.param(*moments, dtype, marks=[] if fast else pytest.mark.slow)
         for moments in SOME_LOW_BIT
         for dtype in ("bfloat16", "float16", "float64")

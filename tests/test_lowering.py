@@ -38,12 +38,12 @@ ARITHMETIC |= {"exponential", "exponential_minus_one", "log_plus_one", "sqrt"}
 ELEMENTWISE = ARITHMETIC | {"bitcast_convert", "broadcast_in_dim", "compare", "complex", "constant"}
 ELEMENTWISE |= {"convert", "floor", "imag", "is_finite", "or", "real", "reduce_precision", "select"}
 ELEMENTWISE |= {"round_nearest_even", "shift_left", "shift_right_arithmetic", "shift_right_logical"}
-ELEMENTWISE |= {"and", "xor"}  # used by the test for finite numbers and the hash of the count
-ELEMENTWISE |= {"case", "return"}  # select the platform at compile time
+ELEMENTWISE |= {"and", "xor"}  # used by the check for finite numbers and the hash of the count
+ELEMENTWISE |= {"case", "return"}  # these two select the platform at compile time
 
 
 def case(option, dtype):
-    """Returns a test parameter; dtypes for which an option makes no difference are marked slow."""
+    """Returns a test parameter; half precision and complex128 are slow for most options."""
     few = dtype in ("float32", "float64", "complex64") or option in ("default", "8 bits")
     return pytest.param(option, dtype, marks=() if few else pytest.mark.slow)
 

@@ -1,4 +1,4 @@
-"""The table of mutants fits the code, and the command that runs it tells their kinds apart."""
+"""The mutants in the tables fit the code, and `benchmarks.mutation` classifies their outcomes."""
 
 import pytest
 

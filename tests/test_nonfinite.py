@@ -24,7 +24,7 @@ from parameters import formats
 from optax_adamax import scale_by_adamax
 from tests.oracle.formats import FORMATS, SOME_FORMATS
 
-# One per way of storing m and v; the other combinations are slow.
+# One pair of full-precision formats and one of quantized formats; the others are slow.
 ends_of_formats = pytest.mark.parametrize(
     "m_dtype, v_dtype", formats(SOME_FORMATS, SOME_FORMATS[::2])
 )
@@ -33,7 +33,7 @@ every_format = pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS, SOME
 
 @every_format
 def test_run_with_skipped_steps_equals_the_run_without_them(m_dtype, v_dtype):
-    """In parameters, moments, shared scale, count and schedule."""
+    """Parameters, moments, shared scale, count and schedule are equal."""
     gradients, _ = spoiled(clean_gradients())
     tx = adamaxw_of(m_dtype, v_dtype, nonfinite="skip_step")
     steps = run(tx, gradients)
@@ -56,19 +56,19 @@ def test_skipped_step_matches_apply_if_finite(m_dtype, v_dtype):
     gradients, _ = spoiled(clean_gradients())
     _, params, state = run(adamaxw_of(m_dtype, v_dtype, nonfinite="skip_step"), gradients)[-1]
     wrapped = optax.apply_if_finite(adamaxw_of(m_dtype, v_dtype), 100)
-    _, expected, theirs = run(wrapped, gradients)[-1]
-    assert int(theirs.total_notfinite) == int(state.nonfinite_count)
-    # XLA contracts other multiplications and additions in the branch.
+    _, expected, optax_state = run(wrapped, gradients)[-1]
+    assert int(optax_state.total_notfinite) == int(state.nonfinite_count)
+    # Inside the branch, XLA fuses other multiplications and additions (up to a few ULP).
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, params, expected)
-    found, kept = (s.inner_state[0] for s in (state, theirs))
+    found, wanted = (s.inner_state[0] for s in (state, optax_state))
     exact = np.testing.assert_array_equal
-    jax.tree.map(lambda x, y: (exact if x.dtype.itemsize < 4 else close)(x, y), found, kept)
+    jax.tree.map(lambda x, y: (exact if x.dtype.itemsize < 4 else close)(x, y), found, wanted)
 
 
 @every_format
 def test_bad_element_equals_zero(m_dtype, v_dtype):
-    """m and v decay in these elements, and nothing else changes."""
+    """m and v of these elements decay, as with a zero gradient."""
     gradients, bad = spoiled(clean_gradients())
     zeros = jax.tree.map(lambda g, b: np.where(b, np.float32(0), g), gradients, bad)
     steps = run(adamaxw_of(m_dtype, v_dtype, nonfinite="zero"), gradients)
@@ -87,7 +87,7 @@ def test_bad_element_equals_zero(m_dtype, v_dtype):
 
 @every_policy
 def test_complex_gradient_with_infinite_modulus_is_bad(policy):
-    """Also if both parts are finite, because v would store the modulus."""
+    """A modulus can overflow although both parts are finite, and v stores the modulus."""
     tx = scale_by_adamax(nonfinite=policy)
     update = jax.jit(tx.update)
     good = np.array([1 + 2j, -1j, 3], np.complex64)
@@ -108,7 +108,7 @@ def test_complex_gradient_with_infinite_modulus_is_bad(policy):
     "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
 )
 def test_bad_element_of_a_large_leaf_is_found(policy, dtype):
-    """`jnp.max` loses NaN here (jaxlib 0.10.2, on CPU)."""
+    """On large leaves, `jnp.max` can ignore a NaN (jaxlib 0.10.2, CPU)."""
     size = 1 << 16
     tx = scale_by_adamax(nonfinite=policy)
     update, state = jax.jit(tx.update), tx.init(np.zeros(size, dtype))

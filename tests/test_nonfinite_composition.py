@@ -62,12 +62,12 @@ def test_scan_equals_the_loop(policy, m_dtype, v_dtype):
 def test_sharded_devices_agree(policy, m_dtype, v_dtype):
     """The bad element is on one of eight devices; all devices skip and count."""
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.NamedSharding(mesh, jax.P("x"))
+    sharded = jax.NamedSharding(mesh, jax.P("x"))
     rng = np.random.default_rng(0)
     gradients = rng.normal(size=(6, 64)).astype(np.float32)
     gradients[2, 37], gradients[4, [0, 63]] = np.nan, np.inf
     tx = adamaxw_of(m_dtype, v_dtype, nonfinite=policy)
-    place = functools.partial(jax.device_put, device=split)
+    place = functools.partial(jax.device_put, device=sharded)
     _, params, state = run(tx, [place(g) for g in gradients], place(np.ones(64, np.float32)))[-1]
     _, expected, alone = run(tx, gradients, np.ones(64, np.float32))[-1]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -108,9 +108,9 @@ def test_inject_hyperparams_and_apply_if_finite_compose(policy):
     around = optax.apply_if_finite(adamax_with(policy), 2)
     _, params, state = run(around, gradients)[-1]
     assert int(state.total_notfinite) == len(BAD_STEPS)
-    assert int(optax.tree.get(state, "nonfinite_count")) == 0  # apply_if_finite lets none through
+    assert int(optax.tree.get(state, "nonfinite_count")) == 0  # apply_if_finite skips them all
     persistent = [jax.tree.map(lambda g: g * np.float32(np.nan), gradients[1])] * 5
-    _, params, state = run(around, persistent)[-1]  # until it gives up
+    _, params, state = run(around, persistent)[-1]  # more than apply_if_finite skips in a row
     assert int(optax.tree.get(state, "nonfinite_count")) == 3 * (
         sum(np.size(p) for p in jax.tree.leaves(PARAMS)) if policy == "zero" else 1
     )
@@ -130,7 +130,7 @@ def test_traced_hyperparameters_work(policy):
     updates, state = map(jax.device_get, two_steps(0.9, 0.5))
     expected = 0.5 if policy == "zero" else 1.0
     np.testing.assert_allclose(state.inner_state.v[1], expected, rtol=1e-6)
-    momentum = 0.09 / 0.19 / 0.5  # of the one gradient, over a v that was halved
+    momentum = 0.09 / 0.19 / 0.5  # m of one gradient over a v that has halved
     np.testing.assert_allclose(updates[1], momentum if policy == "zero" else 0, rtol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_none_masks_and_empty_trees_work(policy):
 
 @every_policy
 def test_plain_state_is_converted_and_continued(policy):
-    """From a run without a policy, and to another storage format."""
+    """The state of a run without a policy is also converted to another storage format."""
     gradients, _ = spoiled(clean_gradients())
     plain_tx = adamaxw_of("float32", "float32")
     _, params, plain = run(plain_tx, clean_gradients())[-1]
@@ -173,9 +173,9 @@ def test_plain_state_is_converted_and_continued(policy):
 @every_policy
 def test_optax_round_trip_resets_the_counter(policy):
     _, params, state = run(adamax_with(policy), clean_gradients())[-1]
-    theirs = compat_optax.dump_state(state, params, optax.adamax(0.1))
-    assert_same(optax.tree.get(theirs, "mu"), state.inner_state[0].m)
-    back = compat_optax.load_state(theirs, params, adamax_with(policy))
+    optax_state = compat_optax.dump_state(state, params, optax.adamax(0.1))
+    assert_same(optax.tree.get(optax_state, "mu"), state.inner_state[0].m)
+    back = compat_optax.load_state(optax_state, params, adamax_with(policy))
     assert_same(back.inner_state, state.inner_state)
     assert isinstance(back, HandleNonfiniteState) and int(back.nonfinite_count) == 0
 
@@ -203,6 +203,6 @@ def test_policy_adds_one_reduction_and_no_copies(policy, m_dtype, v_dtype):
     assert passes(with_policy, size) == passes(plain, size)
     account = with_policy.memory_analysis()
     assert account.alias_size_in_bytes >= plain.memory_analysis().alias_size_in_bytes
-    # Elements are counted in a branch, which runs only if one is not finite.
+    # A branch that counts the elements runs only if one of them is not finite.
     allowed = size // 16 if policy == "skip_step" else 5 * size
     assert account.temp_size_in_bytes <= allowed

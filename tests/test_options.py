@@ -1,4 +1,4 @@
-"""Each option in each storage format, against float64 and the promised errors of the format."""
+"""With each option and storage format, v, m and u are within the stated errors of the format."""
 
 import jax
 import numpy as np
@@ -61,7 +61,7 @@ CONSTANT = {
 in_every_format = pytest.mark.parametrize("m_dtype, v_dtype", formats(FORMATS))
 
 
-# Each option in each way through the step; the other pairs combine options in other ways.
+# Each option and each branch of the step occurs; the other pairs are slow tests.
 ALWAYS = [(name, *form) for name in ("default", "all") for form in STEP_VARIANTS] + [
     ("keras", "float32", "uint8"),
     ("keras", "int8", "float32"),
@@ -84,7 +84,7 @@ def test_option_in_format_is_within_the_promised_error(name, m_dtype, v_dtype):
 
 
 def scan(gradients, **options):
-    """Updates, m and v of each step under the hyperparameters `BETAS`."""
+    """Returns updates, m and v of each step, with the constants `BETAS`."""
 
     def body(state, g):
         u, state = tx.update(g, state)
@@ -96,7 +96,7 @@ def scan(gradients, **options):
 
 
 def check_constant(outputs, gradients, m_dtype, v_dtype, **rule):
-    """As `check`, of one row under the hyperparameters `BETAS`."""
+    """Calls `check` for one row with the constants `BETAS`."""
     outputs, row = ([x[:, None] for x in rows] for rows in (outputs, [gradients]))
     run = as_run(outputs, *row, *(np.full((len(gradients), 1), x) for x in (*BETAS, 1e-8)))
     check(run, m_dtype, v_dtype, rule, bounded=True, dtype=outputs[0].dtype)
@@ -115,7 +115,7 @@ def test_gradient_dtype_in_format_is_within_the_promised_error(m_dtype, v_dtype)
 
 @in_every_format
 def test_policy_with_an_option_in_format_is_within_the_promised_error(m_dtype, v_dtype):
-    """Zeros replace elements that are not finite; a step that is skipped has no effect."""
+    """Policy "zero" treats non-finite elements as zeros; "skip_step" omits their steps."""
     gradients = heavy_tails(11)
     gradients[::7, 3], gradients[::9, 5], gradients[::11, 7] = np.nan, np.inf, -np.inf
     finite = np.isfinite(gradients)
@@ -129,6 +129,6 @@ def test_policy_with_an_option_in_format_is_within_the_promised_error(m_dtype, v
         )
     )(gradients)
     check_constant(found[0], np.where(finite, gradients, 0), **form, **zero)
-    taken = finite.all(axis=1)
-    assert not np.any(found[1][0][~taken])
-    check_constant([x[taken] for x in found[1]], gradients[taken], **form, **skip)
+    applied = finite.all(axis=1)
+    assert not np.any(found[1][0][~applied])
+    check_constant([x[applied] for x in found[1]], gradients[applied], **form, **skip)

@@ -1,4 +1,4 @@
-"""Packed and unpacked, the same transformation gives the same bits."""
+"""A transformation gives the same bits with and without `pack_small_leaves`."""
 
 import functools
 import pickle
@@ -36,7 +36,7 @@ def full(shape, value=1.0, dtype=np.float32):
     return jnp.asarray(np.full(shape, value, dtype))
 
 
-# Shapes of three sizes, in an order in which equal sizes are apart.
+# Leaves of three sizes; leaves of equal size are not neighbors.
 PARAMS = {
     "a": full((4, 3), 2.0),
     "b": [full(3), None],
@@ -185,7 +185,7 @@ def runs(name):
     """Returns both runs, without and with packing, and the shapes of the packed state."""
     tx, wrap = TRANSFORMATIONS.get(name, adamax(0.1, v_dtype="bfloat16")), WRAPPERS.get(name)
     wrap = wrap or (lambda tx: tx)
-    with jax.numpy_dtype_promotion("standard"):  # optax fails in the strict mode
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
         packed = wrap(pack_small_leaves(tx, MAX_SIZE))
         return run(wrap(tx), PARAMS), run(packed, PARAMS), jax.eval_shape(packed.init, PARAMS)
 
@@ -193,7 +193,7 @@ def runs(name):
 QUANTIZED = TRANSFORMATIONS["int8, uint8"]
 
 
-# These two formats combine moments that other formats test.
+# Slow, because other formats test their moments.
 SLOW = ("float32, uint8", "int8, float32")
 
 

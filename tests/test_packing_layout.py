@@ -1,4 +1,4 @@
-"""The layout of a packed state depends on shapes and dtypes only, is checked, and can be saved."""
+"""The layout of a packed state depends on shapes and dtypes only; other layouts raise."""
 
 import collections
 import functools
@@ -34,7 +34,7 @@ def test_layout_follows_from_shapes_and_dtypes():
     m = optax.tree.get(state, "m")
     sizes = {name: buffer.size for name, buffer in m.buffers.items()}
     assert sizes == {"bfloat16": 9, "float16": 5, "float32": 5 + 4}
-    alone = {
+    unpacked = {
         "['complex']",
         "['empty'][0]",
         "['empty'][1]",
@@ -42,7 +42,7 @@ def test_layout_follows_from_shapes_and_dtypes():
         "['Python float']",
         "['large']",
     }
-    assert set(m.unpacked) == alone
+    assert set(m.unpacked) == unpacked
     shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, params))
     for other in (tx.init(shapes), tx.init(params)):
         same(other, state)
@@ -52,8 +52,8 @@ def test_layout_follows_from_shapes_and_dtypes():
 @pytest.mark.parametrize("compiler", [jax.jit, lambda f: f])
 def test_leaves_on_automatic_axes_give_the_updates_of_one_device(compiler):
     mesh = jax.make_mesh((4,), ("x",), (AxisType.Auto,), devices=jax.devices()[:4])
-    specs = {"large": P("x"), "sharded": P("x"), "columns": P(None, "x"), "whole": P()}
-    shapes = {"large": (80,), "sharded": (8,), "columns": (2, 4), "whole": (8,)}
+    specs = {"large": P("x"), "sharded": P("x"), "columns": P(None, "x"), "replicated": P()}
+    shapes = {"large": (80,), "sharded": (8,), "columns": (2, 4), "replicated": (8,)}
     host = {name: np.full(shape, 2.0, np.float32) for name, shape in shapes.items()}
     params = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in host.items()}
     tx = pack_small_leaves(optax.sgd(0.125, momentum=0.5), MAX_SIZE)

@@ -1,4 +1,4 @@
-"""Names of leaves, with and without Flax variables around them."""
+"""Names of leaves do not depend on Flax variables around them."""
 
 from typing import NamedTuple
 
@@ -43,7 +43,9 @@ def test_trees_without_flax_have_the_names_of_jax(separator):
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     of_jax = [jax.tree_util.keystr(path, **simple) for path in paths]
     found = names(tree, separator)
-    assert found[2] == path_name(paths[2][:1], separator)  # looks like a variable within a variable
+    assert found[2] == path_name(
+        paths[2][:1], separator
+    )  # named as if it were a variable in a variable
     assert found[:2] + found[3:] == of_jax[:2] + of_jax[3:]
     assert len(set(found)) == len(found)
 

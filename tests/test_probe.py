@@ -12,7 +12,7 @@ from optax_adamax import adamax
 from optax_adamax._v_formats import V_FORMATS
 from optax_adamax.wrappers.probe import GradientRange, probe_gradients
 
-# 8 elements that are not zero: 2 below the range of uint8, 1 above it.
+# 8 finite, nonzero elements: 2 are below the range of uint8 and 1 is above it.
 GRADIENTS = {
     "a": np.float32([0, 1e-12, -3e-11, 0.5, np.nan]),
     "b": [np.float32([[-2, 1e10, 0]]), np.ones(3, jnp.bfloat16), None],
@@ -47,7 +47,7 @@ def test_report_matches_numpy():
 
 
 def test_eps_is_added_as_in_the_optimizer():
-    """eps=1e-8 is in the range of uint8, so no sum of eps and a gradient is below it."""
+    """eps=1e-8 is in the range of uint8, so the sum of eps and |g| is never below it."""
     reports = []
     tx = probe_gradients("uint8", reports.append)
     tx.update(GRADIENTS, tx.init(GRADIENTS))
@@ -91,7 +91,7 @@ def test_every_nth_step_is_reported(run):
 
 
 def test_state_may_be_discarded():
-    """The compiled program returns only parameters, so XLA could remove the report."""
+    """The compiled program returns only parameters, so XLA might remove the report."""
     tx, reports = probe(every=2)
     chain = optax.chain(tx, adamax(0.1))
     start = np.ones(2, np.float32)

@@ -53,7 +53,7 @@ def test_table_lists_every_transformation():
         if inspect.isfunction(function)
         and "GradientTransformation" in str(inspect.signature(function).return_annotation)
     }
-    # These wrap or only inspect gradients, and have separate tests.
+    # These are wrappers, or only inspect gradients. They have separate tests.
     others = {"compensate_rounding", "limit_spikes", "pack_small_leaves", "probe_gradients"}
     assert transformations - others == {name for name, _ in TRANSFORMATIONS.values()}
 

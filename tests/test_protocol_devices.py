@@ -13,8 +13,8 @@ from transformations import build, fast_only, params_like, types
 
 from optax_adamax import scale_by_adamax
 
-# Only these two compile programs by default; together they have every part of a state.
-# test_low_bit_codes.py tests 16 bits under scan, vmap and on a mesh; others test chains and decay.
+# These two have every kind of state leaf; the others are slow tests. test_low_bit_codes.py tests
+# 16 bits in scan, vmap and on a mesh. Other files test chains and decay.
 floats_and_8_bits = pytest.mark.parametrize("name", fast_only("scale_by_adamax", "8 bits"))
 every_axis_type = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 
@@ -44,7 +44,7 @@ def on_one_device(name):
 
 
 def assert_like_one_device(name, updates, state, atol=0, moment_atol=0):
-    """Checks that updates and moments, of order 1, equal those compiled for one device."""
+    """Checks updates and moments, which are of order 1, against a program for one device."""
     tx, (expected, expected_state) = build(name), on_one_device(name)
     for actual, leaf in zip(*map(jax.tree.leaves, (updates, expected)), strict=True):
         np.testing.assert_allclose(np.reshape(actual, leaf.shape), leaf, rtol=0, atol=atol)
@@ -64,7 +64,7 @@ def test_scan_equals_single_steps(name):
 
     state, updates = jax.jit(jax.lax.scan, static_argnums=0)(step, tx.init(params), gradients)
     last = jax.tree.map(lambda u: np.asarray(u)[-1], updates)
-    # XLA contracts other multiplications and additions inside the loop.
+    # Inside the loop, XLA fuses other multiplications and additions.
     assert_like_one_device(name, last, state, atol=4 * 2**-23, moment_atol=4 * 2**-23)
 
 
@@ -83,7 +83,7 @@ def test_pmap_equals_one_device(name):
 
     tx = build(name)
     updates, state = two_steps(jax.pmap(tx.init), jax.pmap(tx.update), place)
-    # XLA of jaxlib 0.8 contracts other multiplications and additions under pmap.
+    # Inside pmap, XLA fuses other multiplications and additions (jaxlib 0.8).
     assert_like_one_device(name, updates, state, atol=4 * 2**-23)
 
 

@@ -1,4 +1,4 @@
-"""README and pages of figures say what the committed results say, and the code in them runs."""
+"""Tables in README and on the pages agree with the committed results, and README code runs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Every bfloat16 parameter with every kind of update: the master parameter loses nothing."""
+"""Master parameters have a bounded error for every bfloat16 parameter and kind of update."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def assert_nearest(stored, true):
 
 
 def adversarial_updates(p, rng):
-    """Returns updates for all values at once, each the worst case of some kind of rounding."""
+    """Returns updates for all values, each the worst case for one kind of rounding."""
     p = np.asarray(p).astype(np.float32)
     below, above = (x.astype(np.float32) for x in neighbours(p.astype(np.float64)))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -73,7 +73,7 @@ def check_every_value(residual_dtype, compiled=True, update_dtype="float32"):
         with np.errstate(invalid="ignore"):
             error = np.where(followed, np.abs(after - wanted), 0)
         near = np.abs(wanted) > 2.0**-16 * np.abs(to_float64(FINITE))
-        if update_dtype == "bfloat16":  # here the difference of the two is a bfloat16 number
+        if update_dtype == "bfloat16":  # the change is exact in bfloat16
             near = np.abs(wanted - 1.25 * to_float64(FINITE)) < 0.74 * np.abs(to_float64(FINITE))
             assert (error <= 1.5 * 2.0**-7 * size + SMALLEST).all(), name
         followed &= near | (update_dtype == "float32")
@@ -132,7 +132,7 @@ def test_nonfinite_updates_are_added_directly():
     plain = [np.inf, -np.inf, np.nan, np.nan, -np.inf, np.inf]
     np.testing.assert_array_equal(np.asarray(new).astype(np.float32), plain)
     np.testing.assert_array_equal(master_params(state, new), plain)
-    assert not np.any(state.residual.int8)  # a parameter may be set to a number again
+    assert not np.any(state.residual.int8)  # so the parameter can be set to a finite number again
 
 
 @given(
@@ -148,6 +148,6 @@ def test_master_parameter_follows_float64(residual_dtype, start, updates):
         before = np.float64(masters(state, params))
         size = max(abs(np.float64(params)), abs(before + u))
         params, state = step(params, state, np.float32(u))
-        true = np.float64(masters(state, params))
-        assert abs(true - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
-        assert_nearest(params, true)
+        master = np.float64(masters(state, params))
+        assert abs(master - (before + u)) <= UNIT[residual_dtype] * size + SMALLEST
+        assert_nearest(params, master)

@@ -57,7 +57,7 @@ def drifter(tx, start, steps):
 def drifts(tx, start, gradients, steps, streams=1):
     """Returns by how much the master parameters change, for each column of periodic gradients.
 
-    A stream is a run that starts at another count, and so has other rounding bits.
+    A stream is a run that starts at another count and therefore has other rounding bits.
     """
     period = len(gradients)
     gradients = np.pad(gradients, ((0, 144 - period), (0, 0)))
@@ -74,7 +74,7 @@ OPTIMIZERS = {
 
 
 def patterns(period, rng):
-    """Returns gradients with this period, one pattern per column, whose mean is not zero."""
+    """Returns gradients with this period and nonzero mean, one pattern per column."""
     columns = rng.normal(size=(period, 16)) + 0.7
     return columns.astype(np.float32)
 

@@ -21,7 +21,7 @@ PEAKS = {"one gradient of 1e30": 1e30, "one gradient of 3e38": 3e38}
 
 
 def check(row):
-    """Checks a row of the comparison; bounds on v do not apply where uint8 leaves its range."""
+    """Checks a row of the comparison; bounds on v do not apply outside the uint8 range."""
     scenario, v_dtype = row["scenario"], row["v_dtype"]
     assert row["finite"], row
     assert row["largest_step"] <= 1 + 1e-5, row
@@ -45,7 +45,7 @@ def test_short_scenarios_agree_with_float64(dtypes):
 
 
 def test_committed_results_agree_with_float64():
-    """The JSON files have every format, and all 10^5 steps without gradients."""
+    """The JSON files contain every format, and 10^5 steps without gradients."""
     folder = ROOT / "benchmarks" / "results"
     rows, long_rows = (
         json.loads((folder / name).read_text("utf-8"))["rows"]

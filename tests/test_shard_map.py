@@ -1,4 +1,4 @@
-"""`update` works inside `jax.shard_map`, whose types state the axes over which values vary."""
+"""`update` works inside `jax.shard_map`, where types state the axes over which values vary."""
 
 import functools
 
@@ -28,13 +28,13 @@ def first_state(tx, shape):
 
 FLOAT32, _, QUANTIZED = SOME_FORMATS
 CASES = [(*dtypes, size) for dtypes in FORMATS for size in (16, _xla.MIN_BRANCH_SIZE)]
-# Only quantized moments are computed in a branch if a leaf is large.
+# Only quantized moments of large leaves are computed in a branch.
 ALWAYS = [(*dtypes, 16) for dtypes in SOME_FORMATS] + [(*QUANTIZED, _xla.MIN_BRANCH_SIZE)]
 
 
 @pytest.mark.parametrize("m_dtype, v_dtype, size", formats(CASES, ALWAYS))
 def test_replicated_state_accepts_gradients_that_vary(m_dtype, v_dtype, size):
-    """This happens if gradients are averaged over devices later, or not at all."""
+    """Such gradients occur if they are averaged over devices later or not at all."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
     state, g = first_state(tx, (1, size)), gradients(size)
 

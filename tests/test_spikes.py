@@ -14,7 +14,7 @@ SKIP_STEP = scale_by_adamax(nonfinite="skip_step")
 
 
 def reference(norms, max_norm_ratio, decay):
-    """Returns the spikes and limits of the docstring's rule, in float64."""
+    """Returns spikes and limits by the rule in the docstring of `limit_spikes`, in float64."""
     s = count = 0
     spikes, limits = [], []
     for n in norms:
@@ -28,7 +28,7 @@ def reference(norms, max_norm_ratio, decay):
 
 @every_action
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.99])
-def test_spikes_are_those_of_the_reference(action, decay):
+def test_spikes_agree_with_the_reference(action, decay):
     rng = np.random.default_rng(1)
     norms = np.exp(rng.normal(size=150))
     norms[rng.random(150) < 0.1] *= 30
@@ -77,7 +77,9 @@ def test_one_spike_raises_the_average_by_a_bounded_factor(action):
         def mean(state):
             return float(state.norm_ema) / (1 - 0.99 ** int(state.norm_count))
 
-        assert 1 < mean(struck) / mean(steady) < 1 + 2.6 * 0.01 * 4  # young averages move faster
+        assert (
+            1 < mean(struck) / mean(steady) < 1 + 2.6 * 0.01 * 4
+        )  # the average of few norms changes faster
     later = run([1.0] * 500 + [1e30], action=action)[1]
     assert mean(later) < 1 + 1.02 * 0.01 * 4
 
@@ -96,13 +98,13 @@ def test_permanently_larger_gradients_are_accepted_after_the_documented_steps(ac
 
 @every_action
 def test_smaller_and_zero_gradients_are_not_spikes(action):
-    """The first gradient after a million zero gradients is not a spike, either."""
+    """A small gradient after zero gradients late in a run is not a spike, either."""
     spikes, state = run([1.0] * 20 + [1e-3] * 20 + [0.0] * 20, action=action)
-    silent = state._replace(norm_count=np.int32(2**31 - 1))
+    late = state._replace(norm_count=np.int32(2**31 - 1))
     assert not spikes.any()
     _, update = compiled(action=action)
-    _, after = update(gradient(0.0), silent, PARAMS)
-    assert float(after.norm_ema) == float(silent.norm_ema) and int(after.norm_count) == 2**31 - 1
+    _, after = update(gradient(0.0), late, PARAMS)
+    assert float(after.norm_ema) == float(late.norm_ema) and int(after.norm_count) == 2**31 - 1
     _, after = update(gradient(1e-2), after, PARAMS)
     assert int(after.spike_count) == 0 and int(after.norm_count) == 2**31 - 1
 
@@ -110,7 +112,7 @@ def test_smaller_and_zero_gradients_are_not_spikes(action):
 @every_action
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_reaches_the_inner_policy_and_infinity_does_not(action, bad):
-    """An infinite gradient is clipped to zeros, with which momentum still moves the parameters."""
+    """An infinite gradient is clipped to zeros. Momentum then still changes the parameters."""
     _, state = run([1.0] * 12, inner=SKIP_STEP, action=action)
     g = {**gradient(1.0), "a": np.full(3, bad, np.float32)}
     updates, after = compiled(SKIP_STEP, 5.0, action=action)[1](g, state, PARAMS)
@@ -127,7 +129,7 @@ def test_nan_reaches_the_inner_policy_and_infinity_does_not(action, bad):
 @pytest.mark.parametrize("steps_before", [0, 12])
 @every_action
 def test_infinite_gradient_gives_zero_updates(action, steps_before, dtype):
-    """In the first steps too; clipping must not multiply infinity by zero."""
+    """This includes the first steps. Clipping must not multiply infinity by zero."""
     init, update = compiled(action=action)
     params = np.ones(3, dtype)
     average = {12: 1.0, 0: 0.0}[steps_before]
@@ -218,13 +220,13 @@ def test_missing_or_useless_limits_raise(limits):
 
 @every_action
 def test_updates_wider_than_gradients_work(action):
-    """The branches of a cond would differ in dtype."""
+    """Both branches of the cond must have the dtype of the updates."""
     params = {"w": np.ones(4, np.float32)}
     tx = limit_spikes(adamaxw(0.1), max_norm=10.0, action=action)
     state, u = tx.init(params), {}
     update = jax.jit(tx.update)
     for norm, spikes in ((1.0, 0), (100.0, 1)):
-        with jax.numpy_dtype_promotion("standard"):  # the decay is optax's
+        with jax.numpy_dtype_promotion("standard"):  # the decay of optax needs it
             u, state = update({"w": np.full(4, norm, jnp.bfloat16)}, state, params)
         assert int(state.spike_count) == spikes
     assert np.any(u["w"]) == (action == "clip")

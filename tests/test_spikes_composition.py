@@ -1,4 +1,4 @@
-"""`limit_spikes` under scan, vmap and sharding, and with scheduled hyperparameters."""
+"""`limit_spikes` works in scan, vmap and on meshes, and with scheduled hyperparameters."""
 
 import functools
 
@@ -42,8 +42,8 @@ def test_scan_vmap_and_sharded_agree(action):
     state, updates = jax.lax.scan(body, tx.init(gradients[0]), gradients)
     jax.tree.map(close, (np.asarray(updates)[-1], state), expected)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = [jax.device_put(g, jax.NamedSharding(mesh, jax.P("x"))) for g in gradients]
-    jax.tree.map(close, run_on(split, update=jax.jit(tx.update)), expected)
+    sharded = [jax.device_put(g, jax.NamedSharding(mesh, jax.P("x"))) for g in gradients]
+    jax.tree.map(close, run_on(sharded, update=jax.jit(tx.update)), expected)
     both = np.stack([gradients, np.ones_like(gradients)], axis=1)
     _, state = run_on(both, jax.jit(jax.vmap(tx.init)), jax.jit(jax.vmap(tx.update)))
     np.testing.assert_array_equal(state.spike_count, [1, 0])
@@ -78,7 +78,7 @@ def test_shard_map_devices_agree(action, check_vma):
         v, other = expected(g, other)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
         jax.tree.map(close, (u, state), (v, other))
-    assert int(state.spike_count) == 2  # 16 times 2.6**2 is above 100
+    assert int(state.spike_count) == 2  # the squared norm of 2.6 * ONES, 16 * 2.6**2, is above 100
 
 
 def test_sharded_gradients_without_axis_name_raise():
@@ -88,7 +88,7 @@ def test_sharded_gradients_without_axis_name_raise():
 
 
 def test_replicated_gradients_are_counted_once():
-    """Under shard_map the types state which gradients are replicated, with or without axis_name."""
+    """Inside shard_map, types state which gradients are replicated, so axis_name is optional."""
     for axis_name in ("x", None):
         tx = limit_spikes(optax.trace(0.5), max_norm=10.0, axis_name=axis_name)
         _, state = sharded_update(tx, mapped=REPLICATED)(2 * ONES, tx.init(ONES))

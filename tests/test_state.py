@@ -104,9 +104,9 @@ def test_conversion_of_a_chain_with_wrappers():
         return optax.MultiSteps(optax.chain(optax.clip(1.0), inner), 2).gradient_transformation()
 
     params = {"a": np.ones(3, np.float32), "b": np.ones(2, np.float32)}
-    wide, low = make(), make(m_dtype="int8", v_dtype="uint8")
+    float32, low = make(), make(m_dtype="int8", v_dtype="uint8")
     with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps needs it
-        _, state = jax.jit(wide.update)(params, wide.init(params), params)
+        _, state = jax.jit(float32.update)(params, float32.init(params), params)
     converted = encode_state(state, "int8", "uint8")
     assert jax.tree.structure(converted) == jax.tree.structure(low.init(params))
     with jax.numpy_dtype_promotion("standard"):

@@ -1,4 +1,4 @@
-"""A loss that is a sum over data trains with quantized state as it does with float32 state."""
+"""For a loss summed over 20,000 examples, quantized state trains like float32 state."""
 
 import functools
 
@@ -23,7 +23,7 @@ def data():
 
 
 def loss(weights):
-    """Returns the negative log-likelihood of all counts, without the constant."""
+    """Returns the summed negative log-likelihood of all counts, without its constant term."""
     x, y = data()
     log_rate = jnp.dot(x, weights, precision="highest")
     return jnp.sum(jnp.exp(log_rate) - y * log_rate)

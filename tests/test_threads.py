@@ -63,7 +63,7 @@ def test_eight_threads_share_a_transformation(name, compiled):
 
 @every_transformation
 def test_copies_give_the_same_result(name):
-    """Transformations, also from optax, are closures, which `pickle` does not support."""
+    """`pickle` does not support transformations, also from optax, because they are closures."""
     tx, _, expected = made(name)
     for closures in (tx, optax.adamax(0.1)):
         with pytest.raises((AttributeError, pickle.PicklingError)):
@@ -118,8 +118,8 @@ PROCESS = """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_transformation_survives_a_fork_and_cleared_caches():
-    """JAX warns only about forks after its start."""
+def test_transformation_works_after_a_fork_and_cleared_caches():
+    """JAX warns about a fork only if JAX has started before."""
     command = [sys.executable, "-c", textwrap.dedent(PROCESS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "ok\n", done.stderr

@@ -42,7 +42,7 @@ def test_float64_agrees_with_the_reference(rule):
     check_float64(rule, awkward_gradients(), smallest=0)
 
 
-# By default, every third rule: together they cover each line of the step.
+# Every third rule is fast; together these cover each line of the step.
 some_rules = pytest.mark.parametrize(
     "rule",
     [pytest.param(x, marks=pytest.mark.slow if i % 3 else ()) for i, x in enumerate(RULES)],

@@ -1,4 +1,4 @@
-"""Updates stay within their bound, and correct at the ends of the number ranges."""
+"""Updates are within their bound, and correct for the largest and smallest numbers."""
 
 import functools
 import itertools
@@ -24,7 +24,7 @@ def heavy_tails():
 
 @functools.cache
 def bounded(b1, b2):
-    """Runs all values and placements of eps side by side in one program."""
+    """Returns one transformation that updates with all values and placements of eps."""
     rules = itertools.product([0.0, 1e-8], ["max", "denominator"])
     every = [scale_by_adamax(b1, b2, eps, eps_placement=placement) for eps, placement in rules]
 
@@ -73,7 +73,7 @@ def test_element_without_gradient_does_not_change(dtypes, jit, eps, placement):
 @pytest.mark.parametrize("size", [2.0**-126, 1e-38, 1e-39, 1e-45])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_subnormal_gradients_give_updates_within_the_bound(size, jit):
-    """XLA on CPU flushes subnormals to zero, also v (1 - b1^t), so optax returns NaN."""
+    """XLA on CPU flushes subnormals such as v (1 - b1^t) to zero, so optax returns NaN."""
     tx = scale_by_adamax(eps=0.0)
     ones = np.ones(1, np.float32)
     state = tx.init(ones)

@@ -1,4 +1,4 @@
-"""Updates have the wider dtype: small ones are not rounded away, large ones do not become NaN."""
+"""Updates have the wider dtype, so small updates take effect, and large updates saturate."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tests.oracle.formats import LOW_BIT, SOME_FORMATS, v_error
 @pytest.mark.parametrize("rate", [1e-6, 1e-7])
 @pytest.mark.parametrize("optimizer", [adamax, adamaxw])
 def test_small_learning_rates_take_effect_with_float16_gradients(optimizer, rate):
-    """float32 parameters end within 0.02 % of the exact distance after 5,000 steps."""
+    """After 5,000 steps, the change of float32 parameters is exact within 0.02 %."""
     decay = {"weight_decay": 0.1} if optimizer is adamaxw else {}
     tx = optimizer(rate, **decay)
     g = np.float16([0.5, -0.25])
@@ -93,7 +93,7 @@ def test_float64_gradients_saturate_in_quantized_state(m_dtype, v_dtype):
 
 @pytest.mark.parametrize("m_dtype, v_dtype", SOME_FORMATS[1:])
 def test_batched_states_are_decoded_row_by_row(m_dtype, v_dtype):
-    """Each row has its own phase; with three rows of three elements, axes could be confused."""
+    """Each row has its own phase. With three rows of three, mixed-up axes would not raise."""
     tx = scale_by_adamax(m_dtype=m_dtype, v_dtype=v_dtype)
 
     @jax.jit

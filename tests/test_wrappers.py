@@ -1,4 +1,4 @@
-"""Contracts of all wrappers and policies: state fields, accepted objects, unfiltered models."""
+"""All wrappers and policies have a count first in their state and accept the same objects."""
 
 import equinox as eqx
 import jax
@@ -30,7 +30,7 @@ each_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 
 @pytest.mark.parametrize("state, counter", STATES.items())
 def test_first_field_of_each_state_is_a_counter(state, counter):
-    """So `state[0].count` of a chain raises, or is the counter, and never a method of a tuple."""
+    """For a chain, users write `state[0].count`. It must be the counter or raise."""
     assert state._fields[0] == counter
 
 
@@ -45,13 +45,13 @@ def test_first_field_of_each_state_is_a_counter(state, counter):
     ],
 )
 def test_count_of_the_first_state_is_never_a_method(make):
-    """With the inner chain first, `state[0].count` would be `tuple.count`."""
+    """If the inner state were the first field, `state[0].count` would be `tuple.count`."""
     state = make().init(jnp.ones(3))
     assert not callable(getattr(state[0], "count", None))
 
 
 class Duck:
-    """An object with the methods of a transformation, without extra arguments."""
+    """An object with `init` and `update` that accepts no extra arguments."""
 
     def init(self, params):
         return SGD.init(params)
@@ -70,7 +70,7 @@ def test_object_with_init_and_update_is_accepted(wrap, inner):
     tx, expected = wrap(inner), wrap(plain)
     state, other = tx.init(params), expected.init(params)
     for _ in range(2):
-        with jax.numpy_dtype_promotion("standard"):  # for MultiSteps
+        with jax.numpy_dtype_promotion("standard"):  # MultiSteps needs it
             u, state = tx.update(params, state, params, value=1.0)
             w, other = expected.update(params, other, params, value=1.0)
         np.testing.assert_array_equal(u, w)
@@ -135,7 +135,7 @@ UNFILTERED = {
 
 @pytest.mark.parametrize("make", UNFILTERED.values(), ids=UNFILTERED)
 def test_unfiltered_equinox_model_is_accepted(make):
-    """As in optax: where the gradient is None, the parameter may be anything."""
+    """As in optax, a parameter may have any type if its gradient is None."""
     model, g = model_and_gradients()
     tx = make()
     with jax.numpy_dtype_promotion("standard"):

@@ -1,6 +1,6 @@
-"""Runs of many rows of hyperparameters in one program, and what a storage format promises of them.
+"""Runs many rows of hyperparameters in one program, and checks them against float64.
 
-Axes of all arrays are steps, rows, elements.
+The axes of all arrays are steps, rows and elements.
 """
 
 import functools
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def heavy_tails(seed, decades=(-6, 2)):
-    """Gradients of many sizes, a fifth of them zeros; the first element has no others."""
+    """Returns gradients of many sizes, a fifth of them zeros; the first element is always zero."""
     rng = np.random.default_rng(seed)
     g = rng.normal(size=(STEPS, SIZE)) * 10.0 ** rng.uniform(*decades, SIZE)
     g[rng.random(g.shape) < 0.2] = 0
@@ -37,25 +37,25 @@ def heavy_tails(seed, decades=(-6, 2)):
 
 
 def decaying(b2):
-    """Gradients that just do not set v: the updates are the longest possible."""
+    """Returns gradients equal to the decayed v, for which updates are the longest possible."""
     return np.float32(np.cumprod(b2)[:, None] * np.geomspace(1e-3, 10, SIZE))
 
 
 def similar(seed):
-    """Gradients of either sign and similar sizes."""
+    """Returns gradients of either sign and similar sizes."""
     rng = np.random.default_rng(seed)
     return np.float32(rng.uniform(0.5, 1.5, (STEPS, SIZE)) * rng.choice([-1, 1], (STEPS, SIZE)))
 
 
 def outliers(seed):
-    """Gradients of either sign, each of any size."""
+    """Returns gradients of either sign, each of any size."""
     rng = np.random.default_rng(seed)
     sizes = 10.0 ** rng.uniform(-30, 37, (STEPS, SIZE))
     return np.float32(sizes * rng.choice([-1, 0, 1], sizes.shape))
 
 
 def stack(rows):
-    """Gradients, b1, b2 and eps of all rows, one of each per step."""
+    """Returns gradients, b1, b2 and eps of all rows, with one entry per step."""
     numbers = [[np.broadcast_to(x, STEPS) for x in row[1:]] for row in rows]
     return np.stack([row.gradients for row in rows], axis=1), *np.float64(numbers).transpose(
         1, 2, 0
@@ -63,7 +63,7 @@ def stack(rows):
 
 
 class Run(NamedTuple):
-    """What was found, and from what."""
+    """Updates and moments of all rows and steps, and their inputs."""
 
     u: np.ndarray
     m: np.ndarray  # decoded, after each step
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 @functools.cache
 def program(m_dtype, v_dtype, rule):
-    """Scans over rows with traced b1 and b2, and over rows with those of `BETAS`."""
+    """Compiles a scan over rows with traced b1 and b2, and one over rows with constant `BETAS`."""
     formats = {"m_dtype": m_dtype, "v_dtype": v_dtype}
 
     def scan(gradients, b1, b2, eps, *, constant):
@@ -97,7 +97,7 @@ def program(m_dtype, v_dtype, rule):
 
 
 def run(m_dtype, v_dtype, rule, traced, constant):
-    """The runs of the rows with traced hyperparameters, and with constant b1 and b2."""
+    """Returns the runs of the rows with traced hyperparameters and with constant b1 and b2."""
     traced, constant = stack(traced), stack(constant)
     traced = tuple(map(np.float32, traced))
     found = program(m_dtype, v_dtype, tuple(rule.items()))(traced, tuple(map(np.float32, constant)))
@@ -107,13 +107,13 @@ def run(m_dtype, v_dtype, rule, traced, constant):
 
 
 def as_run(outputs, gradients, *hyperparameters):
-    """In float64."""
+    """Converts outputs and inputs to a `Run` in float64."""
     hyperparameters = (np.float64(x)[..., None] for x in hyperparameters)
     return Run(*map(np.float64, outputs), np.float64(gradients), *hyperparameters)
 
 
 def exact(run, rule):
-    """Updates, m and v in float64."""
+    """Returns updates, m and v, computed in float64."""
     state, steps = reference.start(run.g.shape[1:]), []
     for g, b1, b2, eps in zip(run.g, run.b1, run.b2, run.eps, strict=True):
         u, state = reference.step(g, state, b1, b2, eps, **rule)
@@ -122,17 +122,17 @@ def exact(run, rule):
 
 
 def check(run, m_dtype, v_dtype, rule, *, bounded, dtype=np.float32):
-    """v, m and u are within the errors that the formats promise, where v is in its range.
+    """Checks that v, m and u are within the errors of their formats, if v is in its range.
 
-    u is compared with the update of the exact moments, and with that of the stored ones.
+    u is compared with the update of the exact moments, and with the update of the stored moments.
 
     Args:
       run: a `Run`.
       m_dtype: storage format of m.
       v_dtype: storage format of v.
       rule: static options.
-      bounded: whether b1 and b2 are constant, so that u is clipped.
-      dtype: of u.
+      bounded: whether b1 and b2 are constant; only then is u clipped.
+      dtype: dtype of u.
     """
     info = jnp.finfo(dtype)
     u_error, smallest = max(2e-5, float(info.eps)), max(1e-30, float(info.smallest_subnormal))
@@ -157,21 +157,21 @@ def check(run, m_dtype, v_dtype, rule, *, bounded, dtype=np.float32):
         assert np.all(np.abs(run.u) <= bound * (1 + 1e-6 + float(info.eps) / 2))
     error = np.abs(run.u - np.clip(stored, -bound, bound))
     assert np.all(error <= u_error * size + smallest)
-    # The error of m in the numerator, and of v in the denominator.
+    # Errors of m in the numerator and of v in the denominator add up.
     m_part, _ = update_of(m_limit, v * (1 - v_limit), run._replace(g=0 * run.g), rule)
     error = np.abs(run.u - u) - u_error * size - smallest
     assert np.all((error <= m_part + np.abs(u) * v_limit / (1 - v_limit))[known])
 
 
 def check_m(run, m_dtype, known):
-    """m of each step, computed from the m stored before it, and the error of it after all steps."""
+    """Checks each m against the m stored before it; returns bounds on its accumulated error."""
     before = np.concatenate([np.zeros_like(run.m[:1]), run.m[:-1]])
     parts = run.b1 * before, (1 - run.b1) * run.g
     expected = sum(parts)
     limit = m_error(m_dtype, expected, run.v) + 1e-6 * sum(map(np.abs, parts))
     error = run.m - expected
     assert np.all((np.abs(error) <= limit)[known])
-    # The mean of the rounding is 0: within four deviations, whatever the signs of g and m are.
+    # The mean of the rounding is 0, within four standard deviations, for either sign of g and of m.
     scale = np.where(known & (run.v > 0), run.v, np.inf)
     for sign in (np.sign(run.g), np.sign(expected)):
         total = np.sum(sign * error / scale, axis=(0, 2))
@@ -184,7 +184,7 @@ def check_m(run, m_dtype, known):
 
 
 def update_of(m, v, run, rule):
-    """u of these moments, and the sum of the sizes of its terms."""
+    """Returns u of these moments, and the sum of the absolute values of its terms."""
     t, corrects = steps(run), rule.get("bias_correction", True)
     bias, next_bias = (1 - run.b1 ** (t + i) if corrects else 1.0 for i in range(2))
     if rule.get("nesterov"):
@@ -192,13 +192,13 @@ def update_of(m, v, run, rule):
     else:
         terms = (m / bias,)
     v = v + run.eps if rule.get("eps_placement") == "denominator" else v
-    unseen = v == 0
-    v = np.where(unseen, 1, v)
-    return np.where(unseen, 0, sum(terms) / v), sum(map(np.abs, terms)) / v
+    zero = v == 0
+    v = np.where(zero, 1, v)
+    return np.where(zero, 0, sum(terms) / v), sum(map(np.abs, terms)) / v
 
 
 def steps(run):
-    """t of each step."""
+    """Returns t of each step."""
     return np.arange(1, len(run.g) + 1)[:, None, None]
 
 

@@ -56,6 +56,7 @@ STEPS = {
     ),
     "2 bytes, schedules": Step(lambda: injected(b2=B2, **TWO_BYTES), 16),
     "2 bytes, schedule of the rate": Step(lambda: adamaxw(RATE, **TWO_BYTES), 16),
+    # bfloat16 parameters and gradients, an int8 residual, and 2 bytes of state.
     "7 bytes for all": Step(lambda: compensated(adamax(1e-3, **TWO_BYTES)), 12, "bfloat16"),
 }
 POLICIES = {

@@ -1,4 +1,4 @@
-"""Storage formats for tests: one table of names, and the error bounds that each format states."""
+"""Lists the storage formats for tests, and returns the error bounds that each format states."""
 
 import math
 
@@ -12,7 +12,8 @@ V_DTYPES = ["float32", "bfloat16", "uint8"]
 FORMATS = [(m, v) for m in M_DTYPES for v in V_DTYPES]
 LOW_BIT = FORMATS[1:]
 SOME_FORMATS = [("float32", "float32"), ("bfloat16", "bfloat16"), ("int8", "uint8")]
-# One pair per branch of the step: is m rounded, is m a ratio to v, does v have a shared scale?
+# One pair per branch of the step. They differ in whether m is rounded, whether m is a ratio to v,
+# and whether v has a shared scale.
 STEP_VARIANTS = [
     *SOME_FORMATS,
     ("bfloat16", "float32"),
@@ -35,7 +36,7 @@ def v_error(v_dtype, scale_error=SCALE_ERROR):
 
 
 def v_log2_error(v_dtype):
-    """Returns the same bound for |log2(stored / exact)|."""
+    """Returns the bound on |log2(stored / exact)| that follows from `v_error`."""
     error = V_FORMATS[v_dtype].relative_error
     # Rounding to the nearer of two neighbours is off by at most this fraction of the smaller one.
     nearest = math.log2(1 + error) if v_dtype == "uint8" else -math.log2(1 - error)
@@ -43,7 +44,7 @@ def v_log2_error(v_dtype):
 
 
 def v_range(v_dtype):
-    """Returns the smallest and the largest v for which `v_error` holds."""
+    """Returns the smallest and the largest v for which `v_error` is valid."""
     return V_FORMATS[v_dtype].range
 
 
@@ -60,6 +61,6 @@ def largest_ratio(m_dtype):
 
 def step_bound(t, b1, b2, *, bias_correction=True, nesterov=False):
     """Returns C_t, the largest |u_t| for constant b1 < b2."""
-    ratio = (1 - b1) * (1 - (b1 / b2) ** t) / (1 - b1 / b2)  # of m to v
+    ratio = (1 - b1) * (1 - (b1 / b2) ** t) / (1 - b1 / b2)  # largest |m| / v
     bias, next_bias = (1 - b1**t, 1 - b1 ** (t + 1)) if bias_correction else (1, 1)
     return b1 * ratio / next_bias + (1 - b1) / bias if nesterov else ratio / bias

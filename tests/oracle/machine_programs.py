@@ -1,6 +1,6 @@
 """Compiled programs and input strategies for `state_machine.py`.
 
-The programs get b1, b2 and eps as arguments, so each storage format and policy is compiled once.
+b1, b2 and eps are arguments of the programs, so each storage format and policy is compiled once.
 """
 
 import functools
@@ -18,10 +18,10 @@ SIZE = 8
 POLICIES = ["propagate", "zero", "skip_step"]
 BETAS = [(0.9, 0.999), (0.9, 0.99), (0.0, 1.0), (0.5, 0.999), (0.95, 0.999)]
 LONG = os.environ.get("OPTAX_ADAMAX_TEST_PROFILE") == "long"
-USED = FORMATS if LONG else SOME_FORMATS  # each format and policy is compiled
+USED = FORMATS if LONG else SOME_FORMATS  # fewer formats, because each is compiled
 CYCLE = 256  # steps of a long scan
 
-# float32 arithmetic is subnormal below, and close to overflow above.
+# Below SMALLEST, float32 results can be subnormal. Above LARGEST, they can overflow.
 SMALLEST, LARGEST = 1e-36, 1e38
 
 SIZES = [1e-42, 1e-30, 1e-8, 1e-3, 0.3, 1.0, 7.0, 1e3, 1e6, 1e30, 3.4e38]
@@ -45,7 +45,7 @@ def limits(v_dtype):
 
 @functools.cache
 def programs(dtypes, policy):
-    """Returns init, update and a scan of updates; the last two get the hyperparameters."""
+    """Returns init, update and a scan of updates; the last two receive hyperparameters."""
 
     def build(b1, b2, eps):
         m, v = dtypes
@@ -55,7 +55,7 @@ def programs(dtypes, policy):
         return build(*hyperparameters).update(g, state)
 
     def scan(gradients, state, hyperparameters):
-        """Returns the updates and m of each step; `hyperparameters` has a row per step."""
+        """Returns the updates and m of each step; `hyperparameters` has one row per step."""
 
         def body(state, x):
             g, hyperparameters = x

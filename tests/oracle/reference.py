@@ -1,4 +1,4 @@
-"""Adamax in NumPy float64, written to be obviously correct: the reference of numerical tests."""
+"""Computes Adamax in NumPy float64, as simply as possible, for comparison in tests."""
 
 from typing import NamedTuple
 

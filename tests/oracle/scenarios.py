@@ -23,11 +23,11 @@ SCENARIOS = (
 )
 BEFORE, LENGTH, ZERO_STEPS, LONG, SEED = 1000, 1000, 100_000, 1_000_000, 0
 RULE = {"eps": 0.0}
-SMALLEST = 1e-36  # the range of bfloat16 v ends a little below
+SMALLEST = 1e-36  # a little above the lower end of the range of bfloat16 v
 
 
 def gradients(zero_steps: int = ZERO_STEPS) -> np.ndarray:
-    """Returns a row per step and a column per scenario; each event begins after BEFORE steps."""
+    """Returns gradients, one column per scenario; each event begins after BEFORE steps."""
     rng = np.random.default_rng(SEED)
     g = rng.normal(size=(2 * BEFORE + zero_steps, len(SCENARIOS)))
     g[BEFORE, 0], g[BEFORE, 1] = 1e30, 3e38

@@ -51,13 +51,13 @@ class Run(RuleBasedStateMachine):
         self.hyperparameters = tuple(np.float32([0.9, 0.999, 1e-8]))
         self.state = self.programs[0](jnp.zeros(SIZE))
         self.count = self.nonfinite = 0
-        self.long_scans = long_scans  # that may still run: one costs as much as the other rules
+        self.long_scans = long_scans  # number that may still run; they are slow
         self.constant = True  # b1, b2 and the format have not changed
         zeros = np.zeros(SIZE)
         self.m, self.m_error, self.v, self.v_error = zeros, zeros, zeros, 0.0
         self.nonfinite_elements = np.zeros(SIZE, bool)
         self.active = np.zeros(SIZE, bool)
-        # Elements whose v or m has stayed in the range of its format since it was last replaced.
+        # Elements whose v or m has been in the range of its format since it was last replaced.
         self.v_in_range, self.m_in_range = np.zeros(SIZE, bool), np.ones(SIZE, bool)
 
     @property
@@ -89,7 +89,7 @@ class Run(RuleBasedStateMachine):
     @precondition(lambda self: self.long_scans > 0)
     @rule(cycle=cycles, betas=st.one_of(st.none(), st.sampled_from(BETAS)))
     def long_scan(self, cycle, betas):
-        """Repeats gradients while b1 and b2 change linearly to `betas`, if given."""
+        """Repeats gradients; b1 and b2 change linearly to `betas` unless it is None."""
         self.long_scans -= 1
         start, end = self.hyperparameters, self.hyperparameters
         if betas is not None:
@@ -176,7 +176,7 @@ class Run(RuleBasedStateMachine):
         m, v = b1 * self.m + (1 - b1) * g, np.maximum(b2 * self.v, np.abs(g) + eps)
         size = np.abs(m) + self.m_error
         error = b1 * self.m_error + m_error(self.dtypes[0], size, 1.1 * v)
-        # A gradient far above the stored v replaces it, and with it all earlier errors.
+        # A gradient far above the stored v replaces v, and earlier errors no longer matter.
         old_v = np.maximum(self.v, stored_v)
         low, high = limits(self.dtypes[1])
         replaced = (v > 2 * old_v) & (v > low) & (v < high)

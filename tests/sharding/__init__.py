@@ -1,1 +1,1 @@
-"""Tests of `optax_adamax.sharding`; a package, so that its modules need no unique names."""
+"""Tests of `optax_adamax.sharding`. A package, because its modules share names with others."""

@@ -1,4 +1,4 @@
-"""Meshes, parameters, gradients and comparisons that the sharding tests share."""
+"""Shared by the sharding tests: meshes, parameters, gradients, train steps and comparisons."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import optax_adamax
 from optax_adamax import sharding
 
-# Every storage format of the state, as arguments of scale_by_adamax.
+# Storage formats of the state, as arguments of scale_by_adamax.
 FORMATS = {
     "float32": {},
     "4 bytes": {"m_dtype": "bfloat16", "v_dtype": "bfloat16"},
@@ -24,18 +24,18 @@ FORMATS = {
     "2 bytes": {"m_dtype": "int8", "v_dtype": "uint8"},
 }
 
-# XLA on CPU contracts a product and a sum to one fused multiply-add or does not, by the shape of
-# the shard (https://github.com/openxla/xla/issues/41579, open with JAX 0.10.2). Products with
-# powers of two are exact, so that it makes no difference here.
+# XLA on CPU contracts a product and a sum to a fused multiply-add for some shard shapes only, so
+# results can differ in the last bit (https://github.com/openxla/xla/issues/41579, open with JAX
+# 0.10.2). Products with powers of two are exact, so contraction does not change them.
 EXACT_PRODUCTS = {"learning_rate": 2.0**-4, "b1": 0.5}
 
-# Two formats cover the placement of a state: float32 has no container and no scalar but the count,
-# two bytes have every kind of leaf. Tests of the arithmetic run the others too.
+# Two formats cover the placement of a state. float32 has no containers, and its only scalar is the
+# count. The 2-byte state has every kind of leaf. The other two formats are slow tests.
 SEVERAL = {name: pytest.mark.slow if name in ("3 bytes", "4 bytes") else () for name in FORMATS}
 each_format = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=mark) for name, mark in SEVERAL.items()]
 )
-# For tests that need one format: two bytes have every kind of leaf.
+# For tests that need one format: the 2-byte state has every kind of leaf.
 fewest_bits = pytest.mark.parametrize(
     "name", [pytest.param(x, marks=() if x == "2 bytes" else pytest.mark.slow) for x in FORMATS]
 )
@@ -43,7 +43,7 @@ fewest_bits = pytest.mark.parametrize(
 
 @functools.cache
 def exact_adamaxw(name):
-    """An optimizer with exact products and a state in the format `name`."""
+    """Returns an optimizer with exact products and a state in the format `name`."""
     return optax_adamax.adamaxw(**EXACT_PRODUCTS, weight_decay=2.0**-6, **FORMATS[name])
 
 
@@ -54,7 +54,7 @@ AXIS_TYPES = {
     "mixed": (AUTO, EXPLICIT),
 }
 
-# Where the state is stored, as arguments of shard.
+# Placements of the state, as arguments of shard.
 OPTIONS = {
     "like parameters": {},
     "zero": {"zero1_axis": "data"},
@@ -67,7 +67,7 @@ HOST_MEMORY = pytest.mark.skipif(
     reason="JAX before 0.10.2 compiles no moves between host and device memory for CPU",
 )
 
-# Format, axis types and options of tests that compile a step: every value, not every triple.
+# Format, axis types and options of tests that compile a step. Each value occurs, not each triple.
 CASES = [
     ("float32", "auto", "like parameters"),
     ("2 bytes", "explicit", "zero"),
@@ -84,25 +84,25 @@ PARAMETERS = {
     "half": ((16, 8), jnp.bfloat16, P(None, "model")),
 }
 
-# The same after ZeRO-1 over "data": the largest dimension that is free and divided by 4.
+# PartitionSpecs after ZeRO-1 over "data", which shards the largest free dimension divisible by 4.
 ZERO = {
     "wide": P("data", "model"),
     "fsdp": P("data"),
     "bias": P(),
     "half": P("data", "model"),
 }
-NEWLY_SPLIT = ("wide", "half")
+SHARDED_BY_ZERO1 = ("wide", "half")
 
 
 def mesh_of(axis_types=AXIS_TYPES["auto"], shape=(4, 2), devices=None):
-    """A mesh of data x model over the first devices."""
+    """Returns a mesh of data x model over the first devices."""
     devices = jax.devices() if devices is None else devices
     count = int(np.prod(shape))
     return Mesh(np.array(devices[:count]).reshape(shape), ("data", "model"), axis_types=axis_types)
 
 
 def structs(mesh):
-    """The parameters as shapes with shardings."""
+    """Returns the parameters as shapes with shardings."""
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
         for name, (shape, dtype, spec) in PARAMETERS.items()
@@ -110,18 +110,18 @@ def structs(mesh):
 
 
 def struct(x, sharding):
-    """The shape and dtype of `x` with a sharding."""
+    """Returns the shape and dtype of `x` with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def state_structs(tx, params, **options):
-    """The state of `tx` as shapes with shardings."""
+    """Returns the state of `tx` as shapes with shardings."""
     shapes = jax.tree.map(lambda p: struct(p, p.sharding), params)
     return sharding.shard(tx, shapes, **options).init(shapes)
 
 
 def random_like(tree, seed):
-    """Heavy-tailed arrays, a tenth of them zeros, of equal values wherever they are placed."""
+    """Returns heavy-tailed arrays, a tenth of them zeros; values do not depend on the sharding."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf):
@@ -134,7 +134,7 @@ def random_like(tree, seed):
 
 
 def assert_same_bits(got, wanted):
-    """Fails unless the trees are equal in structure, dtypes and every bit."""
+    """Checks that the trees are equal in structure, dtypes and every bit."""
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     leaves = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
     for (path, a), b in leaves:
@@ -148,7 +148,7 @@ STEPS = 6
 
 
 def step_of(tx, **jit_options):
-    """A compiled step, which returns the updates too."""
+    """Compiles a step that returns parameters, state and updates."""
 
     @functools.partial(jax.jit, **jit_options)
     def step(params, state, gradients):
@@ -159,7 +159,7 @@ def step_of(tx, **jit_options):
 
 
 def train(tx, params, state, **jit_options):
-    """Parameters and updates of every step, the last state, and the step itself."""
+    """Returns parameters and updates of every step, the last state, and the compiled step."""
     step, history = step_of(tx, donate_argnums=1, **jit_options), []
     for t in range(STEPS):
         params, state, updates = step(params, state, random_like(params, t))
@@ -169,7 +169,7 @@ def train(tx, params, state, **jit_options):
 
 @functools.cache
 def on_one_device(name):
-    """History and state of `train` in a format on one device, without `sharding`."""
+    """Returns history and state of `train` on one device, without `sharding.shard`."""
     params = random_like(structs(mesh_of(shape=(1, 1))), 99)
     tx = exact_adamaxw(name)
     return train(tx, params, jax.jit(tx.init)(params))[:2]
@@ -177,7 +177,7 @@ def on_one_device(name):
 
 @contextlib.contextmanager
 def count_compilations(name):
-    """Gathers the messages that JAX compiles the function `name`."""
+    """Collects the messages with which JAX logs a compilation of the function `name`."""
     found, logger = [], logging.getLogger("jax")
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
@@ -189,7 +189,7 @@ def count_compilations(name):
 
 
 def is_at(array, sharding):
-    """Whether an array lies as `sharding` says, in the memory it says."""
+    """Returns whether an array has this sharding, including its memory kind."""
     in_memory = array.sharding.memory_kind == sharding.memory_kind
     return in_memory and array.sharding.is_equivalent_to(sharding, array.ndim)
 
@@ -200,7 +200,7 @@ COLLECTIVE = re.compile(
 
 
 def collectives(compiled):
-    """Kind and result (dtype and shape as HLO writes them) of each collective, sorted."""
+    """Returns kind and result (dtype and shape in HLO notation) of each collective, sorted."""
     found = []
     for line in compiled.as_text().splitlines():
         match = COLLECTIVE.search(line)

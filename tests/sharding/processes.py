@@ -1,4 +1,4 @@
-"""Real processes for the tests: started with free ports, watched, and never left behind."""
+"""Starts worker processes for the tests, and always terminates them."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-# Without fused multiply-add in the instruction set nothing can be contracted (see EXACT_PRODUCTS).
+# XLA cannot contract products without fused multiply-add instructions (see EXACT_PRODUCTS).
 CAN_AVOID_CONTRACTION = platform.machine() in ("x86_64", "AMD64")
 
 
 def environment():
-    """The environment of a worker: the path of the tests, and no contraction."""
+    """Returns the environment of a worker: the path of the tests, and no contraction."""
     path = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     flags = [os.environ.get("XLA_FLAGS", "")]
     if CAN_AVOID_CONTRACTION:
@@ -24,14 +24,14 @@ def environment():
 
 
 def free_port():
-    """A port of the loopback interface that nobody listens on."""
+    """Returns an unused port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(script, *arguments, log):
-    """Starts a worker script, its output in the file `log`."""
+    """Starts a worker script that writes its output to the file `log`."""
     with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, str(HERE / script), *map(str, arguments)],
@@ -42,7 +42,7 @@ def start(script, *arguments, log):
 
 
 def run_alone(script, folder, timeout=240):
-    """Runs one worker on a folder, and returns what it prints in JSON as its last line."""
+    """Runs one worker on a folder, and returns the JSON of its last line of output."""
     finished = subprocess.run(
         [sys.executable, str(HERE / script), str(folder)],
         capture_output=True,
@@ -55,14 +55,14 @@ def run_alone(script, folder, timeout=240):
 
 
 def run_together(script, config, folder, timeout):
-    """Runs `config["processes"]` workers that know of each other; fails unless all end well."""
+    """Runs `config["processes"]` workers on one port; fails if one of them fails."""
     config = json.dumps({**config, "port": free_port()})
     processes = json.loads(config)["processes"]
     return run_all(script, [(config, i) for i in range(processes)], folder, timeout)
 
 
 def run_all(script, arguments, folder, timeout):
-    """Runs one worker for each entry of `arguments`, and returns what they print."""
+    """Runs one worker for each entry of `arguments`, and returns their output."""
     logs = [folder / f"process_{i}.log" for i in range(len(arguments))]
     workers = []
     try:

@@ -1,4 +1,4 @@
-"""Bad input raises an error that says what was given, why it is invalid, and what to write."""
+"""Bad input of `shard` and its methods raises an error that names the input and the remedy."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def good():
     return {"w": on(mesh_of(), "data")}
 
 
-# Parameters, keyword arguments, exception, and what its message must say.
+# Parameters, keyword arguments, exception, and a pattern of its message.
 CASES = {
     "numpy": (lambda: {"w": np.ones(3)}, {}, TypeError, r"params\['w'\] must .* ndarray with no"),
     "number": (lambda: {"w": 1.0}, {}, TypeError, "float with no sharding.*jax.device_put"),

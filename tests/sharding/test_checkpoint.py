@@ -1,4 +1,4 @@
-"""Checkpoints: to other devices, other shardings, other memory, other formats, from optax."""
+"""Checkpoints of sharded states resume exactly on other meshes and in other memory kinds."""
 
 from functools import cache, partial
 
@@ -28,8 +28,8 @@ from sharding.common import (
 )
 from sharding.processes import run_alone
 
-# A leaf that ZeRO-1 shards, and one of another dtype or one that it cannot shard.
-# test_to_other_meshes saves and restores leaves of all kinds.
+# Two leaves that ZeRO-1 shards, with different dtypes; and for optax, one that it cannot shard.
+# test_checkpoint_is_restored_on_other_meshes covers leaves of all kinds.
 TRAINED = ("wide", "half")
 OF_OPTAX = ("wide", "bias")
 
@@ -45,7 +45,7 @@ def compiled(tx, mesh, options, names):
 
 
 def train(tx, params, state, steps, **options):
-    """The training state after more steps, each on gradients that its count chooses."""
+    """Returns the training state after more steps; the count is the seed of the gradients."""
     options = tuple((k, v) for k, v in options.items() if v is not None)
     step = compiled(tx, params["wide"].sharding.mesh, options, tuple(params))
     for _ in range(steps):
@@ -56,14 +56,14 @@ def train(tx, params, state, steps, **options):
 
 @cache
 def start(tx, names=TRAINED, steps=3, **options):
-    """The training state after the first steps on eight devices."""
+    """Returns the training state after the first steps on eight devices."""
     params = random_like(some_structs(mesh_of(), names), 99)
     state = sharding.shard(tx, params, **options).init(params)
     return train(tx, params, state, steps, **options)
 
 
 def target(tx, mesh, names=TRAINED, **options):
-    """Shapes and shardings of the tree to restore."""
+    """Returns shapes and shardings of the tree to restore."""
     params = some_structs(mesh, names)
     return {"params": params, "state": state_structs(tx, params, **options)}
 
@@ -83,7 +83,7 @@ def assert_in_place(tree, wanted):
 
 
 @each_format
-def test_from_8_devices_to_4_and_another_sharding(name, tmp_path):
+def test_checkpoint_of_8_devices_resumes_on_4_with_another_sharding(name, tmp_path):
     tx = exact_adamaxw(name)
     before = start(tx, zero1_axis="data")
     save(tmp_path / "saved", before)
@@ -105,7 +105,7 @@ MESHES = {
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("options", [{}, {"zero1_axis": "data"}])
-def test_to_other_meshes(mesh, options, tmp_path):
+def test_checkpoint_is_restored_on_other_meshes(mesh, options, tmp_path):
     tx = exact_adamaxw("2 bytes")
     params = random_like(structs(mesh_of()), 99)
     state = sharding.shard(tx, params, zero1_axis="data").init(params)
@@ -119,7 +119,7 @@ def test_to_other_meshes(mesh, options, tmp_path):
 
 @HOST_MEMORY
 @pytest.mark.parametrize(("source", "destination"), [("pinned_host", None), (None, "pinned_host")])
-def test_host_memory(source, destination, tmp_path):
+def test_checkpoint_resumes_in_another_memory_kind(source, destination, tmp_path):
     tx = exact_adamaxw("2 bytes")
     before = start(tx, zero1_axis="data", memory_kind=source)
     save(tmp_path / "saved", before)
@@ -133,7 +133,7 @@ def test_host_memory(source, destination, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["float32", "2 bytes"])
-def test_flax(name):
+def test_flax_checkpoint_resumes_on_another_mesh(name):
     tx = exact_adamaxw(name)
     before = start(tx, zero1_axis="data")
     saved = serialization.to_bytes(before)
@@ -151,24 +151,24 @@ def test_torn_flax_bytes_raise():
     state = jax.jit(tx.init)({"w": np.ones((3, 2), np.float32), "b": np.ones(2, np.float32)})
     saved = serialization.to_bytes(state)
     for length in range(len(saved)):
-        with pytest.raises(ValueError):  # of msgpack, or of flax
+        with pytest.raises(ValueError):  # raised by msgpack or by Flax
             serialization.from_bytes(state, saved[:length])
     assert_same_bits(serialization.from_bytes(state, saved), state)
 
 
 def test_torn_orbax_checkpoints_raise_or_are_intact(tmp_path):
-    """Every file of a checkpoint halved, deleted, or zeroed: an error, or the same bits."""
+    """If one file is halved, deleted or zeroed, restoring raises or returns the same bits."""
     outcomes = run_alone("worker_torn.py", tmp_path)
-    assert {o for o in outcomes.values() if o not in ("refused", "same")} == set()
-    refused = [case for case, outcome in outcomes.items() if outcome == "refused"]
+    assert {o for o in outcomes.values() if o not in ("rejected", "same")} == set()
+    rejected = [case for case, outcome in outcomes.items() if outcome == "rejected"]
     for damage in ("halved", "deleted", "zeroed"):
-        assert f"manifest.ocdbt {damage}" in refused
-        assert any(case.startswith("d/") and case.endswith(damage) for case in refused)
+        assert f"manifest.ocdbt {damage}" in rejected
+        assert any(case.startswith("d/") and case.endswith(damage) for case in rejected)
 
 
 @pytest.mark.parametrize("name", ["4 bytes", "2 bytes"])
-def test_from_float32_to_another_format(name, tmp_path):
-    """The checkpoint is read in its own format and converted in place."""
+def test_float32_checkpoint_is_converted_to_another_format(name, tmp_path):
+    """The checkpoint is restored in float32, and converted on the devices where it is stored."""
     exact = exact_adamaxw("float32")
     before = start(exact, zero1_axis="data")
     save(tmp_path / "saved", before)
@@ -185,7 +185,7 @@ def test_from_float32_to_another_format(name, tmp_path):
     ("source", "destination"),
     [("float32", "4 bytes"), ("2 bytes", "float32"), ("2 bytes", "4 bytes")],
 )
-def test_another_format_raises(source, destination, tmp_path):
+def test_restoring_another_format_raises(source, destination, tmp_path):
     save(tmp_path / "saved", start(exact_adamaxw(source), zero1_axis="data"))
     with pytest.raises(ValueError, match="structures do not match"):
         restore(tmp_path / "saved", target(exact_adamaxw(destination), mesh_of()))
@@ -195,24 +195,24 @@ OPTAX_ADAMAX = optax.adamax(0.05)
 
 
 @pytest.mark.parametrize("name", [pytest.param("float32", marks=pytest.mark.slow), "4 bytes"])
-def test_from_optax(name, tmp_path):
-    """A sharded run of optax.adamax continues with this package, on half of the devices."""
-    theirs = OPTAX_ADAMAX
-    with jax.numpy_dtype_promotion("standard"):  # which optax needs
-        before = start(theirs, OF_OPTAX, steps=4)
+def test_optax_checkpoint_continues_with_this_package(name, tmp_path):
+    """A sharded run of optax.adamax continues with this package on half of the devices."""
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        before = start(OPTAX_ADAMAX, OF_OPTAX, steps=4)
         save(tmp_path / "saved", before)
-        undisturbed = train(theirs, **before, steps=3)
+        undisturbed = train(OPTAX_ADAMAX, **before, steps=3)
     mesh = mesh_of(shape=(2, 2))
-    after = restore(tmp_path / "saved", target(theirs, mesh, OF_OPTAX))
-    ours = optax_adamax.adamax(0.05, **FORMATS[name])
-    sharded = sharding.shard(ours, after["params"], zero1_axis="data")
+    after = restore(tmp_path / "saved", target(OPTAX_ADAMAX, mesh, OF_OPTAX))
+    tx = optax_adamax.adamax(0.05, **FORMATS[name])
+    sharded = sharding.shard(tx, after["params"], zero1_axis="data")
     state = compat_optax.load_state(after["state"], after["params"], sharded)
     assert jax.tree.all(jax.tree.map(is_at, state, sharded.shardings))
-    continued = train(ours, after["params"], state, steps=3, zero1_axis="data")
-    # Three sums are rounded, and three steps of 0.05: m, v and two divisions, or 8 bits of m and v.
+    continued = train(tx, after["params"], state, steps=3, zero1_axis="data")
+    # Errors of three steps of 0.05: float32 rounds m, v and two divisions, bfloat16 rounds m and v.
+    # The three sums with the parameter are rounded, too.
     uncertain = 3 * 0.05 * (4 * 2.0**-24 if name == "float32" else 2 * 2.0**-8)
     for k in OF_OPTAX:
         parts = (continued["params"][k], undisturbed["params"][k], before["params"][k])
-        mine, wanted, old = (np.asarray(x) for x in parts)
+        found, wanted, old = (np.asarray(x) for x in parts)
         assert np.abs(wanted - old).max() > 0.02
-        assert np.all(np.abs(mine - wanted) <= 3 * np.spacing(np.abs(wanted)) + uncertain)
+        assert np.all(np.abs(found - wanted) <= 3 * np.spacing(np.abs(wanted)) + uncertain)

@@ -1,4 +1,4 @@
-"""`shard` returns an optax transformation: Flax, optax's own wrappers and trees accept it."""
+"""`shard` returns an optax transformation that Flax, Equinox and optax's wrappers accept."""
 
 from functools import partial
 
@@ -45,7 +45,7 @@ def test_shard_returns_an_optax_transformation():
 
 
 def test_a_pytree_round_trip_preserves_the_attributes():
-    """As eqx.filter_jit does with arguments."""
+    """eqx.filter_jit flattens its arguments and rebuilds them."""
     tx = sharding.shard(optax.trace(0.9), some_params(), zero1_axis="data")
     rebuilt = jax.tree.map(lambda x: x, tx)
     assert rebuilt.shardings == tx.shardings and rebuilt.unsharded == tx.unsharded
@@ -80,7 +80,7 @@ def test_flax_train_state_is_sharded_from_its_creation():
 
 
 def sharded_linear():
-    """A model on a mesh of data x model, its kernel sharded over the model axis."""
+    """Returns a model on a mesh of data x model, its kernel sharded over the model axis."""
     model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     mesh = mesh_of()
     specs = {"kernel": P(None, "model"), "bias": P()}
@@ -113,7 +113,7 @@ def test_nnx_optimizer_is_sharded_from_its_creation():
 
     step(model, optimizer)
     assert_sharded()
-    # The first step of Adamax on equal gradients is the learning rate.
+    # With equal gradients, the first step of Adamax has the length of the learning rate.
     moved = jax.tree.map(
         lambda a, b: np.asarray(a) - b, unboxed(nnx.state(model, nnx.Param)), before
     )
@@ -123,7 +123,7 @@ def test_nnx_optimizer_is_sharded_from_its_creation():
 
 @pytest.mark.parametrize("boxed", [True, False])
 def test_names_of_leaves_ignore_boxes_of_flax(boxed):
-    """nnx.Optimizer gives boxed parameters to init and arrays to update."""
+    """nnx.Optimizer passes boxed parameters to init and arrays to update."""
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
     partitioned = nnx.with_partitioning(nnx.initializers.ones, (None, "data"))
     with jax.set_mesh(mesh):
@@ -161,7 +161,7 @@ def test_multi_steps_inside_is_sharded_with_its_accumulator():
 
 
 def test_inside_a_chain_its_own_part_of_the_state_is_sharded():
-    """A chain passes on parameters and gradients only, so that `shard` cannot notice it."""
+    """A chain calls only init and update of `shard`, which cannot detect the chain."""
     params = some_params()
     inner = sharding.shard(exact_adamaxw("float32"), params, zero1_axis="data")
     tx = optax.chain(optax.trace(0.5), inner)
@@ -175,7 +175,7 @@ def test_inside_a_chain_its_own_part_of_the_state_is_sharded():
 
 
 def test_fsdp_over_one_axis_and_zero1_over_another():
-    """Hybrid sharding: parameters sharded over `fsdp`, their replicas over `replica`."""
+    """Parameters are sharded over `fsdp` and replicated over `replica`, as in hybrid sharding."""
     mesh = jax.make_mesh((2, 4), ("replica", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
     params = jax.device_put(jnp.ones((16, 8)), NamedSharding(mesh, P("fsdp")))
     tx = sharding.shard(optax_adamax.adamax(0.1), params, zero1_axis=("replica", "fsdp"))

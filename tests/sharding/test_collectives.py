@@ -1,4 +1,4 @@
-"""The compiled step: no communication by the optimizer except ZeRO-1's all-gather."""
+"""In a compiled step, the optimizer communicates only in the all-gather of ZeRO-1."""
 
 from functools import cache
 
@@ -17,8 +17,8 @@ from sharding.common import (
     AXIS_TYPES,
     CASES,
     FORMATS,
-    NEWLY_SPLIT,
     OPTIONS,
+    SHARDED_BY_ZERO1,
     collectives,
     exact_adamaxw,
     fewest_bits,
@@ -33,7 +33,7 @@ def gathers(types):
 
 
 def gather_alone(updates):
-    """The collectives of moving `updates` from ZeRO-1's shardings to their own, alone."""
+    """Returns the collectives that move `updates` from the shardings of ZeRO-1 to their own."""
     zero1 = sharding.shard(optax.trace(0.9), updates, zero1_axis="data").init(updates).trace
     gathered = {name: u.sharding for name, u in updates.items()}
     return collectives(jax.jit(lambda u: u, out_shardings=gathered).lower(zero1).compile())
@@ -61,7 +61,7 @@ def test_apply_gradients_has_one_all_gather_per_parameter_of_zero1(name, types, 
     found = collectives(jax.jit(applied(tx)).lower(params, tx.init(params), params).compile())
     if "zero1_axis" in OPTIONS[options]:
         assert found == gathers(types)
-        assert [kind for kind, _ in found] == ["all-gather"] * len(NEWLY_SPLIT)
+        assert [kind for kind, _ in found] == ["all-gather"] * len(SHARDED_BY_ZERO1)
     else:
         assert found == []
 
@@ -76,7 +76,7 @@ def test_update_gathers_the_updates_and_not_their_inputs(types):
 
 
 def network(mesh):
-    """A data-parallel step of a tensor-parallel network: parameters, batch and loss."""
+    """Returns parameters, batch and loss of a network with data and tensor parallelism."""
     params = {"in": P(None, "model"), "out": P("model", None), "bias": P()}
     shapes = {"in": (16, 32), "out": (32, 8), "bias": (8,)}
     params = {
@@ -95,7 +95,7 @@ def network(mesh):
 
 
 def compile_step(method, tx, state, **jit_options):
-    """A step of the network: `method` is `applied` or `updated`."""
+    """Compiles a step of the network; `method` is `applied` or `updated`."""
     params, batch, loss = network(mesh_of())
 
     def step(params, state, batch):
@@ -111,7 +111,7 @@ def network_adamax(name):
 
 @cache
 def train_step(method, name, options):
-    """The compiled step with `shard`."""
+    """Returns the compiled step with `shard`."""
     params, *_ = network(mesh_of())
     tx = sharding.shard(network_adamax(name), params, **OPTIONS[options])
     return compile_step(method, tx, tx.init(params))

@@ -1,4 +1,4 @@
-"""`init` makes the state in place: eagerly, inside jit, for shapes, in every memory."""
+"""`init` creates each state leaf with its sharding: eager, inside jit, and for shapes."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def test_eager_init_shards_every_leaf(name, types, options):
 
 
 def big_structs(mesh):
-    """Parameters that are all sharded, so that any unsharded leaf shows."""
+    """Returns parameters that are all sharded, so one unsharded state leaf changes the bytes."""
     place = NamedSharding(mesh, P(None, "model"))
     return {
         name: jax.ShapeDtypeStruct(shape, np.float32, sharding=place)
@@ -56,7 +56,7 @@ def test_jitted_init_never_holds_an_unsharded_leaf(name, types, options, parts):
     compiled = jax.jit(tx.init).lower(params).compile()
     leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
     whole = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
-    # Each device holds its parts, the scalars, and a table of one pointer for each leaf.
+    # Each device stores its shards, the scalars, and a table with one pointer per leaf.
     table = 8 * len(whole)
     wanted = sum(size // parts if size > 8 else size for size in whole) + table
     assert bytes_on_a_device(compiled.memory_analysis()) == wanted
@@ -64,8 +64,8 @@ def test_jitted_init_never_holds_an_unsharded_leaf(name, types, options, parts):
     assert collectives(compiled) == []
 
 
-def test_memory_analysis_sees_an_unsharded_leaf():
-    """Without `shard`, jitted init leaves everything unsharded on one device."""
+def test_memory_analysis_reports_an_unsharded_leaf():
+    """Without `shard`, jitted init creates an unsharded state on one device."""
     params = big_structs(mesh_of())
     naive = jax.jit(optax_adamax.scale_by_adamax().init).lower(params).compile()
     whole = 2 * sum(4 * np.prod(p.shape) for p in params.values())
@@ -73,7 +73,7 @@ def test_memory_analysis_sees_an_unsharded_leaf():
 
 
 def test_copies_of_the_parameters_in_the_state_are_sharded():
-    """Schedule-free's z starts as the parameters, so that init depends on its argument."""
+    """z of schedule_free starts as a copy of the parameters."""
     params = random_like(big_structs(mesh_of()), 0)
     tx = optax.contrib.schedule_free(optax_adamax.adamax(1e-3, b1=0.0), 1e-3)
     sharded = sharding.shard(tx, params, zero1_axis="data")
@@ -87,7 +87,7 @@ def test_copies_of_the_parameters_in_the_state_are_sharded():
 
 @pytest.mark.parametrize(("name", "types", "options"), [*CASES, ("2 bytes", "mixed", "zero")])
 def test_init_of_shapes_returns_shapes_with_shardings(name, types, options):
-    """The target of a checkpoint, without an array."""
+    """The result can be the target of a checkpoint; no array is created."""
     params = structs(mesh_of(AXIS_TYPES[types]))
     tx = sharding.shard(optax_adamax.adamaxw(1e-3, **FORMATS[name]), params, **OPTIONS[options])
     state = tx.init(params)
@@ -104,7 +104,7 @@ def shape_and_dtype(x):
     jax.__version_info__ < (0, 10), reason="JAX 0.7 cannot compare shardings of abstract meshes"
 )
 def test_eval_shape_carries_the_specs_of_explicit_axes():
-    """For automatic axes JAX (0.10.2) has no place for them, whatever the function."""
+    """For automatic axes, `jax.eval_shape` of any function drops the specs (JAX 0.10.2)."""
     params = structs(mesh_of(AXIS_TYPES["explicit"]))
     tx = sharding.shard(optax_adamax.adamax(1e-3), params, zero1_axis="data")
     state = jax.eval_shape(tx.init, params)
@@ -123,7 +123,7 @@ def test_jitted_init_shards_every_leaf(name, types, options):
 
 
 def test_init_accepts_numpy_parameters():
-    """The shardings are known from `shard`."""
+    """NumPy arrays have no shardings, so `init` uses the shardings that `shard` received."""
     shapes = {name: structs(mesh_of())[name] for name in ("wide", "bias")}
     params = {name: np.ones(p.shape, p.dtype) for name, p in shapes.items()}
     tx = sharding.shard(optax.trace(0.9), shapes, zero1_axis="data")

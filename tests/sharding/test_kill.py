@@ -1,4 +1,4 @@
-"""A run killed at random moments, resumed each time, ends with the bits of an undisturbed one."""
+"""A run that is killed at random moments and resumed ends with the bits of an undisturbed run."""
 
 import subprocess
 import sys
@@ -9,14 +9,14 @@ import pytest
 
 from sharding.processes import HERE, environment
 
-LIMIT = 120  # seconds for one life of the worker, which takes 3 to 10
+LIMIT = 120  # seconds for one run of the worker, which needs 3 to 10
 
 
-class Life:
-    """What one run of the worker said, and what was on disk when it ended."""
+class WorkerRun:
+    """One run of the worker: the events that it printed, and the files on disk at its end."""
 
     def __init__(self, folder, steps, delay=None):
-        """Runs it to the end, or kills it `delay` seconds after its first step."""
+        """Runs the worker to its end, or kills it `delay` seconds after its first step."""
         worker = subprocess.Popen(
             [sys.executable, str(HERE / "worker_kill.py"), str(folder), str(steps)],
             stdout=subprocess.PIPE,
@@ -33,7 +33,7 @@ class Life:
         killer = None
         with worker.stdout:
             for line in worker.stdout:
-                if not line.endswith("\n"):  # the kill came in the middle of the line
+                if not line.endswith("\n"):  # the worker was killed while it printed the line
                     break
                 lines.append(line.split())
                 if delay is not None and lines[-1][0] == "stepping":
@@ -63,28 +63,31 @@ class Life:
         pytest.param(60, marks=pytest.mark.slow),  # 4 minutes on two busy cores
     ],
 )
-def test_killed_at_random_moments(kills, tmp_path):
+def test_killed_run_resumes_with_the_same_bits(kills, tmp_path):
     rng = np.random.default_rng(kills)
     (tmp_path / "killed").mkdir()
     (tmp_path / "undisturbed").mkdir()
-    lives = [Life(tmp_path / "killed", 1_000_000, delay) for delay in rng.uniform(0, 1.5, kills)]
-    steps = max([0, *(step for life in lives for step in life.saving)]) + 50
-    last = Life(tmp_path / "killed", steps)
-    undisturbed = Life(tmp_path / "undisturbed", steps)
+    runs = [
+        WorkerRun(tmp_path / "killed", 1_000_000, delay) for delay in rng.uniform(0, 1.5, kills)
+    ]
+    steps = max([0, *(step for run in runs for step in run.saving)]) + 50
+    last = WorkerRun(tmp_path / "killed", steps)
+    undisturbed = WorkerRun(tmp_path / "undisturbed", steps)
 
     assert last.done == undisturbed.done
     known = {0: undisturbed.resumed, **undisturbed.saving}
-    for life in [*lives, last]:
-        # Whatever was written, read back, or found half-written and whole has the right bits.
-        assert life.saving.items() <= known.items()
-        assert known[life.start] == life.resumed
-        for name, outcome in life.torn:
-            assert outcome in ("refused", known[int(name.split(".")[0])])
-    for before, after in zip(lives, [*lives[1:], last], strict=True):
-        # Nothing is lost but the steps since the last finished checkpoint.
+    for run in [*runs, last]:
+        # Checkpoints that were written or restored have the right bits. So have unfinished
+        # checkpoints, unless restoring them raises.
+        assert run.saving.items() <= known.items()
+        assert known[run.start] == run.resumed
+        for name, outcome in run.torn:
+            assert outcome in ("rejected", known[int(name.split(".")[0])])
+    for before, after in zip(runs, [*runs[1:], last], strict=True):
+        # Only the steps since the last finished checkpoint are lost.
         assert after.start == max([0, *before.on_disk])
         assert after.start >= max([0, *before.saved])
     if kills >= 50:
-        writing = sum(life.was_writing for life in lives)
-        refused = sum(outcome == "refused" for life in lives for _, outcome in life.torn)
-        assert min(writing, kills - writing, refused) >= kills // 10
+        writing = sum(run.was_writing for run in runs)
+        rejected = sum(outcome == "rejected" for run in runs for _, outcome in run.torn)
+        assert min(writing, kills - writing, rejected) >= kills // 10

@@ -1,4 +1,4 @@
-"""The plain transformation inside shard_map and pmap, with the specs of `shard`: the same bits."""
+"""Inside shard_map and pmap, the plain transformation gives the bits of one device."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ ALWAYS = [("float32", "auto"), ("2 bytes", "explicit")]
 
 
 @pytest.mark.parametrize("name, types", formats(SHARD_MAPS, ALWAYS))
-def test_shard_map(name, types):
+def test_update_in_shard_map_gives_the_bits_of_one_device(name, types):
     mesh = mesh_of(AXIS_TYPES[types])
     params = random_like(structs(mesh), 99)
     tx = exact_adamaxw(name)
@@ -58,7 +58,7 @@ def test_shard_map(name, types):
 
 
 def integers(params, devices=8):
-    """Gradients for each device; small integers add up to the same sum in any order."""
+    """Returns gradients for each device; sums of small integers do not depend on their order."""
     rng = np.random.default_rng(0)
     return {
         k: rng.integers(-8, 8, (devices, *p.shape)).astype(np.float32) for k, p in params.items()
@@ -66,8 +66,8 @@ def integers(params, devices=8):
 
 
 @fewest_bits
-def test_zero_by_hand_under_shard_map(name):
-    """Scatters the gradients and gathers the updates, which `shard` leaves to XLA."""
+def test_zero1_by_hand_in_shard_map_gives_the_bits_of_one_device(name):
+    """The function scatters gradients and gathers updates, which XLA inserts for `shard`."""
     mesh = mesh_of(shape=(8, 1))
     params = {
         "w": jax.device_put(np.ones((16, 3), np.float32), NamedSharding(mesh, P())),
@@ -85,20 +85,20 @@ def test_zero_by_hand_under_shard_map(name):
         mesh=mesh,
         in_specs=(P("data"), specs),
         out_specs=(P(), specs),
-        check_vma=False,  # that all_gather's result is equal everywhere its type does not say
+        check_vma=False,  # the type of all_gather does not state that devices agree
     )
     def update(gradients, state):
-        mine = {
+        scattered = {
             k: jax.lax.psum_scatter(
                 jnp.squeeze(g, 0), "data", scatter_dimension=axis[k], tiled=True
             )
             for k, g in gradients.items()
         }
-        updates, state = tx.update(mine, state)
-        whole = {
+        updates, state = tx.update(scattered, state)
+        gathered = {
             k: jax.lax.all_gather(u, "data", axis=axis[k], tiled=True) for k, u in updates.items()
         }
-        return whole, state
+        return gathered, state
 
     gradients = integers(params)
     alone, reference = jax.jit(tx.update), jax.jit(tx.init)(params)
@@ -110,8 +110,8 @@ def test_zero_by_hand_under_shard_map(name):
 
 
 @fewest_bits
-def test_pmap(name):
-    """Replicated as pmap has it: a leading axis of devices on every array."""
+def test_update_in_pmap_gives_the_bits_of_one_device(name):
+    """pmap replicates with a leading axis of devices on every array."""
     params = {"w": np.ones((16, 3), np.float32), "b": np.ones(5, np.float32)}
     tx = transformation(name)
 
@@ -135,8 +135,8 @@ def assert_same_on_each_device(stacked, wanted):
         assert_same_bits(jax.tree.map(lambda x, d=device: x[d], stacked), wanted)
 
 
-def test_the_state_of_parameters_stacked_by_pmap():
-    """Arrays that pmap returns have a NamedSharding, and their moments get the same."""
+def test_state_is_sharded_like_parameters_from_pmap():
+    """Arrays that pmap returns have a NamedSharding."""
     params = jax.pmap(lambda x: x * 2)(np.ones((8, 3), np.float32))
     if not isinstance(params.sharding, NamedSharding):
         pytest.skip("JAX 0.7 returns arrays with a PmapSharding, which has no mesh")

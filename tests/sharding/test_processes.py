@@ -1,4 +1,4 @@
-"""2 and 4 processes with collectives over loopback: the bits of one process with one device."""
+"""Two and four processes on one machine give the bits of one process with one device."""
 
 import pickle
 import re
@@ -7,8 +7,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sharding.common import (
-    NEWLY_SPLIT,
     PARAMETERS,
+    SHARDED_BY_ZERO1,
     assert_same_bits,
     exact_adamaxw,
     mesh_of,
@@ -19,12 +19,12 @@ from sharding.processes import CAN_AVOID_CONTRACTION, free_port, run_all, run_to
 
 ALL = tuple(PARAMETERS)
 
-# For each layout: processes, devices of each, mesh of data x model, parameters, and what to run.
-# Each process compiles for itself: two have only what ZeRO splits, and so what is communicated, in
-# the format that has every part of a state.
+# Each layout: number of processes, devices per process, mesh of data x model, parameters, runs.
+# Each process compiles its own programs, so two processes run one format only: the 2-byte state,
+# which has every kind of leaf, and the parameters that ZeRO-1 shards and communicates.
 LAYOUTS = {
     "one process": (1, 8, (4, 2), ALL, [("float32", "like parameters"), ("2 bytes", "zero")]),
-    "two processes": (2, 4, (4, 2), NEWLY_SPLIT, [("2 bytes", "zero")]),
+    "two processes": (2, 4, (4, 2), SHARDED_BY_ZERO1, [("2 bytes", "zero")]),
     "four processes": (
         4,
         2,
@@ -38,7 +38,7 @@ LAYOUTS = {
         ],
     ),
 }
-TIMEOUT = 240  # seconds; a run takes 5 to 25
+TIMEOUT = 240  # seconds; a run needs 5 to 25
 
 
 def run(processes, devices, mesh, parameters, runs, folder, **config):
@@ -50,17 +50,17 @@ def run(processes, devices, mesh, parameters, runs, folder, **config):
     return {name: pickle.loads((folder / f"{name}.pickle").read_bytes()) for name, _ in runs}
 
 
-def run_beside_one_device(layout, folder, **config):
-    """The results of a layout, and those of one device."""
+def run_and_compare_with_one_device(layout, folder, **config):
+    """Returns the results of a layout, and the results on one device."""
     *places, runs = LAYOUTS[layout]
     without = [(name, "like parameters") for name, _ in runs]
     alone = run(1, 1, (1, 1), places[-1], without, folder / "alone")
     return run(*places, runs, folder / "together", **config), alone
 
 
-@pytest.mark.slow  # test_update.py runs it without a process of its own
-def test_one_process(tmp_path):
-    results, alone = run_beside_one_device("one process", tmp_path)
+@pytest.mark.slow  # test_update.py covers this in the process of the tests
+def test_one_process_gives_the_bits_of_one_device(tmp_path):
+    results, alone = run_and_compare_with_one_device("one process", tmp_path)
     for name, result in results.items():
         assert_same_bits(result, alone[name])
 
@@ -68,9 +68,9 @@ def test_one_process(tmp_path):
 @pytest.mark.parametrize(
     "layout", ["two processes", pytest.param("four processes", marks=pytest.mark.slow)]
 )
-def test_processes_and_their_checkpoint(layout, tmp_path):
+def test_processes_and_their_checkpoint_have_the_bits_of_one_device(layout, tmp_path):
     saved = tmp_path / "saved"
-    results, alone = run_beside_one_device(layout, tmp_path, checkpoint=str(saved))
+    results, alone = run_and_compare_with_one_device(layout, tmp_path, checkpoint=str(saved))
     for name, result in results.items():
         assert_same_bits(result, alone[name])
     tx = exact_adamaxw("2 bytes")
@@ -84,7 +84,7 @@ def test_processes_and_their_checkpoint(layout, tmp_path):
         assert_same_bits(restored, {"params": params, "state": state})
 
 
-def test_the_program_of_the_guide(tmp_path):
+def test_program_of_the_guide_gives_equal_losses(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     printed = run_all("train.py", [(address, 2, i) for i in range(2)], tmp_path, TIMEOUT)
     losses = [re.search(r"process (\d) of 2: loss (\S+)", text).groups() for text in printed]

@@ -1,4 +1,4 @@
-"""`shardings` and `unsharded`: any optax transformation, ZeRO-1, memory kinds."""
+"""`shardings` and `unsharded` are correct for any optax transformation and for all options."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ TRANSFORMATIONS = {
 
 
 def owner(path, state_leaf, params):
-    """The parameter that a state leaf belongs to, from its path and shape alone."""
+    """Returns the name of the parameter that a state leaf belongs to, read from its path."""
     for name, p in params.items():
         if jax.tree_util.keystr(path).endswith(f"[{name!r}]"):
             assert state_leaf.shape == p.shape
@@ -73,7 +73,7 @@ def owner(path, state_leaf, params):
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize("zero1_axis", [None, "data"])
-def test_any_transformation(name, zero1_axis):
+def test_state_of_any_transformation_is_sharded_like_its_parameters(name, zero1_axis):
     params = real_structs(mesh_of())
     tx = TRANSFORMATIONS[name]
     got = sharding.shard(tx, params, zero1_axis=zero1_axis).shardings
@@ -96,20 +96,20 @@ def test_any_transformation(name, zero1_axis):
 
 @pytest.mark.parametrize("types", AXIS_TYPES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats(name, types):
+def test_moments_in_every_format_are_sharded(name, types):
     mesh = mesh_of(AXIS_TYPES[types])
     tx = optax_adamax.scale_by_adamax(**FORMATS[name])
     got = sharding.shard(tx, structs(mesh), zero1_axis="data").shardings
-    # The first field of the container of a quantized moment is the tree.
+    # The first field of the container of a quantized moment is the tree of its codes.
     moments = [x if isinstance(x, dict) else x[0] for x in (got.m, got.v)]
     for moment in moments:
         for parameter, spec in ZERO.items():
             ndim = len(PARAMETERS[parameter][0])
             assert moment[parameter].is_equivalent_to(NamedSharding(mesh, spec), ndim), parameter
-    split = 2 * len(PARAMETERS)
+    moment_leaves = 2 * len(PARAMETERS)
     others = [x for x in jax.tree.leaves(got) if x.spec == P()]
     replicated = 2 * sum(spec == P() for spec in ZERO.values())
-    assert len(others) == len(jax.tree.leaves(got)) - split + replicated
+    assert len(others) == len(jax.tree.leaves(got)) - moment_leaves + replicated
 
 
 def test_arrays_and_structs_and_abstract_meshes_agree():
@@ -137,7 +137,7 @@ def test_arrays_and_structs_and_abstract_meshes_agree():
         ((8, 8), P(), P("data", None)),  # the first of equals
         ((9, 4), P(), P(None, "data")),  # the largest is not divisible
         ((8, 4), P("model"), P("model", "data")),  # the largest is sharded already
-        ((8, 6), P("model"), None),  # nothing left
+        ((8, 6), P("model"), None),  # no other dimension is divisible
         ((8, 4), P(("model", "data")), P(("model", "data"))),  # sharded over it already
         ((8, 4), P(None, "data"), P(None, "data")),
         ((2, 4, 16), P(None, None, "model"), P(None, "data", "model")),
@@ -193,7 +193,7 @@ def test_unsharded_counts_the_bytes_of_one_device():
 
 
 def test_leaves_of_another_shape():
-    """optax.adafactor stores rows and columns in the place of parameters."""
+    """optax.adafactor stores rows and columns instead of arrays like the parameters."""
     mesh = mesh_of()
     params = {"w": structs(mesh)["wide"]}
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=8)
@@ -249,7 +249,7 @@ def test_state_has_the_memory_kind_of_its_parameters(place):
 
 
 @HOST_MEMORY
-def test_parameters_on_one_device():
+def test_state_of_parameters_on_one_device_is_stored_in_host_memory():
     params = {"w": jnp.ones((4, 2)), "b": jnp.ones(2)}
     tx = sharding.shard(optax_adamax.scale_by_adamax(), params, memory_kind="pinned_host")
     state = tx.init(params)

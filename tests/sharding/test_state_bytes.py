@@ -1,4 +1,4 @@
-"""The table of state bytes agrees with the state on real devices."""
+"""The table of state bytes agrees with the bytes of states on eight devices."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def table(monkeypatch):
 
 @pytest.mark.parametrize("name", ["float32", "4 bytes", "2 bytes"])
 @pytest.mark.parametrize("zero1_axis", [None, "data"])
-def test_bytes_on_real_devices(name, zero1_axis, table):
+def test_predicted_bytes_equal_bytes_on_devices(name, zero1_axis, table):
     small = table.Transformer(64, 32, 2, 4, 2, 8, 48, tied=False)
     tx = table.transformation(name)
     predicted = table.state_bytes(
@@ -58,15 +58,15 @@ def test_the_models_have_as_many_parameters_as_published(model, count, table):
 @pytest.mark.parametrize(
     "case", [("1 B", 512, "float32"), ("8 B", 8, "4 bytes"), ("70 B", 64, "2 bytes")]
 )
-def test_the_committed_table(case, table):
+def test_committed_table_is_current(case, table):
     committed = json.loads((ROOT / "benchmarks" / "results" / "state_bytes.json").read_text())
     wanted = table.row(*case)
     assert wanted in committed["rows"]
     assert len(committed["rows"]) == len(table.MODELS) * len(table.MESHES) * len(table.FORMATS)
     scalars = 3 * 4  # two counts of steps, and the phase of v
-    assert abs(wanted["zero"] - wanted["unsharded"] - _eighth(wanted)) <= scalars
+    assert abs(wanted["zero"] - wanted["unsharded"] - _sharded_bytes(wanted)) <= scalars
 
 
-def _eighth(row):
-    """What ZeRO leaves of the state, if all of it is split."""
+def _sharded_bytes(row):
+    """Returns the bytes of the state after ZeRO-1, without the leaves that it cannot shard."""
     return (row["like_parameters"] - row["unsharded"]) / row["mesh"]["data"]

@@ -1,4 +1,4 @@
-"""`update` and `apply_gradients`: the same bits on 8 devices as on 1, everything in place."""
+"""`update` and `apply_gradients` give the same bits and shardings on 8 devices as on 1."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ from sharding.common import (
 
 @cache
 def trained(name, types, options):
-    """A case of several tests: its parameters, and the result of `train`."""
+    """Returns transformation, parameters and the result of `train`, for several tests."""
     params = random_like(structs(mesh_of(AXIS_TYPES[types])), 99)
     tx = sharding.shard(exact_adamaxw(name), params, **OPTIONS[options])
     state = tx.init(params)
@@ -50,8 +50,8 @@ def test_update_gives_the_bits_of_one_device(name, types, options):
 
 
 @pytest.mark.parametrize("options", ["zero", pytest.param("host", marks=HOST_MEMORY)])
-def test_update_over_axes_of_both_types(options):
-    """JAX 0.10.2 needs the out_shardings."""
+def test_update_over_axes_of_both_types_gives_the_bits_of_one_device(options):
+    """JAX 0.10.2 needs the argument `out_shardings` for such meshes."""
     params = random_like(structs(mesh_of(AXIS_TYPES["mixed"])), 99)
     tx = sharding.shard(exact_adamaxw("float32"), params, **OPTIONS[options])
     of_params = jax.tree.map(lambda p: p.sharding, params)
@@ -63,7 +63,7 @@ def test_update_over_axes_of_both_types(options):
 
 @pytest.mark.parametrize("name", ["float32", "2 bytes"])
 def test_the_plain_transformation_preserves_the_shardings_of_the_parameters(name):
-    """Without ZeRO-1 and host memory, a state made by `shard` can be trained without it."""
+    """Without ZeRO-1 and host memory, a state from `shard` can be trained without `shard`."""
     params = random_like(structs(mesh_of()), 99)
     sharded = sharding.shard(exact_adamaxw(name), params)
     history, state, step = train(exact_adamaxw(name), params, sharded.init(params))
@@ -100,7 +100,7 @@ def test_update_compiles_once(name, types, options):
 
 @pytest.mark.parametrize("types", ["auto", "explicit"])
 def test_a_transformation_that_selects(types):
-    """Under explicit axes lax.select takes no two shardings, unlike the sums of Adamax."""
+    """With explicit axes, lax.select rejects operands with different shardings."""
 
     def update(updates, state, params=None):
         trace = jax.tree.map(
@@ -137,7 +137,7 @@ def test_a_state_that_does_not_depend_on_sharded_arrays_is_sharded(types):
 
 @HOST_MEMORY
 def test_the_state_of_parameters_in_host_memory_is_moved_by_the_step():
-    """The state is where the parameters are stored; the step gets parameters on the devices."""
+    """`shard` received parameters in host memory; the step receives them on the devices."""
     on_device = random_like({"wide": structs(mesh_of())["wide"]}, 0)
     stored = jax.tree.map(
         lambda p: struct(p, p.sharding.with_memory_kind("pinned_host")), on_device

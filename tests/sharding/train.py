@@ -1,4 +1,4 @@
-"""The program of the guide "Sharding and ZeRO" for several hosts; see `test_processes.py`."""
+"""Runs the program of the guide "Sharding and ZeRO" for several hosts; see `test_processes.py`."""
 
 import functools
 import sys

@@ -1,9 +1,9 @@
-"""A training run that writes checkpoints in the background and starts again from the last one.
+"""Trains with checkpoints in the background, and resumes from the last checkpoint.
 
-It says on standard output what it does, a line each, with a digest of parameters and state:
+It can be killed at any moment. It prints one line per event, with a digest of parameters and state:
 `torn NAME OUTCOME`, `resumed STEP DIGEST`, `stepping` after the first step, `saving STEP DIGEST`,
 `saved STEP`, `done STEP DIGEST`.
-Usage: worker_kill.py FOLDER STEPS; to be killed at any moment.
+Usage: worker_kill.py FOLDER STEPS
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def say(*words):
 
 
 def digest(tree):
-    """A short name for all the bits of a tree."""
+    """Returns a short hash of all bits of a tree."""
     total = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         total.update(np.asarray(leaf).tobytes())
@@ -57,7 +57,7 @@ def first_parameters(mesh):
 
 
 def batch_of(step, mesh):
-    """The batch of a step: a resumed run sees what the undisturbed one saw."""
+    """Returns the batch of a step, which is the same in a resumed run."""
     x = np.random.default_rng(step).normal(size=(256, SIZES[0])).astype(np.float32)
     return jax.device_put(x, NamedSharding(mesh, P("data")))
 
@@ -71,20 +71,20 @@ def loss(params, x):
 
 
 def try_torn(folder, target):
-    """Reads what a killed run left half-written; it may have been complete, but not half-read."""
+    """Tries to restore unfinished checkpoints of a killed run, and prints each outcome."""
     for torn in sorted(folder.glob("*tmp*/default*")):
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 tree = checkpointer.restore(torn, target)
-        except Exception:  # Orbax raises the base class itself where a chunk is torn
-            say("torn", torn.parent.name, "refused")
+        except Exception:  # Orbax raises `Exception` itself for a damaged chunk
+            say("torn", torn.parent.name, "rejected")
         else:
             say("torn", torn.parent.name, digest(tree))
 
 
 def main(folder, steps):
     jax.config.update("jax_num_cpu_devices", 2)
-    # Sixty lives need not compile the same step sixty times.
+    # With a cache on disk, the step is compiled once for all runs of the worker.
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = mesh_of((AUTO, AUTO), (2, 1))
@@ -116,7 +116,7 @@ def main(folder, steps):
             now += 1
             if manager.should_save(now):
                 say("saving", now, digest(tree))
-                manager.save(now, args=ocp.args.StandardSave(tree))  # first waits for the last one
+                manager.save(now, args=ocp.args.StandardSave(tree))  # waits for the previous save
                 if writing is not None:
                     say("saved", writing)
                 writing = now

@@ -1,6 +1,6 @@
-"""Damages every file of an Orbax checkpoint and reads it; prints what became of it, in JSON.
+"""Damages each file of an Orbax checkpoint, restores it, and prints the outcomes in JSON.
 
-A process of its own: Orbax leaves reads behind that complain on their own threads.
+It is a process of its own, because Orbax threads report failed reads after the error.
 Usage: worker_torn.py FOLDER
 """
 
@@ -24,7 +24,7 @@ DAMAGES = {
 
 
 def count_up(x):
-    """An array like `x` that is not zero."""
+    """Returns an array like `x` with the entries 1, 2, ..., 99, repeated."""
     return jax.device_put(np.resize(np.arange(1, 100), x.shape).astype(x.dtype), x.sharding)
 
 
@@ -41,8 +41,8 @@ def main(folder):
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 restored = checkpointer.restore(path, tree)
-        except Exception:  # Orbax raises the base class itself where a chunk is torn
-            return "refused"
+        except Exception:  # Orbax raises `Exception` itself for a damaged chunk
+            return "rejected"
         try:
             assert_same_bits(restored, tree)
         except AssertionError as error:

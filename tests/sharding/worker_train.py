@@ -1,4 +1,4 @@
-"""A training run of one or more processes on given gradients; see `test_processes.py`.
+"""Trains in one or more processes on given gradients; see `test_processes.py`.
 
 Usage: worker_train.py CONFIG INDEX, with CONFIG in JSON.
 """
@@ -32,7 +32,7 @@ STEPS = 5
 
 
 def connect(config, index):
-    """This process as one of several, each with CPU devices of its own."""
+    """Configures JAX and connects this process to the others, each with its own CPU devices."""
     jax.config.update("jax_num_cpu_devices", config["devices"])
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,7 +44,7 @@ def connect(config, index):
 
 
 def gathered(tree):
-    """NumPy arrays of a tree of arrays that span processes."""
+    """Returns NumPy arrays of a tree of arrays that span processes."""
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
@@ -55,7 +55,7 @@ def transformation(name, config):
 
 
 def train(name, options, config):
-    """Updates of all steps, and the last parameters and state."""
+    """Returns the updates of all steps, and the last parameters and state."""
     mesh = mesh_of((AUTO, AUTO), config["mesh"])
     shapes = {name: structs(mesh)[name] for name in config["parameters"]}
     if name == "float32":
