@@ -111,7 +111,7 @@ def check_values(moments: Moments) -> None:
 def check_is_adamax(
     moments: Moments, tx: optax.GradientTransformation, params: optax.Params
 ) -> None:
-    """Raises ValueError for moments that Adamax cannot have, such as those of Adam.
+    """Raises ValueError for moments that Adamax cannot have, such as the moments of Adam.
 
     For b1 < b2, Adamax has ``|m| <= K v`` with ``K = (1 - b1) / (1 - b1 / b2)``. Adam's v is a
     mean of squares: if gradients are below 1, it is less than m. Other b1 and b2 bound nothing.
@@ -130,7 +130,7 @@ def check_is_adamax(
     beyond = count(bounds)
     if 2 * beyond > total:
         raise ValueError(
-            f"The state must be that of an Adamax, for which |m| is at most "
+            f"The state must come from an Adamax, for which |m| is at most "
             f"{min(bounds.values()):.4g} v with the b1 and b2 of the transformation, but |m| is "
             f"larger in {beyond} of {total} elements. Load the state of an Adamax: Adam's v is a "
             f"mean of squares, so its state looks like this."
@@ -144,7 +144,7 @@ def _largest_ratio(b1: float, b2: float) -> float:
 def check_groups(
     nodes: Sequence[Mapping[str, Any]], origins: Origins, groups: Sequence[Mapping[Key, Any]]
 ) -> None:
-    """Raises ValueError if the groups of the source overlap those of the transformation.
+    """Raises ValueError if the groups of the source overlap the groups of the transformation.
 
     Args:
       nodes: the paths of each Adamax in the transformation.
@@ -160,7 +160,7 @@ def check_groups(
         shared = [found for found in overlap if i in found]
         if len(shared) > 1 and any(len(found) > 1 for found in shared):
             raise ValueError(
-                f"The groups of the source must be those of the transformation, but group {i}, "
+                f"The groups of the source must be groups of the transformation, but group {i}, "
                 f"{list(group)}, is spread over {len(shared)} groups of the transformation, some "
                 f"of which have parameters of other groups, too. {ORDER}."
             )
@@ -173,7 +173,7 @@ def check_hyperparameters(
     origins: Origins,
     saved: Mapping[Key, Hyperparameters],
 ) -> None:
-    """Compares the constant hyperparameters of `tx` with those of the source, where it has them.
+    """Compares the constant hyperparameters of `tx` with the known ones of the source.
 
     Warns:
       UserWarning: a hyperparameter of the transformation differs.
@@ -197,7 +197,7 @@ def check_hyperparameters(
         for other_field, other_new, other_old in found:
             if field == other_field == "rate" and new < other_new and old > other_old:
                 raise ValueError(
-                    f"The groups of the source must be those of the transformation, but the "
+                    f"The groups of the source must be groups of the transformation, but the "
                     f"learning rates of {found[field, new, old]!r} and "
                     f"{found[field, other_new, other_old]!r} are {new:g} and {other_new:g} in the "
                     f"transformation, and {old:g} and {other_old:g} in the source. {ORDER}, or "

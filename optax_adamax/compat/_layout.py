@@ -271,7 +271,7 @@ def _check(
             number = number.astype(np.int64) - FIRST_MARK + low
             if np.any((number < low) | (number >= total)) or np.any(np.imag(array)):
                 raise ValueError(
-                    f"The layout must only move elements, but it computes those of {target!r}. "
+                    f"The layout must only move elements, but it computes elements of {target!r}. "
                     f"Remove arithmetic, constants and casts to half precision."
                 )
             index = np.searchsorted(starts, number, side="right") - 1

@@ -50,7 +50,7 @@ class Moments(NamedTuple):
             )
 
     def with_zeros(self, shapes: dict[Any, tuple[int, ...]]) -> "Moments":
-        """Adds zeros without a step for those of the shapes whose names are new."""
+        """Adds zeros without a step for the shapes with new names."""
         new = {name: shape for name, shape in shapes.items() if name not in self.m}
         zeros = {name: np.zeros(shape, np.float32) for name, shape in new.items()}
         return Moments(self.m | zeros, self.v | zeros, self.step | dict.fromkeys(new))
@@ -94,7 +94,7 @@ def shapes_of_nodes(state: optax.OptState) -> list[dict[str, tuple[int, ...]]]:
 
 
 def fill(state: Any, moments: Moments) -> Any:
-    """Returns an unpacked state with these moments, their counts and those of their schedules.
+    """Returns an unpacked state with these moments, and with their counts in its schedules.
 
     A schedule counts the steps of Adamax if both are in one chain, or if
     `optax.inject_hyperparams` has it around Adamax. A schedule for several Adamax has the largest

@@ -91,7 +91,7 @@ def dump(
     names: Iterable[Key] | None = None,
     source_params: Mapping[str, Any] | None = None,
 ) -> Moments:
-    """Returns the moments by source name, except those of parameters that are not trained."""
+    """Returns the moments of the trained parameters by source name."""
     moments = _moments.read_state(unpack_state(state, params))
     plan = _layout.plan_dump(layout, names, params, source_params)
     dumped = _move(plan, moments.with_zeros(shapes_of(paths(params))))
@@ -113,10 +113,10 @@ def _move(plan: Plan, moments: Moments) -> Moments:
     unused = [name for name in plan.unused if moments.step[name] is not None]
     if unused:
         raise ValueError(
-            f"The layout must have a place for all moments, but it has none for those of {unused}. "
+            f"The layout must have a place for all moments, but {unused} have none. "
             f"Give each a path, or None to leave it out."
         )
-    taken: dict[Any, int | None] = {}
+    new_steps: dict[Any, int | None] = {}
     for target, names in plan.origins.items():
         steps = {name: moments.step[name] for name in names if moments.step[name] is not None}
         if len(set(steps.values())) > 1:
@@ -124,8 +124,8 @@ def _move(plan: Plan, moments: Moments) -> Moments:
                 f"The arrays in {target!r} must have the same number of steps, but the numbers are "
                 f"{steps}. Use a layout that does not join them."
             )
-        taken[target] = next(iter(steps.values()), None)
-    return Moments(plan.move(moments.m), plan.move(moments.v), taken)
+        new_steps[target] = next(iter(steps.values()), None)
+    return Moments(plan.move(moments.m), plan.move(moments.v), new_steps)
 
 
 def load_params(

@@ -320,17 +320,17 @@ def load_state(
         names, and a `layout`.
 
     Returns:
-      The state. `load_state` sets the counts of Adamax, of its accumulation and of its average,
-      and those of schedules in its chain and of :func:`optax.inject_hyperparams` around it.
+      The state. `load_state` sets the counts of Adamax, of its accumulation, of its average, of
+      schedules in its chain, and of :func:`optax.inject_hyperparams` around it.
 
     Raises:
       ValueError: a missing, surplus or misshapen variable, one that has the name of another, a
-        layout that does not fit, moments that are not those of Adamax, or an infinity norm out of
+        layout that does not fit, moments of another optimizer, or an infinity norm out of
         the range of ``v_dtype``.
       TypeError: a variable of the wrong type, the name of a file, or a `tx` without Adamax.
 
     Warns:
-      UserWarning: the learning rate of `tx` is constant and differs from that of the variables.
+      UserWarning: the learning rate of `tx` is constant and differs from Keras'.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -407,7 +407,7 @@ def dump_state(
     untrained = [name for name in names if name not in moments.m]
     if untrained:
         raise ValueError(
-            f"names must be those of trained parameters, but the state has no moments of "
+            f"All names must be of trained parameters, but the state has no moments of "
             f"{untrained}. Give the names of the variables that Keras' optimizer has."
         )
     calls = _transfer.single_step(moments) * _calls_per_update(extras)
@@ -438,7 +438,7 @@ def _find_extras(state: Any) -> dict[str, Any]:
         found = [x for x in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(x)]
         if len(found) > 1:
             raise ValueError(
-                f"The state must be that of one compat.keras.adamax, but it has {len(found)} "
+                f"The state must come from one compat.keras.adamax, but it has {len(found)} "
                 f"{type(found[0]).__name__}. Give the state of each by itself."
             )
         if found:
@@ -533,7 +533,7 @@ def _in_order(variables: Any) -> tuple[list[str], list[Any]]:
 
 
 def _from_keras_2(labels: list[str], values: list[Any]) -> tuple[list[str], list[Any]]:
-    """Returns names and values in the order of Keras 3, if the names are those of Keras 2."""
+    """Returns names and values in the order of Keras 3, if Keras 2 wrote the names."""
     by_kind: dict[str, list[tuple[str, Any]]] = {"momentum": [], "norm": [], "": []}
     for label, value in zip(labels, values, strict=True):
         parts = label.removesuffix(":0").split("/")

@@ -123,11 +123,11 @@ def load_state(
 
     Raises:
       ValueError: a missing, surplus or misshapen entry, the state of a `MultiOptimizer`, moments
-        that are not those of Adamax, or an infinity norm out of the range of ``v_dtype``.
+        of another optimizer, or an infinity norm out of the range of ``v_dtype``.
       TypeError: an entry of the wrong type, the name of a file, or a `tx` without Adamax.
 
     Warns:
-      UserWarning: the learning rate of `tx` is constant and differs from that of the state.
+      UserWarning: the learning rate of `tx` is constant and differs from the state's.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -144,10 +144,10 @@ def load_state(
     flat = _flatten(source_state)
     if flat and all(name.startswith("states.") for name in flat):
         raise ValueError(
-            "The state must be that of one Adamax, but it is that of a MultiOptimizer. Give the "
+            "The state must come from one Adamax, but it comes from a MultiOptimizer. Give the "
             "state of the Adamax in it, optimizer.optimizers[i].state, with an optax.partition as "
-            "`tx`. Give those of several Adamax of the same steps as one dict of the tree_flatten "
-            "of each, without the learning_rate."
+            "`tx`. For several Adamax with equal steps, merge the tree_flatten of their states "
+            "into one dict, without the learning_rate."
         )
     if "step" not in flat:
         raise ValueError(
@@ -246,7 +246,7 @@ def dump_params(
 
 
 def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -> dict[Key, Entry]:
-    r"""Returns a layout for :func:`load_state` if `params` are those of a Flax module.
+    r"""Returns a layout for :func:`load_state` for the parameters of a Flax module.
 
     As :func:`optax_adamax.compat.torch.flax_names`, for MLX's layouts: its convolutions are
     (out, \*space, in).

@@ -1,6 +1,6 @@
 """`optax.adamax` and `optax.adamaxw`: the constructors, and their states in and out.
 
-The constructors are those of :mod:`optax_adamax`, whose first arguments are optax's.
+The constructors are in :mod:`optax_adamax`, too. Their first arguments are optax's.
 """
 
 from collections.abc import Mapping
@@ -39,14 +39,14 @@ def load_state(
       tx: the transformation of this package, in the wrappers that optax's had.
 
     Returns:
-      The state. Only the Adamax is replaced: every other state, such as that of `optax.ema`,
+      The state. Only the Adamax is replaced: every other state, such as the state of `optax.ema`,
       `optax.MultiSteps` or another optimizer in an `optax.partition`, is continued. If `tx` has
       other wrappers, then only moments and counts can be loaded, so `source_state` must have
       nothing else.
 
     Raises:
       ValueError: a state without Adamax or of other wrappers, a missing, surplus or misshapen
-        entry, moments that are not those of Adamax, or an infinity norm out of the range of
+        entry, moments of another optimizer, or an infinity norm out of the range of
         ``v_dtype``.
       TypeError: an entry of the wrong type, or a `tx` without Adamax.
 
@@ -112,7 +112,7 @@ def dump_state(
 def _replace_nodes(state: Any, template: Any) -> Any | None:
     """Returns `state` with each Adamax in the form of `template`, and everything else as it is.
 
-    It is None if the two have different wrappers, and those of `state` store nothing.
+    It is None if the wrappers differ, and the wrappers of `state` store nothing.
 
     Raises:
       ValueError: states of the wrappers of `state` would be lost.
@@ -161,7 +161,7 @@ def _renamed(state: Any) -> Any:
 
 
 def _check_trained(moments: Moments, *nodes: Mapping[str, Any]) -> None:
-    """Raises ValueError if the paths of the nodes are not those of the moments."""
+    """Raises ValueError if the nodes have other paths than the moments."""
     trained = sorted(path for node in nodes for path in node)
     if sorted(moments.m) != trained:
         raise ValueError(
@@ -184,7 +184,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _fits(part: Any, like: Any) -> bool:
-    """Whether `part` of a state is, or can become, what `like` is in the template."""
+    """Whether `part` of a state has the kind of `like`, or can be converted to it."""
     return _is_node(part) if _is_node(like) else jax.tree_util.all_leaves([part])
 
 
@@ -193,5 +193,5 @@ def _is_policy(x: Any) -> TypeGuard[HandleNonfiniteState]:
 
 
 def _without_policy(state: Any) -> Any:
-    """Returns a state without that of `nonfinite`, which optax does not have."""
+    """Removes the state of the `nonfinite` policy, which optax does not have."""
     return jax.tree.map(lambda x: x.inner_state if _is_policy(x) else x, state, is_leaf=_is_policy)

@@ -181,8 +181,8 @@ def load_state(
 
     Raises:
       ValueError: a missing, surplus or misshapen entry, parameters of one group that have taken
-        different numbers of steps, names that do not fit, groups that are not those of `tx`,
-        moments that are not those of Adamax, or an infinity norm out of the range of ``v_dtype``.
+        different numbers of steps, names that do not fit, groups that are not groups of `tx`,
+        moments of another optimizer, or an infinity norm out of the range of ``v_dtype``.
       TypeError: an entry of the wrong type, the name of a file, or a `tx` without Adamax.
 
     Warns:
@@ -332,7 +332,7 @@ def names_of(optimizer: Any, model: Any) -> list[list[str]]:
 
 
 def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -> dict[Key, Entry]:
-    """Returns a layout for :func:`load_state` if `params` are those of a Flax module.
+    """Returns a layout for :func:`load_state` for the parameters of a Flax module.
 
     Flax's ``kernel`` is the transpose of PyTorch's ``weight``, for linear layers and for
     convolutions of any dimension. ``scale`` of a norm and ``embedding`` are called ``weight``, and
@@ -344,7 +344,7 @@ def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -
     Args:
       params: the parameters of the Flax module, under ``"params"`` or not.
       modules: names of PyTorch's modules by the paths of Flax's, where they differ in more than
-        "." for "/". A path stands for everything below it.
+        "." for "/". A path applies to all paths below it.
 
     Returns:
       The entries by PyTorch's names.

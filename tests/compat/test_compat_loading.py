@@ -106,7 +106,7 @@ def test_state_of_adam_raises_and_of_adamax_loads(scale):
             compat_optax.load_state(state, params, compat_optax.adamax(0.1))
             continue
         with pytest.raises(
-            ValueError, match=r"must be that of an Adamax, .* 1.009 v .* Adam's v is a"
+            ValueError, match=r"must come from an Adamax, .* 1.009 v .* Adam's v is a"
         ):
             compat_optax.load_state(state, params, compat_optax.adamax(0.1))
 

@@ -129,7 +129,7 @@ BAD_NAMES = [
         ORDER,
         r"for 'fc/kernel', but it makes one of shape \(3, 2\) of \['fc.weight'\]",
     ),
-    ({"fc.weight": NAMES["fc.weight"]}, ORDER, r"has none for those of \['fc.bias'\]"),
+    ({"fc.weight": NAMES["fc.weight"]}, ORDER, r"but \['fc.bias'\] have none"),
 ]
 
 
@@ -141,7 +141,7 @@ def test_invalid_layout_or_names_raise(names, order, match):
 
 def test_dumping_without_a_name_raises():
     state = torch.adamax().init(PARAMS)
-    with pytest.raises(ValueError, match=r"has none for those of \['fc/bias'\]"):
+    with pytest.raises(ValueError, match=r"but \['fc/bias'\] have none"):
         torch.dump_state(state, PARAMS, [{"params": [0]}], {0: "fc/kernel"})
     with pytest.raises(TypeError, match="must contain a ScaleByAdamaxState"):
         torch.dump_state(optax.adam(1.0).init(PARAMS), PARAMS, [{"params": [0, 1]}], {0: "fc/bias"})
@@ -165,7 +165,7 @@ BAD_MLX_STATES = [
     (
         mlx_state(extra={"m": np.ones(1), "v": np.ones(1)}),
         ValueError,
-        r"has none for those of \['extra'\]",
+        r"but \['extra'\] have none",
     ),
 ]
 

@@ -100,7 +100,7 @@ def test_function_moves_moments_in_both_directions(formats):
         assert entry["step"] == 8
 
 
-COMPUTES = "must only move elements, but it computes those of 'w'"
+COMPUTES = "must only move elements, but it computes elements of 'w'"
 BAD_FUNCTIONS = [
     (lambda a: {"w": a["w"].T * 0.5}, COMPUTES),
     (lambda a: {"w": a["w"].T * 2}, COMPUTES),
@@ -125,7 +125,7 @@ BAD_FUNCTIONS = [
     (lambda a: {"w": a["w"].T, "x": a["w"]}, "only arrays of known names, but it makes 'x'"),
     (lambda a: {"w": a["w"].reshape(6)}, r"for 'w', but it makes one of shape \(6,\) of \['w'\]"),
     (lambda a: {"v": a["w"].T}, "only arrays of known names, but it makes 'v'"),
-    (lambda a: {}, r"has none for (those of )?\['w'\]"),
+    (lambda a: {}, r"has none for \['w'\]|but \['w'\] have none"),
     (lambda a: {"w": a["weight"].T}, r"must read only \['w'\], but it reads 'weight'.* as `names`"),
     (lambda a: {"w": "w"}, "The layout's 'w' must be an array of floats"),
 ]
@@ -166,7 +166,7 @@ def test_function_that_omits_a_parameter_raises():
     with pytest.raises(ValueError, match=r"does not lead to \['x'\]"):
         compat_torch.load_params({"a": np.ones(2)}, params, lambda a: {"w": a["a"]})
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"has none for those of \['x'\]"):
+    with pytest.raises(ValueError, match=r"but \['x'\] have none"):
         groups = [{"params": [0]}]
         compat_torch.dump_state(state, params, groups, lambda p: {"a": p["w"]}, names=["a"])
     with pytest.raises(ValueError, match=r"has none for \['x'\]"):

@@ -184,7 +184,7 @@ def test_state_without_a_bound_loads(b1, b2):
         _, state = update({"w": jnp.full(20, 0.3**count)}, state)
     assert float(state[0].mu["w"][0]) > 2 * float(state[0].nu["w"][0])
     compat_optax.load_state(state, params, compat_optax.adamax(0.1, b1, b2))
-    with pytest.raises(ValueError, match=r"must be that of an Adamax, .* 1\.009 v"):
+    with pytest.raises(ValueError, match=r"must come from an Adamax, .* 1\.009 v"):
         compat_optax.load_state(state, params, compat_optax.adamax(0.1))
 
 
