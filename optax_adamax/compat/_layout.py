@@ -204,8 +204,14 @@ def find_places(
     layout: Mapping[Key, Entry] | None, names: Iterable[Key], params: optax.Params
 ) -> dict[Key, Place]:
     """Returns the place of each source name in a mapping; names without an entry have none."""
-    known, shapes = set(names), shapes_of(paths(params))
+    known, shapes = dict.fromkeys(names), shapes_of(paths(params))
     if layout is None:
+        numbers = [name for name in known if not isinstance(name, str)]
+        if numbers:  # also if the paths are numbers, because the orders may differ
+            raise ValueError(
+                f"The parameters of the source must have names, but they have only the numbers "
+                f"{numbers}. Give their names in this order as `names`, or their paths as `layout`."
+            )
         layout = {k: k if k in shapes else str(k).replace(".", "/") for k in known}
     unknown = [name for name in layout if name not in known]
     if unknown:
@@ -229,7 +235,7 @@ def _read_entry(name: Key, entry: Any, shapes: Mapping[str, tuple[int, ...]]) ->
     if path not in shapes:
         raise ValueError(
             f"{name!r} must have the path of a parameter, but {path!r} is none. Similar paths are "
-            f"{near(path, shapes)}. Give a path for each name as `layout`, or names as `names`."
+            f"{near(path, shapes)}. Give a path for each name as `layout`."
         )
     if axes is not None and sorted(axes) != list(range(len(axes))):
         raise ValueError(

@@ -78,10 +78,8 @@ def shapes_of_nodes(state: optax.OptState) -> list[dict[str, tuple[int, ...]]]:
       TypeError: there is no Adamax.
       ValueError: there are two for one parameter.
     """
-    found = [
-        {path: _shape(x) for path, x in paths(node.m, is_real_imag).items()}
-        for node in states_in(jax.eval_shape(decode_state, state))
-    ]
+    decoded = [jax.eval_shape(decode_state, node) for node in states_in(state)]
+    found = [{k: _shape(x) for k, x in paths(node.m, is_real_imag).items()} for node in decoded]
     seen: set[str] = set()
     for path in (path for node in found for path in node):
         if path in seen:

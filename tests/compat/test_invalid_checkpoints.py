@@ -109,7 +109,7 @@ def test_invalid_state_dict_raises_with_its_entry(bad, error, match):
 
 
 BAD_NAMES = [
-    (None, None, r"but '[01]' is none\. .* as `names`"),
+    (None, None, r"but they have only the numbers \[0, 1\]\. .* as `names`"),
     (NAMES, None, "give their names as `names`"),
     (NAMES, ["fc.weight"], r"with \[2\] names, but \[1\] were given"),
     ({**NAMES, "fc.extra": "fc/bias"}, ORDER, r"but \['fc.extra'\] are not in"),
@@ -137,6 +137,14 @@ BAD_NAMES = [
 def test_invalid_layout_or_names_raise(names, order, match):
     with pytest.raises(ValueError, match=match):
         torch.load_state(state_dict(), PARAMS, torch.adamax(), names, names=order)
+
+
+def test_numbers_are_not_taken_for_indices_of_a_list():
+    params = [PARAMS["fc"]["kernel"].T, PARAMS["fc"]["bias"]]
+    with pytest.raises(ValueError, match=r"only the numbers \[0, 1\]"):
+        torch.load_state(state_dict(), params, torch.adamax())
+    state = torch.load_state(state_dict(), params, torch.adamax(), {0: "0", 1: "1"})
+    np.testing.assert_array_equal(state[0].v[1], state_dict()["state"][1]["exp_inf"])
 
 
 def test_dumping_without_a_name_raises():
