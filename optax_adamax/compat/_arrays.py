@@ -1,4 +1,4 @@
-"""Reads arrays and numbers of other frameworks, and puts arrays on the devices of others."""
+"""Reads arrays and numbers of other frameworks, and puts arrays where a template is."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from optax_adamax._messages import describe_value
+
 LARGEST_STEP = 2**31 - 1
 
 
@@ -16,11 +18,14 @@ def check_is_read(what: str, value: Any, kind: type = Mapping) -> None:
     """Raises TypeError if `value` is the name of a file, or not of this kind."""
     if isinstance(value, (str, bytes, os.PathLike)):
         raise TypeError(
-            f"{what} was expected, but the name of a file was given: {value!r}. Read the file "
-            f"first, for instance by torch.load, mlx.core.load or h5py.File."
+            f"The argument must be {what}, but the name of a file was given: {value!r}. Read the "
+            f"file first, for instance by torch.load, mlx.core.load or h5py.File."
         )
     if not isinstance(value, kind):
-        raise TypeError(f"{what} was expected, but a {type(value).__name__} was given.")
+        raise TypeError(
+            f"The argument must be {what}, but {describe_value(value)} was given. Read the file of "
+            f"the source framework, and pass its content."
+        )
 
 
 def read_array(label: str, value: Any) -> np.ndarray:
@@ -33,14 +38,12 @@ def read_array(label: str, value: Any) -> np.ndarray:
     Raises:
       TypeError: `value` cannot be read, or does not hold floats.
     """
-    try:
-        array = _to_numpy(value)
-    except Exception as error:  # each framework has its own exceptions
-        raise TypeError(
-            f"{label} must be an array, but NumPy cannot read this {type(value).__name__}: {error}"
-        ) from error
+    array = _to_numpy(label, value)
     if not jnp.issubdtype(array.dtype, jnp.inexact):
-        raise TypeError(f"{label} must hold floats, but it is an array of {array.dtype}.")
+        raise TypeError(
+            f"{label} must be an array of floats, but {describe_value(value)} was given. Pass the "
+            f"arrays of the source framework, or NumPy arrays."
+        )
     return array.astype(np.result_type(array.dtype, np.float32), copy=False)
 
 
@@ -51,31 +54,29 @@ def read_step(label: str, value: Any) -> int:
       TypeError: `value` is not a number.
       ValueError: it cannot be a number of steps.
     """
-    try:
-        array = _to_numpy(value)
-    except Exception as error:  # each framework has its own exceptions
-        raise TypeError(f"{label} must be a number, but it is {value!r}.") from error
+    array = _to_numpy(label, value)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating)):
         raise TypeError(
-            f"{label} must be a number, but it is {value!r} of type {type(value).__name__}."
+            f"{label} must be a number, but {describe_value(value)} was given. Pass the number of "
+            f"steps that the source framework has saved."
         )
-    if array.shape != ():
-        raise ValueError(f"{label} must be a scalar, but it has shape {array.shape}.")
-    number = array.item()
-    if number != number or number != int(min(number, LARGEST_STEP)) or number < 0:
+    number = array.item() if array.shape == () else np.nan
+    if not 0 <= number <= LARGEST_STEP or number != int(number):
+        given = f"it is {number!r}" if array.shape == () else f"its shape is {array.shape}"
         raise ValueError(
-            f"{label} must be a whole number from 0 to 2**31 - 1, but it is {number!r}."
+            f"{label} must be a whole number from 0 to 2**31 - 1, but {given}. Pass the number of "
+            f"steps that the source framework has saved."
         )
     return int(number)
 
 
 def maker_like(value: Any) -> Callable[[np.ndarray], Any]:
-    """Returns the function that makes an array of PyTorch or MLX if `value` is one."""
+    """Returns the function that makes arrays of PyTorch or MLX, if `value` is one, from NumPy's."""
     if hasattr(value, "new_tensor"):
         wide = value.float() if value.dtype.itemsize < 4 else value
         return wide.new_tensor
     if type(value).__module__.startswith("mlx."):
-        return lambda array: type(value)(array)  # which takes floats only in float32
+        return type(value)
     return np.asarray
 
 
@@ -97,16 +98,23 @@ def put_like(value: np.ndarray, like: Any) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _to_numpy(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):  # a tensor of PyTorch, which may be tracked or on a GPU
-        value = value.detach().cpu()
+def _to_numpy(label: str, value: Any) -> np.ndarray:
+    """Returns an array of any framework in its dtype.
+
+    Raises:
+      TypeError: NumPy and JAX cannot read `value`.
+    """
     try:
-        array = np.asarray(value)
-    except (TypeError, ValueError):
-        if not hasattr(value, "__dlpack__"):
-            raise
-        # PyTorch and MLX do not pass bfloat16 to NumPy; JAX does.
-        return np.asarray(jnp.from_dlpack(value))
+        if hasattr(value, "detach"):  # a tensor of PyTorch: tracked, on a GPU, or a view
+            value = value.detach().cpu().contiguous()
+        # NumPy cannot read the bfloat16 of PyTorch and MLX. JAX can.
+        is_bfloat16 = str(getattr(value, "dtype", "")).endswith(".bfloat16")
+        array = np.asarray(jnp.from_dlpack(value) if is_bfloat16 else value)
+    except Exception as error:  # each framework has its own exceptions
+        raise TypeError(
+            f"{label} must be an array, but NumPy cannot read {describe_value(value)}: {error}. "
+            f"Convert it to a NumPy array."
+        ) from error
     # HDF5 has no bfloat16: Keras writes the bits, and the dtype as an attribute.
     is_bfloat16 = getattr(value, "attrs", {}).get("dtype") == "bfloat16"
     return array.view(jnp.bfloat16) if is_bfloat16 else array

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _groups
+from optax_adamax.compat import _arguments
 from optax_adamax.compat._arithmetic import compute_in_float32
-from optax_adamax.compat._params import dump_params, load_params
+from optax_adamax.compat._transfer import dump_params, load_params
 from optax_adamax.compat.torch import flax_names
 
 __all__ = ["adamax", "dump_params", "flax_names", "load_params"]
@@ -30,7 +30,7 @@ def adamax(
     eps: float = 1e-8,
     weight_decay: float = 0,
     *,
-    groups: _groups.Groups | None = None,
+    groups: _arguments.Groups | None = None,
     labels: Any = None,
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
@@ -54,14 +54,14 @@ def adamax(
         :func:`optax_adamax.compat.torch.adamax`.
       labels: see :func:`optax_adamax.compat.torch.adamax`.
       m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm.
 
     Returns:
       The transformation. With weight decay, ``update`` needs the parameters. All arithmetic is in
       float32 or float64. The updates have the wider of the dtypes of gradient and parameter.
 
     Deliberate differences from Lucid: after a NaN gradient, Lucid's u recovers, though the first
-    moment is NaN permanently. With ``eps=0``, a zero gradient gives NaN there.
+    moment is NaN permanently. With ``eps=0``, Lucid's update for a zero gradient is NaN.
 
     Raises:
       ValueError: a hyperparameter is out of range (Lucid validates nothing); from ``init``, as in
@@ -95,4 +95,4 @@ def adamax(
         return compute_in_float32(chain)
 
     defaults = dict(lr=lr, beta1=b1, beta2=b2, eps=eps, weight_decay=weight_decay)
-    return _groups.partition(make, defaults, groups, labels)
+    return _arguments.partition(make, defaults, groups, labels)

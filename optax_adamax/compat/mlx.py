@@ -1,6 +1,6 @@
 """`mlx.optimizers.Adamax`: its constructor, and its ``state`` in and out."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _arrays, _params, _transfer
+from optax_adamax.compat import _arguments, _arrays, _layout, _transfer
 from optax_adamax.compat._arithmetic import compute_in_float32
+from optax_adamax.compat._comparison import Hyperparameters
 from optax_adamax.compat._layout import Entry, Key, Layout
 from optax_adamax.compat._moments import Moments
 from optax_adamax.compat._transfer import Missing
@@ -45,14 +46,14 @@ def adamax(
       betas: decay rates of the first moment and of the infinity norm, both in [0, 1).
       eps: :math:`\varepsilon` >= 0, in the units of the gradient.
       m_dtype: storage dtype of the first moment, see :func:`optax_adamax.scale_by_adamax`.
-      v_dtype: storage dtype of the infinity norm, see :func:`optax_adamax.scale_by_adamax`.
+      v_dtype: storage dtype of the infinity norm.
 
     Returns:
       The transformation. All arithmetic is in float32 or float64. The updates have the wider of the
       dtypes of gradient and parameter (if ``update`` receives parameters).
 
     Deliberate differences from MLX: with bfloat16 parameters, MLX's v never decays. In float16, and
-    with ``eps=0`` in every dtype, a zero gradient gives NaN there.
+    with ``eps=0`` in every dtype, MLX's update for a zero gradient is NaN.
 
     Raises:
       ValueError: a hyperparameter is out of range.
@@ -108,21 +109,25 @@ def load_state(
         raises if most of m is greater than Adamax allows, as it is for gradients below 1.
       params: the parameters.
       tx: the transformation, an :func:`adamax` by itself or within others. Its hyperparameters are
-        used; a constant learning rate that differs from that in the state is a warning.
-      layout: as for :func:`optax_adamax.compat.torch.load_state`, by MLX's names, such as
-        ``"layers.0.weight"``. A function gets a nested dict, as ``model.parameters()`` returns it.
-      missing: as there.
-      source_params: ``model.parameters()``, as there.
+        used. A constant learning rate that differs from the state's is a warning.
+      layout: as for :func:`optax_adamax.compat.torch.load_state`: the function that moved the
+        weights, from a nested dict such as ``model.parameters()``, or a mapping from MLX's names,
+        such as ``"layers.0.weight"``, to paths or to pairs of path and axes.
+      missing: for parameters without moments: ``"raise"`` an error, or start at ``"zero"``.
+      source_params: ``model.parameters()``, of which a function as `layout` needs the shapes for
+        parameters without moments.
 
     Returns:
-      The state, with the counts that :func:`optax_adamax.compat.torch.load_state` sets.
+      The state. `load_state` sets the counts of Adamax, of schedules in its chain, and of
+      :func:`optax.inject_hyperparams` around it.
 
     Raises:
-      ValueError: as there, and for the state of a `MultiOptimizer`.
-      TypeError: an entry of the wrong type, or the name of a file.
+      ValueError: a missing, surplus or misshapen entry, the state of a `MultiOptimizer`, moments
+        of another optimizer, or an infinity norm out of the range of ``v_dtype``.
+      TypeError: an entry of the wrong type, the name of a file, or a `tx` without Adamax.
 
     Warns:
-      UserWarning: the learning rate of `tx` is constant and differs from that of the state.
+      UserWarning: the learning rate of `tx` is constant and differs from the state's.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, optax
@@ -135,41 +140,41 @@ def load_state(
       >>> print(optax.tree.get(state, "count"), optax.tree.get(state, "m")["kernel"].shape)
       25 (2, 3)
     """
-    _arrays.check_is_read("The state of an optimizer of MLX", source_state)
-    flat = dict(_flatten(source_state))
+    _arrays.check_is_read("the state of an optimizer of MLX", source_state)
+    flat = _flatten(source_state)
     if flat and all(name.startswith("states.") for name in flat):
         raise ValueError(
-            "This is the state of a MultiOptimizer: give that of the Adamax in it, "
-            "optimizer.optimizers[i].state, with an optax.partition as `tx`. Give those of several "
-            "Adamax of the same steps as one dict of the tree_flatten of each, without the "
-            "learning_rate."
+            "The state must come from one Adamax, but it comes from a MultiOptimizer. Give the "
+            "state of the Adamax in it, optimizer.optimizers[i].state, with an optax.partition as "
+            "`tx`. For several Adamax with equal steps, merge the tree_flatten of their states "
+            "into one dict, without the learning_rate."
         )
     if "step" not in flat:
-        raise ValueError(f"There is no 'step' in this state: it has {list(flat)}.")
-    step = _arrays.read_step("'step'", flat.pop("step"))
-    rate = flat.pop("learning_rate", None)
-    source, example = Moments({}, {}, {}), next(iter(flat.values()), None)
-    for name, value in flat.items():
-        key, _, field = name.rpartition(".")
-        if field not in ("m", "v") or not key:
-            raise ValueError(
-                f"{name!r} is not part of a state of Adamax: its entries end in .m and .v."
-            )
-        getattr(source, field)[key] = _arrays.read_array(repr(name), value)
-        source.step[key] = step
-    for field, other in (("m", "v"), ("v", "m")):
-        for key in getattr(source, other):
-            if key not in getattr(source, field):
-                raise ValueError(f"There is no {f'{key}.{field}'!r} in this state.")
+        raise ValueError(
+            f"The state must have the entry 'step', but it has {list(flat)}. Pass optimizer.state."
+        )
+    step, rate = flat.pop("step"), flat.pop("learning_rate", None)
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in flat))
+    expected = {f"{name}.{field}" for name in names for field in "mv"}
+    if expected != set(flat):
+        raise ValueError(
+            f"Each parameter must have the entries .m and .v of Adamax, but "
+            f"{sorted(expected - set(flat))} are missing, and {sorted(set(flat) - expected)} are "
+            f"unknown. Pass the state of an mlx.optimizers.Adamax."
+        )
+    saved = Hyperparameters(None if rate is None else float(rate))
+    source = Moments({}, {}, {})
+    for name in names:
+        source.add(name, flat[f"{name}.m"], flat[f"{name}.v"], step)
     return _transfer.load(
         source,
         params,
         tx,
         _with_nested_input(layout),
         missing=missing,
-        source_params=dict(_flatten(source_params or {})),
-        groups=[dict.fromkeys(source.m, None if rate is None else float(rate))],
-        example=example,
+        source_params=_flatten(source_params or {}),
+        groups=[dict.fromkeys(names, saved)],
+        example=next(iter(flat.values()), None),
     )
 
 
@@ -200,7 +205,7 @@ def dump_state(
     Raises:
       ValueError: a layout that does not fit.
     """
-    shapes = dict(_flatten(source_params or {}))
+    shapes = _flatten(source_params or {})
     moments = _transfer.dump(state, params, _with_flat_output(layout), source_params=shapes)
     flat: dict[str, Any] = {
         "step": to_array(np.array(_transfer.single_step(moments), np.uint64)),
@@ -219,8 +224,8 @@ def load_params(
     As :func:`optax_adamax.compat.torch.load_params`; `source_params` is ``model.parameters()`` or
     its ``tree_flatten`` as a dict.
     """
-    _arrays.check_is_read("A mapping of the source's parameters by name", source_params)
-    return _params.load_params(dict(_flatten(source_params)), params, _with_nested_input(layout))
+    _arrays.check_is_read(_transfer.SOURCE_PARAMS, source_params)
+    return _transfer.load_params(_flatten(source_params), params, _with_nested_input(layout))
 
 
 def dump_params(
@@ -235,17 +240,18 @@ def dump_params(
     As :func:`optax_adamax.compat.torch.dump_params`, but a nested dict, with lists where names have
     numbers.
     """
-    shapes, layout = dict(_flatten(source_params or {})), _with_flat_output(layout)
-    return _unflatten(_params.dump_params(params, layout, source_params=shapes, to_array=to_array))
+    shapes, layout = _flatten(source_params or {}), _with_flat_output(layout)
+    flat = _transfer.dump_params(params, layout, source_params=shapes, to_array=to_array)
+    return _unflatten(flat)
 
 
 def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -> dict[Key, Entry]:
-    r"""Returns a layout for :func:`load_state` if `params` are those of a Flax module.
+    r"""Returns a layout for :func:`load_state` for the parameters of a Flax module.
 
     As :func:`optax_adamax.compat.torch.flax_names`, for MLX's layouts: its convolutions are
     (out, \*space, in).
     """
-    return _params.flax_names(params, modules, channels_last=True)
+    return _layout.flax_names(params, modules, channels_last=True)
 
 
 def _with_nested_input(layout: Layout | None) -> Layout | None:
@@ -253,17 +259,13 @@ def _with_nested_input(layout: Layout | None) -> Layout | None:
 
 
 def _with_flat_output(layout: Layout | None) -> Layout | None:
-    return (lambda tree: dict(_flatten(layout(tree)))) if callable(layout) else layout
+    return (lambda tree: _flatten(layout(tree))) if callable(layout) else layout
 
 
-def _flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by name, as MLX's ``tree_flatten`` names them."""
-    if not isinstance(tree, (Mapping, list, tuple)):
-        yield prefix, tree
-        return
-    items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-    for key, value in items:
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Returns leaves by name, as MLX's ``tree_flatten`` names them."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
 
 
 def _unflatten(flat: Mapping[str, Any]) -> Any:

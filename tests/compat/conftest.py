@@ -1,4 +1,4 @@
-"""Which backend Keras runs on is read from the environment when it is imported."""
+"""Selects Keras' JAX backend, which Keras reads from the environment at import."""
 
 import os
 

@@ -19,7 +19,7 @@ INVALID = [
     (torch.adamax, {"betas": {0.9: "b1", 0.999: "b2"}}, TypeError, "betas must be a pair"),
     (torch.adamax, {"betas": iter((0.9, 0.999))}, TypeError, "betas must be a pair"),
     (torch.adamax, {"betas": "ab"}, TypeError, "betas must be a pair"),
-    (torch.adamax, {"betas": (0.9, 0.99, 0.999)}, ValueError, "betas must have two numbers"),
+    (torch.adamax, {"betas": (0.9, 0.99, 0.999)}, ValueError, "betas must be a pair"),
     (torch.adamax, {"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be in \[0, 1\)"),
     (torch.adamax, {"betas": ("0.9", 0.9)}, TypeError, r"betas\[0\] must be a real number"),
     (torch.adamax, {"betas": (True, 0.9)}, TypeError, r"betas\[0\] must be a real number"),
@@ -37,7 +37,7 @@ INVALID = [
     (lucid.adamax, {"betas": {0.9, 0.999}}, TypeError, "betas must be a pair"),
     (lucid.adamax, {"lr": NAN}, ValueError, "lr must be in"),
     (lucid.adamax, {"weight_decay": None}, TypeError, "weight_decay must be a real number"),
-    (mlx.adamax, {"learning_rate": 1.0, "betas": [0.9]}, ValueError, "betas must have two numbers"),
+    (mlx.adamax, {"learning_rate": 1.0, "betas": [0.9]}, ValueError, "betas must be a pair"),
     (mlx.adamax, {"learning_rate": 1.0, "betas": {0.9, 0.999}}, TypeError, "must be a pair"),
     (mlx.adamax, {"learning_rate": -0.1}, ValueError, "learning_rate must be in"),
     (keras.adamax, {"learning_rate": 1}, ValueError, "Keras rejects integers"),
@@ -70,7 +70,7 @@ INVALID = [
     (keras.adamax, {"exclude_from_weight_decay": iter(["bias"])}, TypeError, NEEDS_PATTERN),
     (keras.adamax, {"exclude_from_weight_decay": True}, TypeError, NEEDS_PATTERN),
     (keras.adamax, {"exclude_from_weight_decay": {"w": True}}, TypeError, NEEDS_PATTERN),
-    (keras.adamax, {"exclude_from_weight_decay": ["bias", ""]}, ValueError, "it is empty"),
+    (keras.adamax, {"exclude_from_weight_decay": ["bias", ""]}, ValueError, "an empty pattern"),
     (keras.adamax, {"exclude_from_weight_decay": "*"}, ValueError, "nothing to repeat"),
 ]
 
@@ -196,14 +196,14 @@ def test_state_of_another_chain_raises(name):
     }
     tx = keras.adamax(**options[name])
     params = {"w": jnp.ones(2)}
-    with pytest.raises(TypeError, match="The state was made without"):
+    with pytest.raises(TypeError, match="The state must be made with"):
         tx.update(params, keras.adamax().init(params), params)
 
 
 def test_average_without_parameters_raises():
     tx = keras.adamax(use_ema=True)
     params = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match="needs the parameters"):
+    with pytest.raises(ValueError, match="must receive the parameters"):
         tx.update(params, tx.init(params))
 
 
@@ -219,7 +219,7 @@ def test_mlx_rounds_the_learning_rate_to_float32():
 
 
 def test_accumulation_of_complex_gradients_raises():
-    with pytest.raises(TypeError, match="gradient_accumulation_steps needs real parameters"):
+    with pytest.raises(TypeError, match="must be real with gradient_accumulation_steps"):
         keras.adamax(gradient_accumulation_steps=2).init({"z": jnp.ones(2, jnp.complex64)})
 
 

@@ -1,4 +1,4 @@
-"""Parameters in Flax's boxes, and a loaded state in `nnx.Optimizer`."""
+"""Parameters in Flax's variables, and a loaded state in `nnx.Optimizer`."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def as_flax_computes():
 
 
 class Linen(linen.Module):
-    """One layer, whose kernel is boxed and whose bias is not."""
+    """One layer, with a kernel in `linen.Partitioned` and a plain bias."""
 
     @linen.compact
     def __call__(self, x):
@@ -29,7 +29,7 @@ class Linen(linen.Module):
 
 def boxed_linen():
     params = jax.jit(Linen().init)(jax.random.key(0), np.ones((1, 2), np.float32))
-    # The bias is boxed by hand, for with_partitioning of a bias needs a mesh of one axis.
+    # The bias is boxed by hand, because with_partitioning of a bias needs a mesh of one axis.
     dense = params["params"]["Dense_0"]
     dense["bias"] = linen.Partitioned(dense["bias"], names=("out",))
     return params
@@ -41,7 +41,7 @@ def plain(tree):
     return tree["params"]["Dense_0"]
 
 
-def test_patterns_find_boxed_parameters_of_linen():
+def test_patterns_match_boxed_parameters_of_linen():
     params = boxed_linen()
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = keras.adamax(0.1, weight_decay=1.0, exclude_from_weight_decay=["^bias$"])
@@ -55,7 +55,7 @@ def test_patterns_find_boxed_parameters_of_linen():
 
 
 def saved_by_torch():
-    """The state dict of `torch.nn.Linear(2, 3)`."""
+    """Returns the state dict of `torch.nn.Linear(2, 3)`."""
     moments = [np.linspace(0.1, 0.6, 6, dtype=np.float32).reshape(3, 2), np.full(3, 0.3, "f4")]
     entries = {i: {"step": 5.0, "exp_avg": x / 2, "exp_inf": x} for i, x in enumerate(moments)}
     return {"state": entries, "param_groups": [{"params": [0, 1]}]}
@@ -80,7 +80,7 @@ def test_boxed_parameters_of_linen_are_loaded_and_dumped():
 
 
 class Model(nnx.Module):
-    """One layer."""
+    """A model of one layer."""
 
     def __init__(self):
         self.Dense_0 = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
@@ -89,11 +89,26 @@ class Model(nnx.Module):
         return self.Dense_0(x)
 
 
+def test_state_of_an_nnx_model_can_be_the_parameters():
+    params, tx = nnx.state(Model(), nnx.Param), torch.adamax(0.1)
+    names = torch.flax_names(params)
+    arrays = {"Dense_0.weight": np.full((3, 2), 2.0, "f4"), "Dense_0.bias": np.full(3, 3.0, "f4")}
+    by_function = lambda a: {"Dense_0": {"kernel": a[ORDER[0]].T, "bias": a[ORDER[1]]}}  # noqa: E731
+    for layout in (names, by_function):
+        loaded = torch.load_params(arrays, params, layout)
+        assert jax.tree.structure(loaded) == jax.tree.structure(params)
+        state = torch.load_state(saved_by_torch(), loaded, tx, layout, names=ORDER)
+        assert jax.tree.structure(state) == jax.tree.structure(tx.init(params))
+        groups = saved_by_torch()["param_groups"]
+        dumped = torch.dump_state(state, loaded, groups, names, names=ORDER)
+        jax.tree.map(np.testing.assert_array_equal, dumped["state"], saved_by_torch()["state"])
+
+
 @pytest.mark.skipif(not hasattr(nnx, "as_pure"), reason="nnx.as_pure is newer than Flax 0.12.0")
 @pytest.mark.parametrize("formats", [{}, {"m_dtype": "int8", "v_dtype": "uint8"}], ids=str)
 @pytest.mark.parametrize("groups", [None, [{"params": "bias$", "lr": 0.2}, {}]])
-def test_a_loaded_state_gets_into_the_optimizer_of_nnx(groups, formats):
-    # moving.md shows this way.
+def test_loaded_state_continues_in_nnx_optimizer(groups, formats):
+    # docs/guide/moving.md shows these calls.
     model = Model()
     tx = torch.adamax(0.1, groups=groups, **formats)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -1,4 +1,4 @@
-"""Which counters `load_state` sets: Adamax's own and those of its schedules, and no other's."""
+"""`load_state` sets the counters of Adamax and of its schedules, and no other counter."""
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,13 @@ def twice_masked(tx):
 
 
 def counters(state):
-    """All counts of a state by path."""
+    """Returns all counts of a state by path."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     named = {jax.tree_util.keystr(path): x for path, x in leaves}
     return {name: int(x) for name, x in named.items() if name.endswith("count")}
 
 
-def test_another_optimizer_in_a_partition_is_left_alone():
+def test_counters_of_another_optimizer_in_a_partition_are_unchanged():
     labels = {"w": "w", "x": "x"}
     groups = {"x": torch.adamax(schedule), "w": optax.adam(schedule)}
     state = load(optax.partition(groups, labels), ["x"])
@@ -48,7 +48,7 @@ def test_another_optimizer_in_a_partition_is_left_alone():
     assert set(theirs.values()) == {0} and len(theirs) == 2
 
 
-def test_a_schedule_alone_in_a_group_is_left_alone():
+def test_schedule_in_a_group_without_adamax_is_unchanged():
     sgd = optax.scale_by_schedule(lambda count: -0.1)
     groups = {"x": torch.adamax(), "w": sgd}
     tx = optax.chain(optax.partition(groups, {"w": "w", "x": "x"}), optax.identity())
@@ -65,7 +65,7 @@ def test_a_schedule_alone_in_a_group_is_left_alone():
         optax.scale_by_adam(),
     ],
 )
-def test_another_link_of_the_chain_is_left_alone(other):
+def test_counters_of_other_transformations_in_a_chain_are_unchanged(other):
     tx = optax.chain(torch.adamax(schedule), other)
     state = load(tx)
     jax.tree.map(np.testing.assert_array_equal, state[1], tx.init(PARAMS)[1])
@@ -97,24 +97,24 @@ def test_another_link_of_the_chain_is_left_alone(other):
         (torch.adamax(schedule, groups=[{"params": "w"}, {"weight_decay": 0.1}]), 4),
     ],
 )
-def test_its_own_schedules_are_set(tx, number):
+def test_schedules_of_adamax_have_its_step(tx, number):
     found = counters(load(tx))
     assert list(found.values()) == [STEP] * number, found
 
 
-def test_inject_hyperparams_of_another_optimizer_is_left_alone():
+def test_inject_hyperparams_of_another_optimizer_is_unchanged():
     adam = optax.inject_hyperparams(optax.adam)(learning_rate=schedule)
     tx = optax.partition({"x": torch.adamax(), "w": adam}, {"w": "w", "x": "x"})
     assert set(counters(load(tx, ["x"]).inner_states["w"]).values()) == {0}
 
 
-def test_multi_steps_start_anew():
+def test_counters_of_multi_steps_are_zero():
     state = load(optax.MultiSteps(torch.adamax(schedule), 3))
     assert (int(state.mini_step), int(state.gradient_step)) == (0, 0)
     assert set(counters(state.inner_opt_state).values()) == {STEP}
 
 
-def test_a_schedule_of_groups_with_different_steps_counts_the_most():
+def test_schedule_of_several_groups_has_the_largest_step():
     tx = optax.chain(torch.adamax(groups=[{"params": "w"}, {}]), optax.scale_by_schedule(schedule))
     saved = state_dict(PARAMS)
     saved["state"][0]["step"] = 3
@@ -123,14 +123,14 @@ def test_a_schedule_of_groups_with_different_steps_counts_the_most():
     assert int(state[1].count) == STEP
 
 
-def test_the_schedule_goes_on_where_it_was():
+def test_injected_schedule_continues_at_its_step():
     tx = optax.inject_hyperparams(torch.adamax)(lr=schedule)
     state = load(tx)
     updates, _ = tx.update(PARAMS, state, PARAMS)
     np.testing.assert_allclose(updates["w"], -schedule(STEP) / (1 - 0.9 ** (STEP + 1)), rtol=1e-5)
 
 
-def test_dumping_into_optax_leaves_other_optimizers_alone():
+def test_counters_of_other_optimizers_are_unchanged_by_dumping():
     labels = {"w": "w", "x": "x"}
     ours = optax.partition({"x": torch.adamax(), "w": optax.sgd(0.1)}, labels)
     theirs = optax.partition({"x": optax.adamax(schedule), "w": optax.sgd(schedule)}, labels)

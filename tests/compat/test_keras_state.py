@@ -1,4 +1,4 @@
-"""`compat.keras`'s variables with the installed Keras: out of it, into it, and on."""
+"""Runs that move from the installed Keras to `compat.keras` and back."""
 
 import warnings
 
@@ -14,7 +14,7 @@ keras = pytest.importorskip("keras")
 
 from optax_adamax.compat import keras as compat_keras  # noqa: E402
 
-# Calls before the hand-over: with three or four to an update, one is accumulated already.
+# Calls before the move. With three or four calls per update, one is already accumulated.
 BEFORE = 25
 OPTIONS = [
     {},
@@ -33,7 +33,7 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True, params=[pytest.param(np.float32, marks=pytest.mark.slow), np.float64])
 def dtype(request):
-    """Keras computes in this dtype, and mixes dtypes and ranks as strict JAX forbids."""
+    """Sets Keras' dtype, and allows the mixed dtypes and ranks that Keras needs."""
     before = keras.config.floatx()
     keras.config.set_floatx(np.dtype(request.param).name)
     with (
@@ -81,14 +81,14 @@ class Peer:
 
 
 def setup(dtype):
-    """Names, starting weights and gradients of the model."""
+    """Returns the layout, the initial weights and the gradients of the model."""
     rng = np.random.default_rng(6)
     shapes = {v.path: v.shape for v in Peer().variables}
     draws = [
         {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
         for _ in range(peer_grid.STEPS + 1)
     ]
-    # Ours has other names, and the second kernel transposed.
+    # The parameters in JAX have other names, and the second kernel is transposed.
     names = {
         "model/first/kernel": "a/kernel",
         "model/first/bias": "a/bias",
@@ -99,14 +99,14 @@ def setup(dtype):
 
 
 def nested(arrays):
-    """Keras' arrays as our tree."""
+    """Returns Keras' arrays as a tree in the layout of this package's parameters."""
     return {
         "a": {"kernel": arrays["model/first/kernel"], "bias": arrays["model/first/bias"]},
         "b": {"weight": arrays["model/second/kernel"].T, "bias": arrays["model/second/bias"]},
     }
 
 
-# All options in float64, where nothing hides an error; otherwise the first and the last of them.
+# All options in float64, in which rounding hides no error; few options in float32.
 CONTINUED = [
     pytest.param(dtype, schedule, o, marks=() if few or o in OPTIONS[::4] else pytest.mark.slow)
     for dtype, schedule, few in [
@@ -155,7 +155,7 @@ def test_continued_from_keras_and_in_keras(options, schedule, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], indirect=True)
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
-def test_a_file_of_keras_is_read(options, dtype, tmp_path):
+def test_file_of_keras_loads(options, dtype, tmp_path):
     names, weights, grads = setup(dtype)
     peer = Peer(weights, **options).train(grads[:7])
     peer.model.optimizer = peer.optimizer
@@ -173,7 +173,7 @@ def test_a_file_of_keras_is_read(options, dtype, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, from_file, directly)
 
 
-def test_variables_of_another_optimizer_are_refused(dtype):
+def test_variables_of_another_optimizer_raise(dtype):
     names, weights, _ = setup(dtype)
     peer = Peer(weights)
     optimizer = keras.optimizers.Nadam(0.01)
@@ -190,7 +190,7 @@ def test_variables_of_another_optimizer_are_refused(dtype):
         )
 
 
-def test_the_average_is_that_of_finalize_variable_values(dtype):
+def test_average_equals_that_of_finalize_variable_values(dtype):
     names, weights, grads = setup(dtype)
     peer = Peer(weights, use_ema=True).train(grads)
     params = compat_keras.load_params(peer.arrays(), nested(weights), names)

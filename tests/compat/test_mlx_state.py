@@ -1,4 +1,4 @@
-"""`compat.mlx`'s states with the installed MLX: out of it, into it, and on."""
+"""Runs that move from the installed MLX to `compat.mlx` and back."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ mlx_utils = pytest.importorskip("mlx.utils")
 
 from optax_adamax.compat import mlx as compat_mlx  # noqa: E402
 
-# A number in a path is a place in a list: MLX leaves an empty dict at 1.
+# A number in a name is an index of a list. MLX has an empty dict at index 1.
 MODULES = {"Dense_0": "layers.0", "Conv_0": "layers.2", "LayerNorm_0": "norm", "Embed_0": "embed"}
 HALF = peer_grid.STEPS // 2
 DTYPES = {np.float32: mx.float32, np.float64: mx.float64}
@@ -22,7 +22,7 @@ DTYPES = {np.float32: mx.float32, np.float64: mx.float64}
 @pytest.fixture(autouse=True, scope="module")
 def on_the_cpu():
     before = mx.default_device()
-    mx.set_default_device(mx.cpu)  # float64 exists nowhere else
+    mx.set_default_device(mx.cpu)  # only the CPU has float64
     yield
     mx.set_default_device(before)
 
@@ -56,7 +56,7 @@ class Peer:
 
 
 def setup(dtype):
-    """The model and its gradients, ours and MLX's, and what leads from one to the other."""
+    """Returns parameters and gradients in JAX, the layout, and both as MLX has them."""
     params, grads = peer_grid.model_run(dtype)
     names = compat_mlx.flax_names(params, MODULES)
     theirs = compat_mlx.dump_params(params, names)
@@ -106,7 +106,7 @@ def test_continued_in_mlx(dtype):
         assert peer.optimizer.step.dtype == mx.uint64
 
 
-def test_a_file_of_mlx_is_read(tmp_path):
+def test_file_of_mlx_loads(tmp_path):
     params, _, names, theirs, their_grads = setup(np.float32)
     peer = Peer(theirs, np.float32).train(their_grads[:3])
     file = str(tmp_path / "optimizer.safetensors")
@@ -117,7 +117,7 @@ def test_a_file_of_mlx_is_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, from_file, directly)
 
 
-def test_bfloat16_is_read():
+def test_bfloat16_state_of_mlx_loads():
     params = {"w": np.ones(3, np.float32)}
     optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
     gradient = {"w": mx.array([1.0, -2.0, 0.3], mx.bfloat16)}
@@ -127,31 +127,31 @@ def test_bfloat16_is_read():
     np.testing.assert_array_equal(v, optimizer.state["w"]["v"].astype(mx.float32))
 
 
-def test_the_state_of_adam_is_refused_where_it_can_be_told():
+def test_state_of_adam_raises():
     rng = np.random.default_rng(0)
     params = {"w": np.zeros(50, np.float32)}
     optimizer = mlx_optimizers.Adam(learning_rate=0.01)
     for g in 0.1 * rng.standard_normal((20, 50)):
         optimizer.apply_gradients({"w": mx.array(g.astype("f4"))}, {"w": mx.zeros(50)})
-    with pytest.raises(ValueError, match=r"not a state of Adamax: .* The state of Adam"):
+    with pytest.raises(ValueError, match=r"must come from an Adamax, .* Adam's v is a"):
         compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.01))
 
 
-def test_a_parameter_without_a_gradient_starts_at_zero_on_request():
+def test_mlx_parameter_without_gradient_starts_at_zero_on_request():
     params = {"w": np.ones(3, np.float32), "x": np.ones(2, np.float32)}
     optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
     tx = compat_mlx.adamax(0.01)
     fresh = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     jax.tree.map(np.testing.assert_array_equal, fresh, tx.init(params))
     optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
-    with pytest.raises(ValueError, match=r"There are no moments for 'x'.* missing='zero'"):
+    with pytest.raises(ValueError, match=r"but it has none for 'x'.* missing='zero'"):
         compat_mlx.load_state(optimizer.state, params, tx)
     state = compat_mlx.load_state(optimizer.state, params, tx, missing="zero")
     assert np.all(optax.tree.get(state, "m")["x"] == 0)
     assert int(optax.tree.get(state, "count")) == 1
 
 
-def test_the_state_of_a_multi_optimizer_is_named():
+def test_state_of_multi_optimizer_raises_and_its_parts_load():
     params = {"w": np.ones(3, np.float32), "x": np.ones(2, np.float32)}
     both = [mlx_optimizers.Adamax(learning_rate=rate) for rate in (0.01, 0.1)]
     optimizer = mlx_optimizers.MultiOptimizer(both, [lambda path, _: path == "w"])
@@ -163,7 +163,7 @@ def test_the_state_of_a_multi_optimizer_is_named():
     )
     flat = dict(mlx_utils.tree_flatten(optimizer.state))
     for state in (optimizer.state, flat):
-        with pytest.raises(ValueError, match=r"a MultiOptimizer: .*optimizers\[i\]\.state"):
+        with pytest.raises(ValueError, match=r"a MultiOptimizer\. .*optimizers\[i\]\.state"):
             compat_mlx.load_state(state, params, tx)
     merged = {}
     for adamax in optimizer.optimizers:
@@ -180,7 +180,7 @@ def test_the_state_of_a_multi_optimizer_is_named():
 
 
 class Net(mlx_nn.Module):
-    """Nested modules, in a list as well."""
+    """A model of nested modules, some of them in a list."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Net(mlx_nn.Module):
 
 
 def from_mlx(params):
-    """A function gets what `model.parameters()` is like."""
+    """Moves a nested dict as `model.parameters()` returns it."""
     first, _, second = params["layers"]
     norm = {"scale": params["norm"]["weight"], "bias": params["norm"]["bias"]}
     layers = [{"kernel": x["weight"].T, "bias": x["bias"]} for x in (first, second)]
@@ -205,7 +205,7 @@ def to_mlx(params):
 
 
 @pytest.mark.parametrize("by_function", [True, False])
-def test_nested_modules_are_updated(by_function):
+def test_dumped_nested_modules_update_the_model(by_function):
     mx.random.seed(0)
     model, optimizer = Net(), mlx_optimizers.Adamax(learning_rate=0.01)
     grads = jax.tree.map(mx.ones_like, model.parameters())
@@ -229,11 +229,32 @@ def test_nested_modules_are_updated(by_function):
     assert optimizer.step.item() == 2
 
 
-def test_a_rate_that_differs_warns():
+@pytest.mark.parametrize("by_function", [True, False])
+def test_frozen_modules_need_no_moments(by_function):
+    model, optimizer = Net(), mlx_optimizers.Adamax(learning_rate=0.01)
+    model.layers[0].freeze()
+    optimizer.update(model, jax.tree.map(mx.ones_like, model.trainable_parameters()))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, "f4"), from_mlx(model.parameters()))
+    names = compat_mlx.flax_names(params, {"first": "layers.0", "second": "layers.2"})
+    names = {k: x for k, x in names.items() if not k.startswith("layers.0")}
+    labels = {"first": "frozen", "second": "trained", "norm": "trained"}
+    transforms = {"trained": compat_mlx.adamax(0.01), "frozen": optax.set_to_zero()}
+    state = compat_mlx.load_state(
+        optimizer.state,
+        params,
+        optax.partition(transforms, labels),
+        from_mlx if by_function else names,
+        source_params=model.parameters(),
+    )
+    assert int(optax.tree.get(state, "count")) == 1
+    np.testing.assert_allclose(optax.tree.get(state, "v")["second"]["kernel"], 1.0)
+
+
+def test_other_rate_warns():
     params = {"w": np.ones(3, np.float32)}
     optimizer = mlx_optimizers.Adamax(learning_rate=0.01)
     optimizer.apply_gradients({"w": mx.ones(3)}, {"w": mx.ones(3)})
-    with pytest.warns(UserWarning, match=r"0\.1 here and 0\.01 in the checkpoint"):
+    with pytest.warns(UserWarning, match=r"0\.1 instead of 0\.01"):
         compat_mlx.load_state(optimizer.state, params, compat_mlx.adamax(0.1))
     with pytest.raises(TypeError, match=r"the name of a file was given: 'a.safetensors'"):
         compat_mlx.load_state("a.safetensors", params, compat_mlx.adamax(0.1))

@@ -1,4 +1,4 @@
-"""Every table of docs/guide/moving.md, and its code that needs a framework, with the frameworks."""
+"""The tables of docs/guide/moving.md, and its code that needs a framework."""
 
 import contextlib
 import io
@@ -37,12 +37,12 @@ def as_frameworks_compute():
 
 
 def table(head):
-    """The rows below the table head that begins so, as lists of cells without backticks."""
+    """Returns the rows of the table with this head, as lists of cells without backticks."""
     after = PAGE[PAGE.index(f"\n| {head}") :].strip().split("\n\n")[0].splitlines()[2:]
     return [[cell.strip(" `") for cell in row.strip("|").split(" | ")] for row in after]
 
 
-def test_the_tables_are_those_that_are_tested():
+def test_page_has_only_tested_tables():
     heads = re.findall(r"^(\|.*\|)\n\| ---", PAGE, re.M)
     assert [head.strip("| ").split(" | ")[0] for head in heads] == [
         "you wrote",
@@ -57,7 +57,7 @@ START = np.array([1.0, 2.0, 3.0], "f4")
 
 
 class Torch:
-    """PyTorch's optimizer of one parameter; so are the classes below."""
+    """Trains one parameter with PyTorch's optimizer."""
 
     def __init__(self):
         self.torch = pytest.importorskip("torch")
@@ -105,7 +105,7 @@ class Mlx:
 
 
 class Optax:
-    """See `Torch`; for ours as well."""
+    """Trains one parameter with a transformation of optax or of this package."""
 
     def __init__(self):
         self.names = {"optax": optax, "optax_adamax": optax_adamax, "compat": compat}
@@ -123,7 +123,7 @@ PEERS = {"optax": Optax, "PyTorch": Torch, "Keras": Keras, "MLX": Mlx}
 
 
 @pytest.mark.parametrize("row", table("| you wrote"), ids=lambda row: row[0])
-def test_the_table_of_constructors(row):
+def test_constructors_of_the_table_equal_their_frameworks(row):
     name, theirs, ours = row
     after = Optax().train(eval(ours, Optax().names))
     assert not np.allclose(after, START)
@@ -133,7 +133,7 @@ def test_the_table_of_constructors(row):
 
 
 @pytest.mark.parametrize("row", table("| eps"), ids=lambda row: row[0])
-def test_the_table_of_conventions(row):
+def test_conventions_of_the_table_hold(row):
     name, eps, bias_correction, weight_decay = row
     module, one = OURS[name], jnp.ones(1)
 
@@ -160,7 +160,7 @@ def test_the_table_of_conventions(row):
 
 
 @pytest.mark.parametrize("row", table("| your state"), ids=lambda row: row[0])
-def test_the_table_of_states(row):
+def test_states_of_the_table_load(row):
     name, code = row
     peer = PEERS[name]()
     constructors = {line[0]: line[1:] for line in table("| you wrote")}
@@ -181,7 +181,7 @@ def test_the_table_of_states(row):
 
 
 def blocks():
-    """The code of the page: for itself by "", and by caption what needs a framework."""
+    """Returns the code of the page by caption; code without a caption is under ""."""
     plain = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
     captioned = re.findall(
         r"^```{code-block} python\n:caption: (\w+)\n(.*?)^```", PAGE, re.M | re.S
@@ -190,7 +190,7 @@ def blocks():
 
 
 def run(*captions, **names):
-    """The variables of the page after these parts of it."""
+    """Runs the code under these captions, and returns its variables."""
     code = "\n".join(blocks()[caption] for caption in ("", *captions))
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(code, "moving.md", "exec"), names)
@@ -203,7 +203,7 @@ MODULES = {"PyTorch": "torch", "Keras": "keras", "MLX": "mlx.core"}
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", FILES)
-def test_the_round_trip_continues_the_loss_curve(name, tmp_path):
+def test_round_trip_continues_the_loss_curve(name, tmp_path):
     pytest.importorskip(MODULES[name])
     page = run(name, file=str(tmp_path / FILES[name]))
     losses = np.array(page["losses"])
@@ -215,13 +215,13 @@ def test_the_round_trip_continues_the_loss_curve(name, tmp_path):
     assert bytes_per_param == 2
 
 
-def test_names_of_are_per_group():
+def test_names_of_returns_a_list_per_group():
     pytest.importorskip("torch")
     expected = [["head.weight", "head.bias"], ["body.weight", "body.bias"]]
     assert run("groups")["names"] == expected
 
 
-def test_into_the_optimizer_of_nnx(tmp_path):
+def test_state_of_torch_continues_in_nnx_optimizer(tmp_path):
     pytest.importorskip("torch")
     nnx = pytest.importorskip("flax.nnx")
     page = run("PyTorch", "nnx", file=str(tmp_path / "model.pt"))
@@ -237,7 +237,7 @@ def test_into_the_optimizer_of_nnx(tmp_path):
     assert int(optax.tree.get(nnx.as_pure(optimizer.opt_state), "count")) == 101
 
 
-def test_bfloat16_goes_back_to_torch():
+def test_bfloat16_parameters_return_to_torch():
     torch = pytest.importorskip("torch")
     (code,) = re.findall(r"`to_array=(lambda x: torch\.from_numpy.*?)`", PAGE)
     to_array = eval(code, {"torch": torch, "np": np})

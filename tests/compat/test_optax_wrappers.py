@@ -1,4 +1,4 @@
-"""`compat.optax` inside optax's wrappers: everything but Adamax continues, both ways."""
+"""`compat.optax` inside optax's wrappers, whose states continue in both directions."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from optax_adamax import limit_spikes
 from optax_adamax.compat import optax as compat_optax
 
 PARAMS = {"w": jnp.linspace(0.5, 1.5, 6).reshape(2, 3), "x": jnp.ones(3)}
@@ -67,7 +68,7 @@ def train(tx, params, state, steps):
     @jax.jit
     def step(params, state, count):
         grads = jax.tree.map(lambda p: p * jnp.cos(3.0 * count + jnp.arange(3)), params)
-        value = jnp.abs(jnp.cos(count))  # of the loss, for reduce_on_plateau
+        value = jnp.abs(jnp.cos(count))  # the loss, for reduce_on_plateau
         updates, state = optax.with_extra_args_support(tx).update(
             grads, state, params, value=value, step=count
         )
@@ -79,7 +80,7 @@ def train(tx, params, state, steps):
 
 
 def plain(tree):
-    """The tree with random keys as numbers."""
+    """Returns a tree with random keys as numbers."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
@@ -89,7 +90,7 @@ def transformation(tx):
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_everything_continues_here_and_in_optax(name):
+def test_wrappers_continue_in_both_packages(name):
     theirs = transformation(WRAPPERS[name](optax.adamax))
     ours = transformation(WRAPPERS[name](compat_optax.adamax))
     whole, whole_state = train(theirs, PARAMS, theirs.init(PARAMS), range(STEPS))
@@ -108,7 +109,7 @@ def test_everything_continues_here_and_in_optax(name):
     jax.tree.map(np.testing.assert_array_equal, plain(again), plain(state))
 
 
-def test_a_policy_for_non_finite_gradients_is_no_other_wrapper():
+def test_nonfinite_policy_is_added_and_removed():
     theirs, tx = (
         optax.chain(make(rate), optax.ema(0.9))
         for make in (optax.adamax, lambda rate: compat_optax.adamax(rate, nonfinite="zero"))
@@ -121,10 +122,10 @@ def test_a_policy_for_non_finite_gradients_is_no_other_wrapper():
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
-def test_other_wrappers_lose_nothing_silently():
+def test_other_wrappers_raise_unless_stateless():
     params = PARAMS
     state = optax.chain(optax.adamax(rate), optax.ema(0.9)).init(params)
-    with pytest.raises(ValueError, match=r"different wrappers, so .*ema.* would be lost"):
+    with pytest.raises(ValueError, match=r"wrappers differ, so .*ema.* would be lost"):
         compat_optax.load_state(state, params, compat_optax.adamax(rate))
     _, state = train(optax.adamax(rate), params, optax.adamax(rate).init(params), range(3))
     tx = optax.chain(optax.clip(1.0), compat_optax.adamax(rate), optax.ema(0.9))
@@ -151,12 +152,12 @@ def test_other_parameters_raise(wrap):
     for tx, theirs in ((more, their_less), (less, their_more)):
         with pytest.raises(ValueError, match=r"trains \["):
             compat_optax.dump_state(tx.init(PARAMS), PARAMS, theirs)
-        with pytest.raises(ValueError, match=r"trains|which the transformation"):
+        with pytest.raises(ValueError, match=r"trains \["):
             compat_optax.load_state(theirs.init(PARAMS), PARAMS, tx)
 
 
 def bounded_state(b1, b2, steps=800):
-    """Of optax with gradients that decay as v does, so that m/v reaches its bound."""
+    """Returns a state of optax whose m / v is at its bound, because gradients decay as v does."""
     tx, params = optax.adamax(0.1, b1, b2, eps=0.0), {"w": jnp.ones(20)}
 
     def step(state, count):
@@ -167,7 +168,7 @@ def bounded_state(b1, b2, steps=800):
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.99, 0.999), (0.9, 0.99), (0.9, 0.92), (0.98, 0.999)])
-def test_a_state_at_its_bound_is_loaded(b1, b2):
+def test_state_at_its_bound_loads(b1, b2):
     state, params = bounded_state(b1, b2)
     ratio = float((state[0].mu["w"] / state[0].nu["w"])[0])
     assert ratio > 1.02
@@ -176,12 +177,34 @@ def test_a_state_at_its_bound_is_loaded(b1, b2):
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.5), (0.9, 0.0)])
-def test_a_state_without_a_bound_is_loaded(b1, b2):
+def test_state_without_a_bound_loads(b1, b2):
     tx, params = optax.adamax(0.1, b1, b2), {"w": jnp.ones(20)}
     state, update = tx.init(params), jax.jit(tx.update)
     for count in range(20):
         _, state = update({"w": jnp.full(20, 0.3**count)}, state)
     assert float(state[0].mu["w"][0]) > 2 * float(state[0].nu["w"][0])
     compat_optax.load_state(state, params, compat_optax.adamax(0.1, b1, b2))
-    with pytest.raises(ValueError, match=r"not a state of Adamax: .* 1\.009 v"):
+    with pytest.raises(ValueError, match=r"must come from an Adamax, .* 1\.009 v"):
         compat_optax.load_state(state, params, compat_optax.adamax(0.1))
+
+
+def test_moments_of_bfloat16_parameters_round_trip():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    for theirs in (optax.adamax(rate), optax.chain(optax.identity(), optax.adamax(rate))):
+        _, state = train(optax.adamax(rate), params, optax.adamax(rate).init(params), range(3))
+        loaded = compat_optax.load_state(state, params, compat_optax.adamax(rate))
+        assert loaded[0].m["w"].dtype == jnp.float32
+        dumped = compat_optax.dump_state(loaded, params, theirs)
+        dtypes = jax.tree.map(lambda x: x.dtype, dumped)
+        assert dtypes == jax.tree.map(lambda x: x.dtype, theirs.init(params))
+        for x, y in zip(*map(jax.tree.leaves, (dumped, state)), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_state_is_loaded_into_wrappers_of_this_package():
+    theirs = optax.adamax(rate)
+    _, state = train(theirs, PARAMS, theirs.init(PARAMS), range(3))
+    tx = limit_spikes(compat_optax.adamax(rate), max_norm_ratio=5.0, action="clip")
+    loaded = compat_optax.load_state(state, PARAMS, tx)
+    assert jax.tree.structure(loaded) == jax.tree.structure(tx.init(PARAMS))
+    assert [int(x) for _, x in optax.tree.get_all_with_path(loaded, "count")] == [3, 3]

@@ -1,4 +1,4 @@
-"""Loaded arrays are where the template has them: shardings, memory, several processes."""
+"""Loaded arrays have the sharding and the memory kind of the template."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from sharding.processes import run_together
 
+from optax_adamax import sharding
 from optax_adamax.compat import optax as compat_optax
 from optax_adamax.compat import torch as compat_torch
 
@@ -66,7 +67,17 @@ def test_parameters_have_dtype_and_sharding_of_the_template(dtype):
     assert_placed_like(compat_torch.load_params(ARRAYS, one), one)
 
 
-def test_two_processes_load_and_dump(tmp_path):
+def test_sharded_state_is_loaded_and_its_rate_compared():
+    params = sharded_params()
+    tx = sharding.shard(compat_torch.adamax(lr=0.1), params)
+    state = compat_torch.load_state(SAVED, params, tx, names=["w", "b"])  # without a warning
+    assert_placed_like(state, tx.init(params))
+    other = sharding.shard(compat_torch.adamax(lr=0.2), params)
+    with pytest.warns(UserWarning, match="learning rate 0.2 instead of 0.1 for 'w'"):
+        compat_torch.load_state(SAVED, params, other, names=["w", "b"])
+
+
+def test_two_processes_load_and_dump_equally(tmp_path):
     config = {"processes": 2, "devices": 4, "out": str(tmp_path)}
     printed = run_together("../compat/worker_load.py", config, tmp_path, 240)
     assert all("done" in text for text in printed)

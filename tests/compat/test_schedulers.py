@@ -1,4 +1,4 @@
-"""The table of schedulers in docs/guide/moving.md with PyTorch and Keras: rates, and both ways."""
+"""The schedulers in docs/guide/moving.md equal those of PyTorch and Keras, in both directions."""
 
 import re
 
@@ -50,10 +50,10 @@ def page():
 
 
 def both(row, page, **options):
-    """PyTorch's parameter, optimizer and scheduler, and optax's schedule."""
+    """Returns PyTorch's parameter, optimizer and scheduler, and optax's schedule."""
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adamax([parameter], lr=ARGUMENTS["lr"])
-    # All arguments by keyword, because PyTorch's own order has others between them.
+    # All arguments are given by keyword, because PyTorch's order has others between them.
     call, given = re.fullmatch(r"(\w+)\(optimizer, (.*)\)", row[0]).groups()
     options |= {name: ARGUMENTS[name] for name in given.split(", ")}
     scheduler = getattr(torch.optim.lr_scheduler, call)(optimizer, **options)
@@ -71,7 +71,7 @@ def step_in_torch(parameter, optimizer, scheduler, count):
 
 
 @pytest.mark.parametrize("row", SCHEDULES, ids=lambda row: row[0])
-def test_a_schedule_has_the_rates_of_its_scheduler(row, page):
+def test_schedule_equals_its_scheduler(row, page):
     *_, optimizer, scheduler, schedule = both(row, page)
     for count in range(STEPS):
         assert float(schedule(count)) == pytest.approx(scheduler.get_last_lr()[0], rel=2e-6), count
@@ -80,7 +80,7 @@ def test_a_schedule_has_the_rates_of_its_scheduler(row, page):
 
 
 @pytest.mark.parametrize("row", SCHEDULES, ids=lambda row: row[0])
-def test_a_schedule_continues_here_and_in_torch_again(row, page):
+def test_schedule_continues_in_both_directions(row, page):
     options = {"cycle_momentum": False} if row in CYCLED else {}
     whole = both(row, page, **options)
     for count in range(STEPS):
@@ -136,7 +136,7 @@ def test_reduce_on_plateau_continues_with_scale_best_value_and_patience():
     lr, params = ARGUMENTS["lr"], {"w": jnp.ones(2)}
     tx = optax.chain(compat_torch.adamax(lr=lr), plateau)
     code = PAGE[PAGE.index("state = optax.tree.set(\n") :].split("```")[0]
-    for start in (0, 4, 8, 14):  # a continued run is like the whole one
+    for start in (0, 4, 8, 14):  # a continued run equals an uninterrupted one
         if start:
             for metric in metrics[:start]:
                 scheduler.step(metric)
@@ -165,7 +165,7 @@ KERAS_SCHEDULES = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), KERAS_SCHEDULES, ids=lambda x: str(x))
-def test_a_schedule_object_of_keras_is_a_schedule(name, arguments):
+def test_schedule_object_of_keras_is_a_schedule(name, arguments):
     keras = pytest.importorskip("keras")
     schedule = getattr(keras.optimizers.schedules, name)(*arguments)
     tx = compat_keras.adamax(schedule)
