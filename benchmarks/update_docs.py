@@ -1,4 +1,7 @@
-"""Writes the tables of the documentation from the JSON files beside this one.
+"""Writes tables and numbers of the documentation from the JSON files in `results`.
+
+Tables are between `<!-- table: NAME -->` and `<!-- end -->`. Numbers in sentences are between
+`<!-- value: NAME -->` and `<!-- end -->`, which must not begin a line (Markdown ends a paragraph there).
 
 python -m benchmarks.update_docs [--check]
 """
@@ -20,7 +23,14 @@ PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "reliability")]
 PAGES += [
     ROOT / "docs" / "guide" / f"{name}.md"
-    for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
+    for name in (
+        "bfloat16_parameters",
+        "formats",
+        "low_precision",
+        "nonfinite_and_outliers",
+        "performance",
+        "when_to_use",
+    )
 ]
 Row = Iterable[object]
 
@@ -313,6 +323,95 @@ def _results(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
 
+def _v(who: str) -> str:
+    """Returns v after 2,000 small gradients with bfloat16 parameters."""
+    rows = _results("dtypes")["rows"]
+    return next(f"{x['v']:.3g}" for x in rows if (x["dtype"], x["who"]) == ("bfloat16", who))
+
+
+def _bytes(name: str) -> str:
+    return str(sum(_results("readme_figure")["bytes"][name].values()))
+
+
+def _range(numbers: Iterable[float], digits: int = 1) -> str:
+    """Returns the least and the largest number, or one number if they are written alike."""
+    numbers = list(numbers)
+    ends = dict.fromkeys(f"{x:.{digits}f}" for x in (min(numbers), max(numbers)))
+    return " to ".join(ends)
+
+
+def _quantized_times(results: dict[str, Any]) -> str:
+    rows = results["rows"]
+    full = ("optax.adamax", "float32, float32")
+    return _range(row["ratio"]["median"] for name, row in rows.items() if name not in full)
+
+
+def _compensation_times() -> str:
+    rows = _results("compensation")["step"]["rows"]
+    return f"{rows['bfloat16, int8 residual']['ratio']['median']:.1f}"
+
+
+def _shortened() -> str:
+    """Returns how much shorter updates with uint8 v are for constant gradients, in percent."""
+    rows = [row for row in _results("update_error")["rows"] if row["v_dtype"] == "uint8"]
+    return _range(100 * (1 - row["constant_mean"]) for row in rows)
+
+
+def _to_limit(where: str) -> str:
+    rows = _results("peers")[where]["to_limit"]
+    names = ("optax.adamax", "optax_adamax", "optax.adam", "Keras on JAX")
+    return _range(rows[name]["median"] for name in names)
+
+
+def _packed(leaves: str) -> str:
+    rows = _results("packing")["by_count"][leaves]
+    return f"{rows['pack_small_leaves(adamax)']['step']['median']:.1f}"
+
+
+def _wins(family: str) -> str:
+    """Returns in how many rows of the table of learning rates an optimizer has the lowest loss."""
+    found = [rows for _, rows in _summaries(_results("learning_rate"))]
+    best = [min(rows, key=lambda name: rows[name]["loss"]) for rows in found]
+    return str(sum(family in name for name in best))
+
+
+def _largest_updates(family: str, b1: str) -> str:
+    """Returns the largest update of the tasks with this b1, over the learning rate."""
+    rows = _summaries(_results("learning_rate"))
+    found = [
+        row["largest_update"]
+        for name, row_of in rows
+        if ("b1 = 0.99" in name) == (b1 == "0.99")
+        for optimizer, row in row_of.items()
+        if family in optimizer
+    ]
+    return f"{max(found):.3f}" if family == "Adamax" else f"{max(found):.1f}"
+
+
+VALUES: dict[str, Callable[[], str]] = {
+    "adam_wins": lambda: _wins("optax.adam"),
+    "adamax_wins": lambda: _wins("Adamax"),
+    "adamax_largest_update": lambda: _largest_updates("Adamax", "0.9"),
+    "adam_largest_update": lambda: _largest_updates("optax.adam", "0.9"),
+    "bytes_compensated": lambda: _bytes("bfloat16, int8 residual, 2-byte state"),
+    "bytes_compensated_int16": lambda: str(
+        int(_bytes("bfloat16, int8 residual, 2-byte state")) + 1
+    ),
+    "bytes_float32": lambda: _bytes("float32, optax.adamax"),
+    "compensation_time": _compensation_times,
+    "packed_150": lambda: _packed("150"),
+    "packed_1000": lambda: _packed("1000"),
+    "quantized_one_thread": lambda: _quantized_times(_results("low_bit")["one_thread"]),
+    "quantized_two_threads": lambda: _quantized_times(_results("low_bit")),
+    "rate_rows": lambda: str(len(_summaries(_results("learning_rate")))),
+    "to_limit": lambda: _to_limit("default"),
+    "to_limit_switched": lambda: _to_limit("switched"),
+    "uint8_shortened": _shortened,
+    "v_exact": lambda: f"{_results('dtypes')['exact_v']:.3f}",
+    "v_here": lambda: _v("ours"),
+}
+
+
 def _load(made: dict[str, Any]) -> str:
     """Threads, and the load of the machine in the minute before, and in the last one."""
     if "load" not in made:
@@ -322,7 +421,7 @@ def _load(made: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A page with each table, and below it how it was measured."""
+    """Returns a page with its numbers and tables, each table with its provenance below it."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
@@ -332,6 +431,10 @@ def filled(text: str) -> str:
         note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"
         return f"<!-- table: {name} -->\n{TABLES[name](results)}\n\n{note}\n<!-- end -->"
 
+    def number(match: re.Match[str]) -> str:
+        return f"<!-- value: {match[1]} -->{VALUES[match[1]]()}<!-- end -->"
+
+    text = re.sub(r"<!-- value: (\w+) -->.*?<!-- end -->", number, text)
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
