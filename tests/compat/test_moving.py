@@ -48,6 +48,7 @@ def test_the_tables_are_those_that_are_tested():
         "you wrote",
         "eps",
         "`torch.optim.lr_scheduler`",
+        "`keras.optimizers.schedules`",
         "your state",
     ]
 
