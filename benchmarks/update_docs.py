@@ -1,7 +1,8 @@
 """Writes tables and numbers of the documentation from the JSON files in `results`.
 
 Tables are between `<!-- table: NAME -->` and `<!-- end -->`. Numbers in sentences are between
-`<!-- value: NAME -->` and `<!-- end -->`, which must not begin a line (Markdown ends a paragraph there).
+`<!-- value: NAME -->` and `<!-- end -->`. In Markdown, a comment at the beginning of a line would
+end the paragraph.
 
 python -m benchmarks.update_docs [--check]
 """
@@ -28,7 +29,6 @@ PAGES += [
         "formats",
         "low_precision",
         "nonfinite_and_outliers",
-        "performance",
         "when_to_use",
     )
 ]
