@@ -176,17 +176,14 @@ def quality(results: dict[str, Any]) -> str:
 
 
 def compensation(results: dict[str, Any]) -> str:
-    """Ways to keep parameters: bytes, time, and where training ends."""
+    """Shows where training ends with each way to store parameters."""
     tasks = results["tasks"]
     rows = []
-    for name, row in results["step"]["rows"].items():
-        end = results["constant_gradient"]["ends"][name]
+    for name, end in results["constant_gradient"]["ends"].items():
         found = [task["held_out_loss"] for task in tasks.values()]
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
-        time = timing.text(row["ratio"])
-        rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
-    header = ["parameters", "bytes per parameter", "step time", "100,000 steps of 0.001", *tasks]
-    return table(header, rows)
+        rows.append([name, f"{end['true']:.2f}", *gaps])
+    return table(["parameters", "100,000 steps of 0.001", *tasks], rows)
 
 
 def bfloat16_costs(results: dict[str, Any]) -> str:
@@ -319,6 +316,10 @@ FILES = {
 }
 
 
+# Tables of sizes that follow from shapes and dtypes.
+COMPUTED = ("bytes_by_part", "state_bytes")
+
+
 def _results(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
 
@@ -428,7 +429,9 @@ def filled(text: str) -> str:
         results = _results(FILES.get(name, name))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"
+        how = "Computed" if name in COMPUTED else "Measured"
+        where = f"{made['machine']}{_load(made)}; {versions}"
+        note = f"<sub>{how} by `{made['command']}` on {where}.</sub>"
         return f"<!-- table: {name} -->\n{TABLES[name](results)}\n\n{note}\n<!-- end -->"
 
     def number(match: re.Match[str]) -> str:
