@@ -376,6 +376,12 @@ def _wins(family: str) -> str:
     return str(sum(family in name for name in best))
 
 
+def _rate_ratio() -> str:
+    """Returns how many times the best rate of Adam the best rate of Adamax is."""
+    found = [rows for _, rows in _summaries(_results("learning_rate"))]
+    return _range((x["Adamax, float32"]["rate"] / x["optax.adam"]["rate"] for x in found), 0)
+
+
 def _largest_updates(family: str, b1: str) -> str:
     """Returns the largest update of the tasks with this b1, over the learning rate."""
     rows = _summaries(_results("learning_rate"))
@@ -404,6 +410,7 @@ VALUES: dict[str, Callable[[], str]] = {
     "packed_1000": lambda: _packed("1000"),
     "quantized_one_thread": lambda: _quantized_times(_results("low_bit")["one_thread"]),
     "quantized_two_threads": lambda: _quantized_times(_results("low_bit")),
+    "rate_ratio": _rate_ratio,
     "rate_rows": lambda: str(len(_summaries(_results("learning_rate")))),
     "to_limit": lambda: _to_limit("default"),
     "to_limit_switched": lambda: _to_limit("switched"),
