@@ -160,17 +160,14 @@ def quality(results: dict[str, Any]) -> str:
 
 
 def compensation(results: dict[str, Any]) -> str:
-    """Shows bytes, step time and final results of each way to store parameters."""
+    """Shows where training ends with each way to store parameters."""
     tasks = results["tasks"]
     rows = []
-    for name, row in results["step"]["rows"].items():
-        end = results["constant_gradient"]["ends"][name]
+    for name, end in results["constant_gradient"]["ends"].items():
         found = [task["held_out_loss"] for task in tasks.values()]
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
-        time = timing.format_ratio(row["ratio"])
-        rows.append([name, f"{row['held']:.0f}", time, f"{end['true']:.2f}", *gaps])
-    header = ["parameters", "bytes per parameter", "step time", "100,000 steps of 0.001", *tasks]
-    return table(header, rows)
+        rows.append([name, f"{end['true']:.2f}", *gaps])
+    return table(["parameters", "100,000 steps of 0.001", *tasks], rows)
 
 
 def bfloat16_costs(results: dict[str, Any]) -> str:
@@ -185,7 +182,7 @@ def bfloat16_costs(results: dict[str, Any]) -> str:
 def learning_rate(results: dict[str, Any]) -> str:
     """Shows the lowest loss of each optimizer, its rate, and the rates nearly as good."""
     rows = []
-    for name, found in _summaries(results):
+    for name, found in summaries(results):
         best = min(row["loss"] for row in found.values())
         cells = []
         for row in found.values():
@@ -199,13 +196,13 @@ def learning_rate(results: dict[str, Any]) -> str:
 def largest_update(results: dict[str, Any]) -> str:
     """Shows the largest |update| / learning rate over all runs of an optimizer and task."""
     rows = []
-    for name, found in _summaries(results):
+    for name, found in summaries(results):
         shown = {k: row["largest_update"] for k, row in found.items() if "sgd" not in k}
         rows.append([name, *(f"{x:.3f}" for x in shown.values())])
     return table(["task, gradients", *shown], rows)
 
 
-def _summaries(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+def summaries(results: dict[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     return [
         (f"{name}, {noise}", summary(task, noise))
         for name, task in results["tasks"].items()

@@ -1,8 +1,11 @@
-"""Fills in the tables of the documentation from the JSON files in benchmarks/results.
+"""Fills in tables and numbers of the documentation from the JSON files in benchmarks/results.
 
     python -m benchmarks.update_docs [--check]
 
-`benchmarks.tables` writes the tables.
+Tables are between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks.tables` writes them.
+Numbers in sentences are between `<!-- value: NAME -->` and `<!-- end -->`;
+`benchmarks.sentence_values` computes them. In Markdown, a comment at the beginning of a line would
+end the paragraph.
 """
 
 import argparse
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import reporting
+from benchmarks.sentence_values import VALUES
 from benchmarks.tables import FILES, TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +23,15 @@ PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "reliability")]
 PAGES += [
     ROOT / "docs" / "guide" / f"{name}.md"
-    for name in ("bfloat16_parameters", "nonfinite_and_outliers", "when_to_use")
+    for name in (
+        "bfloat16_parameters",
+        "formats",
+        "low_precision",
+        "nonfinite_and_outliers",
+        "when_to_use",
+    )
 ]
+COMPUTED = ("bytes_by_part", "state_bytes")  # tables of sizes that follow from shapes and dtypes
 
 
 def _load(made: dict[str, Any]) -> str:
@@ -32,16 +43,22 @@ def _load(made: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """Returns the page with each table, and a note below it on how it was measured."""
+    """Returns the page with its numbers, and its tables with a note on how each was measured."""
 
     def fill(match: re.Match[str]) -> str:
         name = match[1]
         results = reporting.read_json(FILES.get(name, name))
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        note = f"<sub>`{made['command']}` on {made['machine']}{_load(made)}; {versions}.</sub>"
+        how = "Computed" if name in COMPUTED else "Measured"
+        where = f"{made['machine']}{_load(made)}; {versions}"
+        note = f"<sub>{how} by `{made['command']}` on {where}.</sub>"
         return f"<!-- table: {name} -->\n{TABLES[name](results)}\n\n{note}\n<!-- end -->"
 
+    def number(match: re.Match[str]) -> str:
+        return f"<!-- value: {match[1]} -->{VALUES[match[1]]()}<!-- end -->"
+
+    text = re.sub(r"<!-- value: (\w+) -->.*?<!-- end -->", number, text)
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 

@@ -81,6 +81,9 @@ def sign(
         return None
     function = ast.parse(inspect.getsource(obj)).body[0]
     assert isinstance(function, ast.FunctionDef) and function.returns is not None
+    for node in ast.walk(function):  # types in quotes
+        if isinstance(node, ast.arg) and isinstance(node.annotation, ast.Constant):
+            node.annotation = ast.parse(str(node.annotation.value), mode="eval").body
     private = re.compile(r"\b_\w+\.")  # modules
     arguments, result = (ast.unparse(node) for node in (function.args, function.returns))
     return f"({private.sub('', arguments)})", private.sub("", result)

@@ -99,10 +99,22 @@ def test_code_of_a_page_runs_and_prints_what_it_says(page):
 
 
 @pytest.mark.slow
-def test_recipe_resumes_after_sigkill_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    ("heading", "make_run", "step"),
+    [
+        ("Plain JAX", "make_run", "step"),
+        ("Flax nnx", "make_nnx_run", "nnx_step"),
+        ("Flax linen", "make_linen_run", "linen_step"),
+        ("Equinox", "make_equinox_run", "equinox_step"),
+    ],
+)
+def test_recipe_resumes_after_sigkill_with_the_same_bits(tmp_path, heading, make_run, step):
     page = (DOCS / "guide" / "recipes.md").read_text("utf-8")
-    code = program(page.split("### Flax nnx")[0]).rpartition("print(")[0]
-    code += f"folder = Path({str(tmp_path)!r})\n"
+    shared, *sections = re.split(r"^###? ", page, flags=re.M)
+    (section,) = [text for text in sections if text.startswith(f"{heading}\n")]
+    shared += next(text for text in sections if text.startswith("Complete training programs"))
+    code = program(f"{shared}\n{section}").rpartition("print(")[0]
+    code += f"folder, make_run, step = Path({str(tmp_path)!r}), {make_run}, {step}\n"
     killed = """
 import os, signal
 def killed_step(run, x, y):

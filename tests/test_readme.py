@@ -22,6 +22,19 @@ def test_tables_are_those_of_the_committed_results(monkeypatch):
     assert changed != BENCHMARKS and update_docs.filled(changed) == BENCHMARKS
 
 
+def test_numbers_in_sentences_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import update_docs
+
+    pages = [path.read_text("utf-8") for path in update_docs.PAGES]
+    used = {name for page in pages for name in re.findall(r"<!-- value: (\w+) -->", page)}
+    assert used == set(update_docs.VALUES)
+    for page in pages:  # Markdown ends a paragraph at a comment that begins a line
+        assert not re.search(r"^ *<!-- value:", page, re.M)
+    changed = re.sub(r"(<!-- value: v_exact -->).*?(<!--)", r"\g<1>0.5\2", README)
+    assert changed != README and update_docs.filled(changed) == README
+
+
 def test_every_result_says_where_it_comes_from():
     results = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert results

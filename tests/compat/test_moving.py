@@ -48,6 +48,7 @@ def test_page_has_only_tested_tables():
         "you wrote",
         "eps",
         "`torch.optim.lr_scheduler`",
+        "`keras.optimizers.schedules`",
         "your state",
     ]
 

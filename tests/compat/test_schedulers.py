@@ -164,6 +164,30 @@ KERAS_SCHEDULES = [
 ]
 
 
+KERAS_ARGUMENTS = {
+    "lr": 0.1,
+    "decay_steps": 20,
+    "decay_rate": 0.5,
+    "boundaries": [5, 20],
+    "values": [0.1, 0.05, 0.01],
+    "end": 0.01,
+    "alpha": 0.1,
+    "peak": 0.3,
+    "warmup": 7,
+}
+
+
+@pytest.mark.parametrize(
+    "row", table("`keras.optimizers.schedules`"), ids=lambda row: row[0].replace('"', "")
+)
+def test_a_schedule_has_the_rates_of_keras(row):
+    schedules = pytest.importorskip("keras").optimizers.schedules
+    expected = eval(f"schedules.{row[0]}", KERAS_ARGUMENTS | {"schedules": schedules})
+    schedule = jax.jit(eval(row[1], KERAS_ARGUMENTS | {"optax": optax}))
+    for count in range(STEPS):
+        assert float(schedule(count)) == pytest.approx(float(expected(count)), rel=1e-5), count
+
+
 @pytest.mark.parametrize(("name", "arguments"), KERAS_SCHEDULES, ids=lambda x: str(x))
 def test_schedule_object_of_keras_is_a_schedule(name, arguments):
     keras = pytest.importorskip("keras")
