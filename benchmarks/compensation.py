@@ -117,7 +117,7 @@ def constant_gradient(arm: Arm, steps: int) -> dict[str, float]:
         return jax.lax.scan(step, (params, state), length=steps)[0]
 
     params, state = run(params, tx.init(params))
-    return {"stored": float(params), "true": float(arm.masters(state, params))}
+    return {"stored": float(params), "master": float(arm.masters(state, params))}
 
 
 def trainer(task: Task, arm: Arm) -> Callable[..., Params]:
@@ -184,8 +184,8 @@ def step_bytes(arm: Arm, size: int) -> dict[str, float]:
     compiled = step.lower(params, jax.eval_shape(tx.init, params), params).compile()
     memory = compiled.memory_analysis()
     return {
-        "held": memory.argument_size_in_bytes / size,
-        "temporary": memory.temp_size_in_bytes / size,
+        "bytes_per_parameter": memory.argument_size_in_bytes / size,
+        "temporary_bytes_per_parameter": memory.temp_size_in_bytes / size,
     }
 
 

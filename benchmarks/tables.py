@@ -166,14 +166,19 @@ def compensation(results: dict[str, Any]) -> str:
     for name, end in results["constant_gradient"]["ends"].items():
         found = [task["held_out_loss"] for task in tasks.values()]
         gaps = [f"{x['gap'].get(name, 0.0) / x['float32_deviation']:+.2f}" for x in found]
-        rows.append([name, f"{end['true']:.2f}", *gaps])
+        rows.append([name, f"{end['master']:.2f}", *gaps])
     return table(["parameters", "100,000 steps of 0.001", *tasks], rows)
 
 
 def bfloat16_costs(results: dict[str, Any]) -> str:
     """Shows bytes per parameter and step time of each way to store parameters."""
     rows = [
-        [name, f"{row['held']:.0f}", f"{row['temporary']:.0f}", timing.format_ratio(row["ratio"])]
+        [
+            name,
+            f"{row['bytes_per_parameter']:.0f}",
+            f"{row['temporary_bytes_per_parameter']:.0f}",
+            timing.format_ratio(row["ratio"]),
+        ]
         for name, row in results["step"]["rows"].items()
     ]
     return table(["parameters", "bytes per parameter", "temporary bytes", "step time"], rows)
