@@ -198,11 +198,11 @@ def _statistics(
     has_gradient = is_finite & ~no_gradient
     # m / v of the largest code has a rounding error. The ratio of the next code is 1/16 smaller.
     m_saturated = safe_divide(m, v) >= m_format.largest_ratio * (1 - 2.0**-6)
-    m_saturated &= m_format.largest_ratio < math.inf  # m / v may overflow in other formats
+    m_saturated &= m_format.largest_ratio < math.inf  # m or m / v may be infinite in other formats
     counts = [
         has_gradient & (v <= low),
         has_gradient & (v >= high),
-        is_finite & m_saturated,
+        m_saturated,
         no_gradient,
         ~is_finite,
     ]

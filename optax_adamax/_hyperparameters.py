@@ -28,7 +28,7 @@ class Step(NamedTuple):
     """
 
     t: jax.Array  # int32: 1 in the first step
-    b1: jax.Array  # b1 s_t / s_{t-1} if v has a shared scale and m is a ratio to v
+    b1: jax.Array  # b1/b2 if m is stored as a ratio to v
     one_minus_b1: jax.Array  # s_t (1 - b1) if v has a shared scale and m is a ratio to v
     b2: jax.Array  # 2**-k with a shared scale
     scale: jax.Array  # s_t; 1 without a shared scale
@@ -126,7 +126,7 @@ class Hyperparameters:
                 bound = (nesterov_b1 * ratio + one_minus_b1) / bias
         step = Step(
             t=jnp.asarray(t),
-            b1=b1,
+            b1=b1 / jnp.where(b2 == 0, 1, b2) if m_format.is_ratio else b1,
             one_minus_b1=one_minus_b1,
             b2=b2,
             scale=jnp.ones((), dtype),
@@ -143,9 +143,9 @@ class Hyperparameters:
 
 def _in_units_of(shared: SharedScale, step: Step, m_format: MFormat) -> Step:
     """Converts the scalars to units of the shared scale for v, and for m if it is a ratio to v."""
-    scale, growth, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.growth, shared.b2))
+    scale, b2 = (x.astype(step.b1.dtype) for x in (shared.scale, shared.b2))
     if m_format.is_ratio:
-        step = step._replace(b1=growth * step.b1, one_minus_b1=scale * step.one_minus_b1)
+        step = step._replace(one_minus_b1=scale * step.one_minus_b1)
     else:
         step = step._replace(bias_correction=step.bias_correction / scale)
     if step.eps_in_denominator is not None:

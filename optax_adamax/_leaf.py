@@ -57,10 +57,11 @@ def _moments(
     bits = _xla.add_above_packed(step.rounding_bits, float32_bits(jnp.abs(g)))
     b2 = _xla.unpack(bits, step.b2) if v_format.has_shared_scale else step.b2
 
-    v_prev = upcast(v_format.decode(v), dtype)
-    m_prev = m_format.decode(m, v_prev)
+    b2_v = b2 * upcast(v_format.decode(v), dtype)
+    # If m is stored as a ratio to v, this is b2 m_{t-1}, and step.b1 is b1 / b2.
+    m_prev = m_format.decode(m, b2_v)
     m_t = _xla.add_products(step.b1, m_prev, step.one_minus_b1, g, step.t, exactly=quantized)
-    v_t = jnp.maximum(b2 * v_prev, step.scale * (jnp.abs(g) + step.eps_in_max))
+    v_t = jnp.maximum(b2_v, step.scale * (jnp.abs(g) + step.eps_in_max))
 
     new_v = _unless_skipped(v_format.encode(v_t), v, step)
     v_t = upcast(v_format.decode(new_v), dtype)

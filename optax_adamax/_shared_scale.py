@@ -26,7 +26,6 @@ class SharedScale(NamedTuple):
 
     phase: jax.Array  # uint32: log2(s_t) + 1 in units of 2**-32
     scale: jax.Array  # float32: s_t
-    growth: jax.Array  # float32: s_t / s_{t-1}
     b2: jax.Array  # float32: 2**-k, which is b2 in units of s
 
 
@@ -53,6 +52,4 @@ def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
     new_phase = phase + ticks.astype(jnp.uint32)
     carry = (new_phase < phase).astype(jnp.int32)
     k = whole.astype(jnp.int32) + carry
-    scale = scale_from_phase(new_phase)
-    growth = scale / scale_from_phase(phase)
-    return SharedScale(new_phase, scale, growth, b2=float32_from_bits(127 - k << 23))
+    return SharedScale(new_phase, scale_from_phase(new_phase), b2=float32_from_bits(127 - k << 23))

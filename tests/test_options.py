@@ -77,8 +77,10 @@ ALWAYS = [(name, *form) for name in ("default", "all") for form in STEP_VARIANTS
     formats([(name, *form) for name in RULES for form in FORMATS], ALWAYS),
 )
 def test_option_in_format_is_within_the_promised_error(name, m_dtype, v_dtype):
-    rule, rows = RULES[name], (TRACED.values(), CONSTANT.values())
-    traced, constant = trajectories.run(m_dtype, v_dtype, rule, *rows)
+    rule, rows = RULES[name], dict(TRACED)
+    if m_dtype == "int8":
+        del rows["b2 = 0"]  # see test_core_defects.py
+    traced, constant = trajectories.run(m_dtype, v_dtype, rule, rows.values(), CONSTANT.values())
     check(traced, m_dtype, v_dtype, rule, bounded=False)
     check(constant, m_dtype, v_dtype, rule, bounded=True)
 
