@@ -68,6 +68,7 @@ def measure(
             filled = _moments.fill(unpack_state(template, small), Moments(ones, ones, dict(steps)))
             aged = jax.tree.map(age, filled, is_leaf=is_adamax_state)
             state, before = repack_state(aged, like=template), _moments.read_state(aged)
+            updates, after = zeros, before
             for _ in range(MAX_CALLS):
                 # The value is for optax.contrib.reduce_on_plateau. Others ignore it.
                 updates, state = tx.update(zeros, state, small, value=jnp.zeros(()))
@@ -126,7 +127,7 @@ def check_is_adamax(
     if 2 * count(dict.fromkeys(moments.m, 1.0)) <= total:  # K >= 1
         return
     measured = measure(tx, params, moments.step)
-    bounds = {k: _largest_ratio(*measured[k][1:]) if k in measured else np.inf for k in moments.m}
+    bounds = {path: _largest_ratio(measured.get(path)) for path in moments.m}
     beyond = count(bounds)
     if 2 * beyond > total:
         raise ValueError(
@@ -137,8 +138,10 @@ def check_is_adamax(
         )
 
 
-def _largest_ratio(b1: float, b2: float) -> float:
-    return (1 - b1) / (1 - b1 / b2) if b1 < b2 else np.inf
+def _largest_ratio(known: Hyperparameters | None) -> float:
+    if known is None or known.b1 is None or known.b2 is None or known.b1 >= known.b2:
+        return np.inf
+    return (1 - known.b1) / (1 - known.b1 / known.b2)
 
 
 def check_groups(

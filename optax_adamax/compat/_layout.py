@@ -212,7 +212,7 @@ def find_places(
                 f"The parameters of the source must have names, but they have only the numbers "
                 f"{numbers}. Give their names in this order as `names`, or their paths as `layout`."
             )
-        layout = {k: k if k in shapes else str(k).replace(".", "/") for k in known}
+        layout = {k: str(k) if k in shapes else str(k).replace(".", "/") for k in known}
     unknown = [name for name in layout if name not in known]
     if unknown:
         raise ValueError(

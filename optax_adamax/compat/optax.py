@@ -109,7 +109,7 @@ def dump_state(
     return repack_state(replaced, like=template)
 
 
-def _replace_nodes(state: Any, template: Any) -> Any | None:
+def _replace_nodes(state: Any, template: Any) -> Any:
     """Returns `state` with each Adamax in the form of `template`, and everything else as it is.
 
     It is None if the wrappers differ, and the wrappers of `state` store nothing.
@@ -137,27 +137,29 @@ def _replace_nodes(state: Any, template: Any) -> Any | None:
 
 def _convert(part: Any, like: Any) -> Any:
     """Returns the state of one Adamax in the form of `like`, and any other state as it is."""
-    is_loaded = isinstance(like, ScaleByAdamaxState) and isinstance(part, optax.ScaleByAdamState)
-    is_dumped = isinstance(like, optax.ScaleByAdamState) and isinstance(part, ScaleByAdamaxState)
-    if not (is_loaded or is_dumped):
-        return part
+    if isinstance(like, ScaleByAdamaxState) and isinstance(part, optax.ScaleByAdamState):
+        return _moments.fill_node(like, _read(part, like), int(_arrays.fetch(part.count)))
+    if isinstance(like, optax.ScaleByAdamState) and isinstance(part, ScaleByAdamaxState):
+        moments, count = _read(part, like), _arrays.put_like(_arrays.fetch(part.count), like.count)
+        m, v = _moments.put_tree(like.mu, moments.m), _moments.put_tree(like.nu, moments.v)
+        return like._replace(count=count, mu=m, nu=v)
+    return part
+
+
+def _read(part: Any, like: Any) -> Moments:
+    """Returns the moments of one Adamax, which must be the moments that `like` has."""
     moments = _moments.read_node(_renamed(part))
     _check_trained(moments, *_moments.shapes_of_nodes(_renamed(like)))
-    if is_loaded:
-        return _moments.fill_node(like, moments, int(_arrays.fetch(part.count)))
-    m, v = _moments.put_tree(like.mu, moments.m), _moments.put_tree(like.nu, moments.v)
-    return like._replace(count=_arrays.put_like(part.count, like.count), mu=m, nu=v)
+    return moments
 
 
 def _renamed(state: Any) -> Any:
     """Returns a decoded state in which optax's states have the names of this package's."""
-    return decode_state(
-        jax.tree.map(
-            lambda x: ScaleByAdamaxState(*x) if isinstance(x, optax.ScaleByAdamState) else x,
-            state,
-            is_leaf=_is_node,
-        )
-    )
+
+    def rename(x: Any) -> Any:
+        return ScaleByAdamaxState._make(x) if isinstance(x, optax.ScaleByAdamState) else x
+
+    return decode_state(jax.tree.map(rename, state, is_leaf=_is_node))
 
 
 def _check_trained(moments: Moments, *nodes: Mapping[str, Any]) -> None:

@@ -378,7 +378,7 @@ def _name_groups(
     numbers: list[list[Key]] = [list(group["params"]) for group in param_groups]
     listed: list[list[Key]] | None = None
     if names is not None:
-        given = list(names)
+        given: list[Any] = list(names)
         is_flat = bool(given) and all(isinstance(name, str) for name in given)
         listed = [given] if is_flat else [list(group) for group in given]
     if any("param_names" in group for group in param_groups):

@@ -9,6 +9,7 @@ import pytest
 from peer_grid import Step
 
 keras = pytest.importorskip("keras")
+keras.config.dtype_policy()  # Keras makes it at the first use, from the floatx of that moment.
 
 
 @contextlib.contextmanager
@@ -16,13 +17,15 @@ def keras_mode(dtype):
     """Sets Keras' dtype, and allows the mixed dtypes and ranks that Keras needs."""
     before = keras.config.floatx()
     keras.config.set_floatx(np.dtype(dtype).name)
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(dtype == np.float64),
-    ):
-        yield
-    keras.config.set_floatx(before)
+    try:
+        with (
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+            jax.enable_x64(dtype == np.float64),
+        ):
+            yield
+    finally:
+        keras.config.set_floatx(before)
 
 
 class KerasRun:

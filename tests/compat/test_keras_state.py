@@ -12,6 +12,8 @@ import pytest
 h5py = pytest.importorskip("h5py")
 keras = pytest.importorskip("keras")
 
+from keras_run import keras_mode  # noqa: E402
+
 from optax_adamax.compat import keras as compat_keras  # noqa: E402
 
 # Calls before the move. With three or four calls per update, one is already accumulated.
@@ -33,16 +35,9 @@ OPTIONS = [
 
 @pytest.fixture(autouse=True, params=[pytest.param(np.float32, marks=pytest.mark.slow), np.float64])
 def dtype(request):
-    """Sets Keras' dtype, and allows the mixed dtypes and ranks that Keras needs."""
-    before = keras.config.floatx()
-    keras.config.set_floatx(np.dtype(request.param).name)
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        jax.enable_x64(request.param == np.float64),
-    ):
+    """The dtype in which Keras computes."""
+    with keras_mode(request.param):
         yield request.param
-    keras.config.set_floatx(before)
 
 
 class Peer:
