@@ -175,7 +175,7 @@ def _describe(state: ScaleByAdamaxState, eps: float) -> Iterator[LeafDescription
             v_min if v_min <= v_max else math.nan,
             v_max if v_min <= v_max else math.nan,
             *fractions,
-            advice=" ".join(_advice(*fractions, m_format, v_format, v.dtype)),
+            advice=" ".join(_advice(*fractions, formats=(m_format, v_format), v_dtype=v.dtype)),
         )
 
 
@@ -221,11 +221,12 @@ def _advice(
     m_saturated_fraction: float,
     no_gradient_fraction: float,
     nonfinite_fraction: float,
-    m_format: MFormat,
-    v_format: VFormat,
+    *,
+    formats: tuple[MFormat, VFormat],
     v_dtype: np.dtype,
 ) -> Iterator[str]:
     del no_gradient_fraction
+    m_format, v_format = formats
     low, high = v_format.range
     for fraction, tolerance, bound, end in (
         (saturated_fraction, 0, high, "upper"),

@@ -142,7 +142,8 @@ ROWS += [
     ("optax's state", lambda x: x.plain.update(gradients(), optax.scale_by_adamax().init(PARAMS)),
      TypeError, "optax_adamax.compat.optax.load_state(state, params, tx), which reads mu as m"),
     ("optax's state of another optimizer", lambda x: compat_optax.load_state(
-        optax.sgd(0.1).init(REAL), REAL, adamax(0.1)), ValueError, "must contain a ScaleByAdamState"),
+        optax.sgd(0.1).init(REAL), REAL, adamax(0.1)),
+     ValueError, "must contain a ScaleByAdamState"),
 ]  # fmt: skip
 
 # Wrappers whose state is passed in the position of another argument.

@@ -20,7 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 # Slow tests, because these pages train networks. Other tests cover the functions they use.
-LONG = {DOCS / "guide" / f"{name}.md" for name in ("frameworks", "deep_vaes", "recipes")}
+LONG = {
+    DOCS / "guide" / f"{name}.md"
+    for name in ("checkpoints", "composing", "deep_vaes", "frameworks", "recipes")
+}
 MODULES = [
     "optax_adamax",
     "optax_adamax.sharding",
