@@ -171,7 +171,8 @@ def load_params(
     if surplus:
         raise ValueError(
             f"The layout must have a place for every array, but it has none for {surplus}. If they "
-            f"are buffers, give dict(model.named_parameters()), or the entry None for each."
+            f"are buffers, give None as the entry of each, or the trainable parameters alone: in "
+            f"PyTorch, dict(model.named_parameters())."
         )
     missing = [path for path in by_path if path not in plan.origins]
     if missing:

@@ -206,12 +206,13 @@ def load_state(
       >>> state = compat_torch.load_state(state_dict, params, tx, from_torch, names=["weight"])
     """
     _arrays.check_is_read("the state_dict of an optimizer", state_dict)
-    for field in ("state", "param_groups"):
-        if field not in state_dict:
-            raise ValueError(
-                f"The argument must be the state_dict of an optimizer, but it has no {field!r}. "
-                f"Pass optimizer.state_dict(); the model's is for load_params."
-            )
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"The argument must be the state_dict of an optimizer, with the keys 'state' and "
+            f"'param_groups', but {describe_value(state_dict)} was given. Pass "
+            f"optimizer.state_dict(), or the entry in which a checkpoint contains it, such as "
+            f"checkpoint['optimizer']. The model's is for load_params."
+        )
     groups = _name_groups(state_dict["param_groups"], names)
     name_of = {number: name for group in groups for number, name in group.items()}
     entries = state_dict["state"]

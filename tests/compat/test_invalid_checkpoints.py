@@ -84,7 +84,11 @@ BAD_STATE_DICTS = [
     (state_dict(step=np.inf), ValueError, STEP + "whole number"),
     (state_dict(step=2**31), ValueError, STEP + "whole number"),
     (state_dict(step=6.0), ValueError, "must have the same number of steps, .*'fc/kernel': 6"),
-    (without(state_dict(), "param_groups"), ValueError, "it has no 'param_groups'"),
+    (
+        without(state_dict(), "param_groups"),
+        ValueError,
+        "but a dict with the keys 'state' was given",
+    ),
     (
         {**state_dict(), "state": {str(k): x for k, x in state_dict()["state"].items()}},
         ValueError,
@@ -93,7 +97,7 @@ BAD_STATE_DICTS = [
     (
         {"fc.weight": np.ones(2)},
         ValueError,
-        "must be the state_dict of an optimizer, but it has no 'state'",
+        "must be the state_dict of an optimizer, with the keys 'state' and 'param_groups'",
     ),
     (5, TypeError, "must be the state_dict of an optimizer, but 5 was given"),
     ("model.pt", TypeError, "the name of a file was given: 'model.pt'. Read the file"),
