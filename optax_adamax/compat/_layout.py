@@ -234,8 +234,8 @@ def _read_entry(name: Key, entry: Any, shapes: Mapping[str, tuple[int, ...]]) ->
         )
     if path not in shapes:
         raise ValueError(
-            f"{name!r} must have the path of a parameter, but {path!r} is none. Similar paths are "
-            f"{near(path, shapes)}. Give a path for each name as `layout`."
+            f"{name!r} must have the path of a parameter, but {path!r} is not one. Similar paths "
+            f"are {near(path, shapes)}. Give a path for each name as `layout`."
         )
     if axes is not None and sorted(axes) != list(range(len(axes))):
         raise ValueError(
@@ -356,5 +356,5 @@ def flax_names(
             names[key] = (path, (*range(2, ndim), 1, 0))
     unused = sorted(set(modules) - used)
     if unused:
-        raise ValueError(f"modules must have paths of modules in params, but {unused} are none.")
+        raise ValueError(f"modules must have paths of modules in params, but {unused} are not.")
     return names

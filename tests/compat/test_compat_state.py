@@ -70,7 +70,7 @@ def test_flax_names_equal_those_of_the_framework():
     nested = torch.flax_names(params, both)
     assert nested["fc.bias"] == "params/Block_0/Dense_0/bias"
     assert nested["blocks.0.Dense_1.bias"] == "params/Block_0/Dense_1/bias"
-    with pytest.raises(ValueError, match=r"but \['Dense_7'\] are none"):
+    with pytest.raises(ValueError, match=r"but \['Dense_7'\] are not"):
         torch.flax_names(params, {"Dense_7": "fc"})
 
 
