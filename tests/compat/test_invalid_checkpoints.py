@@ -121,7 +121,7 @@ BAD_NAMES = [
     (
         {**NAMES, "fc.bias": "fc/base"},
         ORDER,
-        r"but 'fc/base' is none. .* \['fc/bias', 'fc/kernel'\]",
+        r"but 'fc/base' is not one. .* \['fc/bias', 'fc/kernel'\]",
     ),
     (
         {**NAMES, "fc.weight": ("fc/kernel", (0, 2))},
