@@ -99,9 +99,9 @@ def compensate_rounding(
     differentiated.
 
     The residual adds 1 or 2 bytes of state per parameter. On CPU, a step with 2-byte state takes
-    3.0 (int8) or 3.4 (int16) times as long as float32 :func:`optax.adamax` (measured). On TPU v5e
-    and v6e, it is compute-bound, and takes 0.56 and 0.73 of the cycles of float32
-    :func:`optax.adamax` with int8 (estimated by the compiler).
+    about three times as long as float32 :func:`optax.adamax` (measured). On TPU v5e and v6e, it is
+    compute-bound, and takes 0.56 and 0.73 of the cycles of float32 :func:`optax.adamax` with int8
+    (estimated by the compiler).
 
     Args:
       inner: the complete optimizer, for example :func:`adamaxw`, or an object with ``init`` and
