@@ -31,12 +31,12 @@ __all__ = [
 Exclusion = str | Sequence[str] | Callable[[optax.Params], Any]
 # Variables besides the moments, in the order of Keras 3: the node of a state that stores them, and
 # the field of the node.
-EXTRAS = {
+_EXTRAS = {
     "average": (_arithmetic.is_average, "average"),
     "gradient_accumulator": (_arithmetic.is_accumulation, "acc_grads"),
 }
 # The last or second part of a variable's name in Keras 2, where `v` or `u` is the infinity norm.
-KERAS_2_KINDS = {"m": "momentum", "u": "norm", "v": "norm"}
+_KERAS_2_KINDS = {"m": "momentum", "u": "norm", "v": "norm"}
 
 
 def __dir__() -> list[str]:
@@ -357,7 +357,7 @@ def load_state(
     }
 
     def put(node: Any, kind: str) -> Any:
-        is_kind, field = EXTRAS[kind]
+        is_kind, field = _EXTRAS[kind]
         if not is_kind(node):
             return node
         new = {
@@ -367,7 +367,7 @@ def load_state(
         return node._replace(**new)
 
     for kind in extras:
-        state = jax.tree.map(lambda x: put(x, kind), state, is_leaf=EXTRAS[kind][0])  # noqa: B023
+        state = jax.tree.map(lambda x: put(x, kind), state, is_leaf=_EXTRAS[kind][0])  # noqa: B023
     return repack_state(state, like=template)
 
 
@@ -421,7 +421,7 @@ def dump_state(
     }
     move = _layout.plan_dump(layout, names, params, source_params).move
     for kind, node in extras.items():
-        tree = paths(getattr(node, EXTRAS[kind][1]))
+        tree = paths(getattr(node, _EXTRAS[kind][1]))
         arrays[kind] = move({path: _arrays.fetch(x) for path, x in tree.items()})
     order = _order(names, list(extras), has_rate=learning_rate is not None)
     return [to_array(arrays[kind][name]) for kind, name in order]
@@ -434,7 +434,7 @@ def _find_extras(state: Any) -> dict[str, Any]:
       ValueError: there are several of a kind.
     """
     extras = {}
-    for kind, (is_kind, _) in EXTRAS.items():
+    for kind, (is_kind, _) in _EXTRAS.items():
         found = [x for x in jax.tree.leaves(state, is_leaf=is_kind) if is_kind(x)]
         if len(found) > 1:
             raise ValueError(
@@ -537,8 +537,8 @@ def _from_keras_2(labels: list[str], values: list[Any]) -> tuple[list[str], list
     by_kind: dict[str, list[tuple[str, Any]]] = {"momentum": [], "norm": [], "": []}
     for label, value in zip(labels, values, strict=True):
         parts = label.removesuffix(":0").split("/")
-        found = [i for i in (len(parts) - 1, 1) if len(parts) > 2 and parts[i] in KERAS_2_KINDS]
-        kind = KERAS_2_KINDS[parts.pop(found[0])] if found else ""
+        found = [i for i in (len(parts) - 1, 1) if len(parts) > 2 and parts[i] in _KERAS_2_KINDS]
+        kind = _KERAS_2_KINDS[parts.pop(found[0])] if found else ""
         by_kind[kind].append((f"{'_'.join(parts[1:])}_{kind}" if kind else "", value))
     if not by_kind["momentum"]:
         return [label.rsplit("/", 1)[-1] for label in labels], values

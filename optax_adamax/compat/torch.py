@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 Names = Sequence[str] | Sequence[Sequence[str]]
-FIELDS = ("exp_avg", "exp_inf", "step")
+_FIELDS = ("exp_avg", "exp_inf", "step")
 # Keys in the groups of an optimizer or a state dict that change nothing: options of PyTorch's
 # implementation, names, and the notes of LRScheduler, OneCycleLR, CyclicLR and SWALR.
-IGNORED = (
+_IGNORED = (
     *("foreach", "differentiable", "capturable", "param_names", "initial_lr", "max_lr", "min_lr"),
     *("max_momentum", "base_momentum", "swa_lr"),
 )
@@ -133,7 +133,7 @@ def adamax(
         return compute_in_float32(chain, split_complex=True)
 
     defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-    return _arguments.partition(make, defaults, groups, labels, IGNORED)
+    return _arguments.partition(make, defaults, groups, labels, _IGNORED)
 
 
 def load_state(
@@ -226,13 +226,13 @@ def load_state(
     for number, name in name_of.items():
         if number in entries:
             entry = entries[number]
-            if not isinstance(entry, Mapping) or set(entry) != set(FIELDS):
+            if not isinstance(entry, Mapping) or set(entry) != set(_FIELDS):
                 raise ValueError(
-                    f"state[{number!r}] of {name!r} must be a dict with the entries {FIELDS} of "
+                    f"state[{number!r}] of {name!r} must be a dict with the entries {_FIELDS} of "
                     f"Adamax, but {describe_value(entry)} was given. Pass the state_dict of a "
                     f"torch.optim.Adamax."
                 )
-            source.add(name, *(entry[field] for field in FIELDS))
+            source.add(name, *(entry[field] for field in _FIELDS))
     saved = [_read_hyperparameters(group) for group in state_dict["param_groups"]]
     return _transfer.load(
         source,
