@@ -114,6 +114,17 @@ def test_check_applied_accepts_correct_loops():
     assert left.expected_params == ()
 
 
+def test_check_applied_accepts_parameters_that_are_nan():
+    """NaN differs from itself, but the loop has added the updates unchanged."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    tx = compensate_rounding(SGD, check_applied=True)
+    state = tx.init(params)
+    for g in (np.float32([1, np.nan, 2]), np.ones(3, np.float32)):
+        params, state = take(tx, params, state, {"w": jnp.asarray(g)})
+    jax.effects_barrier()
+    np.testing.assert_array_equal(np.isnan(np.float32(params["w"])), [False, True, False])
+
+
 def test_check_applied_stores_the_applied_parameters():
     params = parameters()
     tx = compensate_rounding(SGD, check_applied=True)

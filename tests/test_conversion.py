@@ -42,6 +42,25 @@ def test_v_near_the_largest_float_stays_finite(v_dtype, phase):
     assert np.isfinite(describe_state(scaled).leaves[0].v_max)
 
 
+@pytest.mark.parametrize("v_dtype", ["bfloat16", "uint8"])
+def test_rows_of_a_vmapped_state_are_decoded_with_their_own_phases(v_dtype):
+    tx = scale_by_adamax(v_dtype=v_dtype)
+    state = tx.init({"w": jnp.zeros(3)})
+
+    def run(phase, g):
+        start = state._replace(v=state.v._replace(phase=phase))
+        return tx.update({"w": g}, start)[1]
+
+    phases, g = jnp.uint32([0, 2**31, 2**32 - 1]), jnp.float32([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    states = jax.vmap(run)(phases, g)
+    decoded = np.asarray(decode_state(states).v["w"])
+    rows = [decode_state(run(*row)).v["w"] for row in zip(phases, g, strict=True)]
+    np.testing.assert_array_equal(decoded, np.stack(rows))
+    error = V_FORMATS[v_dtype].relative_error
+    np.testing.assert_allclose(decoded, g, rtol=error)
+    assert describe_state(states).leaves[0].v_max == pytest.approx(9, rel=error)
+
+
 def test_m_near_the_largest_float_stays_finite():
     """The ratio 1.94 is rounded up to 2."""
     state = encode_state(state_of([MAX, -MAX, MAX / 2], [MAX, MAX / 1.94, MAX]), "int8")

@@ -63,3 +63,4 @@ def test_messages_quote_a_path_once(boxed):
     assert leaf_label("gradient", path) == "gradient 'layers/0/bias'"
     assert leaf_label("gradient", ()) == "gradient"
     assert names_in_quotes(str(i) for i in range(7)) == "'0', '1', '2', '3', '4' and 2 more"
+    assert names_in_quotes(str(i) for i in range(6)) == "'0', '1', '2', '3', '4' and 1 more"
