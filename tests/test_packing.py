@@ -114,6 +114,17 @@ def test_updates_of_every_tree_are_the_same(name, max_size):
     same(packed, unpacked_updates(name))
 
 
+def test_extra_arguments_reach_the_inner_transformation():
+    def update(updates, state, params=None, *, value):
+        return jax.tree.map(lambda g: value * g, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    params = {"a": np.ones(2, np.float32), "b": np.ones(3, np.float32)}
+    tx = pack_small_leaves(inner)
+    updates, _ = tx.update(params, tx.init(params), value=np.float32(3.0))
+    np.testing.assert_array_equal(updates["b"], np.full(3, 3, np.float32))
+
+
 def test_equal_leaves_get_their_own_updates():
     """Ten leaves of one size have offsets of two digits; see `_buffers.slice_leaves`."""
     gradients = [full(2, float(i)) for i in range(10)] + [full(3, 10.0)]
