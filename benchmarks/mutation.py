@@ -8,7 +8,7 @@ default test suite runs. A mutant that passes it too survives. The exit status i
 survives, or if a text is not found exactly once in its file.
 
 `--only` runs one table and writes no JSON. `--check` only looks for the texts. The whole table
-takes about half an hour on two cores.
+takes about twenty minutes on two cores.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def check_counters(state: ScaleByAdamaxState) -> None:
         counters["phase"] = (state.v.phase, jnp.unsignedinteger)
     for name, (counter, kind) in counters.items():
         (leaf, *others) = jax.tree.leaves(counter) or (None,)
-        if leaf is None or others or not _is_wide(jnp.result_type(leaf), kind):
+        if leaf is None or others or not _has_32_bits(jnp.result_type(leaf), kind):
             dtype = "int32" if name == "count" else "uint32"
             is_float = leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
             raise TypeError(
@@ -73,7 +73,7 @@ def check_counters(state: ScaleByAdamaxState) -> None:
             )
 
 
-def _is_wide(dtype: np.dtype, kind: Any) -> bool:
+def _has_32_bits(dtype: np.dtype, kind: Any) -> bool:
     return jnp.issubdtype(dtype, kind) and dtype.itemsize >= 4
 
 

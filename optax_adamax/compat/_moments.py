@@ -72,11 +72,11 @@ def read_node(node: ScaleByAdamaxState) -> Moments:
 
 
 def shapes_of_nodes(state: optax.OptState) -> list[dict[str, tuple[int, ...]]]:
-    """Returns the shapes of the moments by path, for each Adamax in an unpacked state.
+    """Returns a dict of shapes by path for every Adamax in an unpacked state.
 
     Raises:
-      TypeError: there is no Adamax.
-      ValueError: there are two for one parameter.
+      TypeError: a state without Adamax.
+      ValueError: two Adamax for one parameter.
     """
     decoded = [jax.eval_shape(decode_state, node) for node in states_in(state)]
     found = [{k: _shape(x) for k, x in paths(node.m, is_real_imag).items()} for node in decoded]
@@ -102,7 +102,7 @@ def fill(state: Any, moments: Moments) -> Any:
 
 
 def _fill(state: Any, moments: Moments) -> tuple[Any, int | None]:
-    """Returns the filled state, and the largest count of Adamax in it; None: there is no Adamax."""
+    """Returns the filled state, and the largest count of Adamax in it, or None."""
     if is_adamax_state(state):
         step = _find_step(state, moments)
         return fill_node(state, moments, step), step

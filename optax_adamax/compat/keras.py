@@ -258,7 +258,7 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
 
     Raises:
       ValueError: averages of other parameters.
-      TypeError: there is no Adamax in `state`.
+      TypeError: a state without Adamax.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -274,7 +274,7 @@ def finalize_variable_values(params: optax.Params, state: optax.OptState) -> opt
       0.800 0.899
     """
     state = unpack_state(state, params)
-    states_in(state)  # raises if there is none
+    states_in(state)  # raises for a state without Adamax
     nodes = jax.tree.leaves(state, is_leaf=_arithmetic.is_average)
     nodes = [node for node in nodes if _arithmetic.is_average(node)]
     averages = {path: x for node in nodes for path, x in paths(node.average).items()}

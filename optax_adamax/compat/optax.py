@@ -61,7 +61,7 @@ def load_state(
     """
     template, source = tx.init(params), unpack_state(source_state, params)
     unpacked = unpack_state(template, params)
-    states_in(unpacked)  # raises if there is none
+    states_in(unpacked)  # raises for a state without Adamax
     _check_has_optax(source, "source_state")
     state = _replace_nodes(source, _without_policy(unpacked))
     if state is None:

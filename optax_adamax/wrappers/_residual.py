@@ -98,9 +98,8 @@ def _rounding_bits(count: jax.Array, u_bits: jax.Array) -> jax.Array:
     """Returns the bits for stochastic rounding in this step, uint32 in [0, 2**8).
 
     A hash of the count does not correlate with the updates, which may be periodic. m is rounded
-    with another hash of the count. With the same hash, the sum of periodic updates was wrong by 2
-    to 8 %. The bits of u distinguish elements. The index of an element would depend on the
-    sharding.
+    with another hash of the count: with the same hash, the sum of periodic updates is biased. The
+    bits of u distinguish elements. The index of an element would depend on the sharding.
     """
     x = hash_uint32(count.astype(jnp.uint32) ^ np.uint32(0x9E3779B9))
     return (x + (u_bits << 9)) >> 24
