@@ -5,7 +5,7 @@
 Each prints its table, writes benchmarks/results/NAME.json and draws its figure into
 benchmarks/figures. `--quick` runs the code on small sizes in a minute or two and writes nothing. It
 skips dtypes and state_bytes, which have one size only.
-The default set needs about 15 minutes on two CPU cores, with the extras `peers` and `benchmarks`
+The default set needs about ten minutes on two CPU cores, with the extras `peers` and `benchmarks`
 installed. The long benchmarks run only if they are named: quality, learning_rate, compensation and
 reliability. So do model_size, accelerators, accelerators_leaves and accelerators_chips, which need
 the extra `tpu`.

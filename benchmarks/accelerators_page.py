@@ -1,4 +1,4 @@
-"""Writes the tables of docs/guide/accelerators.md and draws figures/accelerators.png.
+"""Writes tables and numbers of docs/guide/accelerators.md and draws figures/accelerators.png.
 
 python -m benchmarks.accelerators_page [--check]
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import reporting
 from benchmarks.compilers import TARGETS
+from benchmarks.sentence_values import fill_values
 from benchmarks.tables import table
 from benchmarks.update_docs import ROOT
 
@@ -177,7 +178,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def filled(text: str) -> str:
-    """Fills in the tables for which results exist, each with a note on its provenance."""
+    """Fills in the numbers, and the tables for which results exist, each with its provenance."""
 
     def fill(match: re.Match[str]) -> str:
         file, write = TABLES[match[1]]
@@ -193,6 +194,7 @@ def filled(text: str) -> str:
         note += f"{', '.join(commits)}; {versions}.</sub>"
         return f"<!-- table: {match[1]} -->\n{write(results)}\n\n{note}\n<!-- end -->"
 
+    text = fill_values(text)
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 

@@ -4,8 +4,8 @@
 
 Tables are between `<!-- table: NAME -->` and `<!-- end -->`; `benchmarks.tables` writes them.
 Numbers in sentences are between `<!-- value: NAME -->` and `<!-- end -->`;
-`benchmarks.sentence_values` computes them. In Markdown, a comment at the beginning of a line would
-end the paragraph.
+`benchmarks.sentence_values` computes them. `benchmarks.accelerators_page` fills in the page on TPU
+and GPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import reporting
-from benchmarks.sentence_values import VALUES
+from benchmarks.sentence_values import fill_values
 from benchmarks.tables import FILES, TABLES
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,8 @@ def _load(made: dict[str, Any]) -> str:
     if "load" not in made:
         return ", load not recorded"
     before, after = made["load"]["before"][0], made["load"]["after"][0]
-    return f", {made['threads']} threads, load {before:.1f} before and {after:.1f} at the end"
+    threads = f"{made['threads']} thread{'s' * (made['threads'] > 1)}"
+    return f", {threads}, load {before:.1f} before and {after:.1f} at the end"
 
 
 def filled(text: str) -> str:
@@ -51,14 +52,14 @@ def filled(text: str) -> str:
         made = results["provenance"]
         versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
         how = "Computed" if name in COMPUTED else "Measured"
-        where = f"{made['machine']}{_load(made)}; {versions}"
-        note = f"<sub>{how} by `{made['command']}` on {where}.</sub>"
-        return f"<!-- table: {name} -->\n{TABLES[name](results)}\n\n{note}\n<!-- end -->"
+        note = f"{how} by `{made['command']}` on {made['machine']}{_load(made)}; {versions}."
+        if "one_thread" in results:
+            alone = results["one_thread"]["provenance"]
+            note += f" One thread: `{alone['command']}` on {alone['machine']}{_load(alone)}."
+        table = TABLES[name](results)
+        return f"<!-- table: {name} -->\n{table}\n\n<sub>{note}</sub>\n<!-- end -->"
 
-    def number(match: re.Match[str]) -> str:
-        return f"<!-- value: {match[1]} -->{VALUES[match[1]]()}<!-- end -->"
-
-    text = re.sub(r"<!-- value: (\w+) -->.*?<!-- end -->", number, text)
+    text = fill_values(text)
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 

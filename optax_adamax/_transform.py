@@ -81,22 +81,20 @@ def scale_by_adamax(
       (uint8). :func:`describe_state` reports v outside of the range.
     - **Noise.** m is rounded stochastically, without bias. The rounding noise persists for about
       :math:`1 / (1 - \beta_1)` steps. On gradients of pure noise, the rms error of an update is
-      9 % (int8) or 0.5 % (bfloat16) for ``b1=0.9``, and 27 % or 1.7 % for ``b1=0.99``. For b1 >=
-      0.99, use bfloat16 instead of int8.
+      about 9 % (int8) or 0.5 % (bfloat16) for ``b1=0.9``, and 26 % or 1.6 % for ``b1=0.99``. For
+      b1 >= 0.99, use bfloat16 instead of int8.
     - **Clip.** If b1 < b2 are numbers, :math:`|u_t|` is clipped to its largest value in exact
       arithmetic. With constant gradients, exact updates are close to this value, and the clip
       removes errors in one direction only. Updates with int8 m and uint8 v are then about 1.8 % too
       short on average (``b1=0.9``, measured).
     - **Traced b1 or b2, and b1 >= b2.** Updates are not clipped. :math:`|u_t|` may exceed the exact
       value by the error of the format. int8 m limits it to :math:`7.5 / (1 - \beta_1^t)`.
-    - **Time.** On CPU, a step takes 0.9 to 1.7 times as long as :func:`optax.adamax`, depending
-      on the format and the number of threads (measured). On TPU v5e and v6e, it takes 0.57 times
-      as long with int8 m and uint8 v (float32 parameters, estimated by the compiler).
+    - **Time.** A step reads and writes fewer bytes and needs more arithmetic. The page "Benchmarks"
+      has measured times on CPU, and the page "On TPU and GPU" has estimates by the compiler.
     - **Derivatives.** Updates cannot be differentiated.
     - **Complex parameters.** Their moments cannot be quantized.
 
-    ``nonfinite="skip_step"`` reads the gradients twice: a step on TPU v5e and v6e takes 1.3 to 1.6
-    times its memory-bound time (estimated by the compiler).
+    ``nonfinite="skip_step"`` reads the gradients twice.
 
     Returns:
       The transformation, with state :class:`ScaleByAdamaxState`. With ``"zero"`` or

@@ -137,6 +137,16 @@ print(jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), *runs)))
     assert found.stdout == "True\n", found.stderr
 
 
+@pytest.mark.parametrize(
+    "query", ["ema", "gradient accumulation", "clip", "bfloat16 parameters", "resume"]
+)
+def test_search_finds_a_heading_of_the_recipes(query):
+    """docs/_static/scorer.js puts recipes first if a heading contains the query."""
+    page = (DOCS / "guide" / "recipes.md").read_text("utf-8")
+    headings = [title.lower().split() for title in re.findall(r"^## (.*)$", page, re.M)]
+    assert any(set(query.split()) <= set(title) for title in headings)
+
+
 def test_links_between_pages_have_targets():
     for page in PAGES:
         for path in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):

@@ -63,7 +63,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adamax with all arguments of `keras.optimizers.Adamax`.
+    r"""Returns Adamax with all arguments of `keras.optimizers.Adamax`.
 
     .. math::
 

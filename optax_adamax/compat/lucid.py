@@ -35,7 +35,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adamax with the arguments of `lucid.optim.Adamax`, except the parameters.
+    r"""Returns Adamax with the arguments of `lucid.optim.Adamax`, except the parameters.
 
     .. math::
 

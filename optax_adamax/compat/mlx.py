@@ -32,7 +32,7 @@ def adamax(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adamax with the arguments of `mlx.optimizers.Adamax`, without bias correction.
+    r"""Returns Adamax with the arguments of `mlx.optimizers.Adamax`, without bias correction.
 
     .. math::
 

@@ -98,10 +98,9 @@ def compensate_rounding(
     Non-finite parameters and updates are added without a residual. Updates cannot be
     differentiated.
 
-    The residual adds 1 or 2 bytes of state per parameter. On CPU, a step with 2-byte state takes
-    about three times as long as float32 :func:`optax.adamax` (measured). On TPU v5e and v6e, it is
-    compute-bound, and takes 0.56 and 0.73 of the cycles of float32 :func:`optax.adamax` with int8
-    (estimated by the compiler).
+    The residual adds 1 or 2 bytes of state per parameter. On CPU, XLA computes it in further passes
+    over memory, so a step is slower. The page "bfloat16 parameters" has measured times, and the
+    page "On TPU and GPU" has estimates by the compiler.
 
     Args:
       inner: the complete optimizer, for example :func:`adamaxw`, or an object with ``init`` and

@@ -58,10 +58,9 @@ def limit_spikes(
     are passed to `inner` and do not change the average. For NaN, use the argument `nonfinite` of
     :func:`scale_by_adamax`.
 
-    ``action="skip"`` computes the step and then selects the old or the new state. With float32
-    state, this makes a step on CPU 2.4 to 2.9 times as long and needs 4 temporary bytes per
-    parameter (measured); ``action="clip"`` costs neither. On TPU and GPU, both actions read the
-    gradients twice.
+    ``action="skip"`` computes the step and then selects the old or the new state, so it needs
+    temporary memory for both. The page "Non-finite and outlier gradients" has the measured costs of
+    both actions. On TPU and GPU, both read the gradients twice.
 
     Args:
       inner: the transformation to protect, for example :func:`adamax`, or an object with ``init``
