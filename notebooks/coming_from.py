@@ -4,23 +4,11 @@
 # You have a model that trains with the Adamax of another framework, and you move to JAX. This
 # notebook shows how to build the same optimizer in JAX and how to continue from its checkpoint.
 #
-# | | you wrote | you write |
-# |---|---|---|
-# | PyTorch | `torch.optim.Adamax(params, lr=2e-3)` | `compat.torch.adamax(lr=2e-3)` |
-# | Keras | `keras.optimizers.Adamax(clipnorm=1.0)` | `compat.keras.adamax(clipnorm=1.0)` |
-# | MLX | `mlx.optimizers.Adamax(learning_rate=1e-3)` | `compat.mlx.adamax(learning_rate=1e-3)` |
-# | Lucid | `lucid.optim.Adamax(params, lr=2e-3)` | `compat.lucid.adamax(lr=2e-3)` |
-# | optax | `optax.adamaxw(1e-3)` | `optax_adamax.adamaxw(1e-3)` |
-#
-# Each constructor has the arguments of its framework, in the same order and with the same defaults.
-# For the state, `layout` is your function that converts weights, or a mapping of names to paths:
-#
-# | | the framework's state | your state |
-# |---|---|---|
-# | PyTorch | `optimizer.state_dict()` | `load_state(state_dict, params, tx, layout, names=names)` |
-# | Keras | `optimizer.variables` | `load_state(variables, params, tx, layout, names=names)` |
-# | MLX | `optimizer.state` | `load_state(state, params, tx, layout)` |
-# | optax | the optimizer state | `load_state(state, params, tx)` |
+# `optax_adamax.compat` has a module per framework. Its constructor has the arguments of the
+# framework, in the same order and with the same defaults: `torch.optim.Adamax(params, lr=2e-3)`
+# becomes `compat.torch.adamax(lr=2e-3)`. `load_state` converts the framework's optimizer state.
+# Its argument `layout` is your function that converts weights, or a mapping of names to paths. The
+# page "Moving from a framework" has the calls for PyTorch, Keras, MLX, Lucid and optax.
 #
 # `dump_state` is the inverse of each `load_state`. Below, a network is trained in PyTorch and saved
 # in the middle of the run, and the run continues in JAX from the file. The notebook runs for one or
