@@ -46,6 +46,25 @@ def test_report_matches_numpy():
     )
 
 
+def test_empty_leaves_do_not_change_the_report():
+    reports = []
+    tx = probe_gradients("uint8", reports.append, eps=0.0)
+    for empty in ({}, {"c": np.zeros((0, 3), np.float32)}):
+        tx.update(GRADIENTS | empty, tx.init(GRADIENTS | empty))
+    jax.effects_barrier()
+    assert reports[0] == reports[1]
+
+
+def test_float64_gradients_are_reported_in_their_range():
+    with jax.enable_x64(True):
+        tx, reports = probe()
+        grads = [np.array([1e-300, 1e300]), np.ones(2, np.float32)]
+        tx.update(grads, tx.init(grads))
+        jax.effects_barrier()
+    assert (reports[0].smallest, reports[0].largest) == (1e-300, 1e300)
+    assert (reports[0].underflow_fraction, reports[0].saturated_fraction) == (0.25, 0.25)
+
+
 def test_eps_is_added_as_in_the_optimizer():
     """eps=1e-8 is in the range of uint8, so the sum of eps and |g| is never below it."""
     reports = []

@@ -17,77 +17,102 @@ from optax_adamax.compat._moments import Moments
 
 Origins = Mapping[str, Sequence[Key]]  # names of the source's arrays for each path
 LATE = 2**30  # so many steps that 1 - b1**t is 1
+LARGE = 2.0**26  # a parameter with which weight decay is measured
 MAX_CALLS = 16  # a longer accumulation of gradients is not measured
-# Relative differences that are not reported. An int8 m rounds b1 by up to 4 %.
-TOLERANCES = {"rate": 0.01, "b1": 0.045, "b2": 1e-4}
+# Relative differences that are not reported. An int8 m rounds b1 by up to 4 %, and a uint8 v rounds
+# weight decay by up to 12.5 %.
+TOLERANCES = {"learning rate": 0.01, "b1": 0.045, "b2": 1e-4, "L2 weight decay": 0.13}
 ORDER = "Give the names of each group in the order of the optimizer"
 
 
 class Hyperparameters(NamedTuple):
     """Hyperparameters of one parameter; None: unknown."""
 
-    rate: float | None
+    learning_rate: float | None
     b1: float | None = None
     b2: float | None = None
+    l2_decay: float | None = None  # weight decay that is added to the gradient
 
 
 def measure(
     tx: optax.GradientTransformation, params: optax.Params, steps: Mapping[str, int | None]
 ) -> dict[str, Hyperparameters]:
-    """Measures the hyperparameters of each path by a step on one element per parameter.
+    """Measures the hyperparameters of each path by two steps on one element per parameter.
 
     With gradients and parameters of 0 and moments of 1, m becomes b1, v becomes b2, and the update
-    becomes minus the learning rate times m / v, whatever wraps the transformation. The storage
-    formats round m and v. Calls that only accumulate gradients do not change m.
+    becomes minus the learning rate times m / v, whatever wraps the transformation. With parameters
+    of `LARGE`, v becomes `LARGE` times the L2 weight decay. The storage formats round m and v.
 
     Args:
       tx: the transformation.
-      params: the parameters, of which trees, dtypes and numbers of axes are used.
+      params: the parameters, of which trees and numbers of axes are used.
       steps: the counts of the schedules for each trained path.
 
     Returns:
-      The hyperparameters. The rate is None if the parameter does not move or b1 is 0. There are
-      none if `update` raises for gradients and parameters of this size.
+      The hyperparameters. The learning rate is None if the parameter does not move or b1 is 0.
+      There are none if `update` raises for gradients and parameters of this size.
 
     Warns:
       UserWarning: `update` raises, so nothing can be compared.
     """
     # `sharding.shard` accepts only arrays of true shapes. Its inner transformation is measured.
     tx = optax.with_extra_args_support(getattr(getattr(tx.update, "__self__", tx), "inner", tx))
-    small = jax.tree.map(lambda p: jnp.zeros((1,) * jnp.ndim(p), jnp.result_type(p)), params)
-    zeros = jax.tree.map(lambda p: p.astype(np.result_type(p.dtype, np.float32)), small)
-    ones = {path: np.ones(p.shape) for path, p in paths(small).items()}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        try:
+            updates, after = _step(tx, _small(params, 0.0), steps)
+            _, decayed = _step(tx, _small(params, LARGE), steps)
+        except Exception as error:  # `tx` may be anything, and may need more than gradients
+            warnings.warn(
+                f"The hyperparameters of the transformation must be measurable to compare them "
+                f"with the checkpoint, but a step on arrays of one element raised "
+                f"{type(error).__name__}: {error}. Compare them yourself.",
+                stacklevel=6,
+            )
+            return {}
+    measured, trees = {}, (after.m, after.v, paths(updates), decayed.v)
+    for path in after.m:
+        m, v, update, decayed_v = (np.real(x[path]).item() for x in trees)
+        learning_rate = -update * v / m if m and update else None
+        l2_decay = decayed_v / LARGE if decayed_v > 1 else 0.0
+        measured[path] = Hyperparameters(learning_rate, m, v, l2_decay)
+    return measured
+
+
+def _small(params: optax.Params, value: float) -> Any:
+    """Returns arrays of one element, with the trees and the numbers of axes of `params`."""
+
+    def one(p: Any) -> jax.Array:
+        return jnp.full((1,) * jnp.ndim(p), value, np.result_type(jnp.result_type(p), np.float32))
+
+    return jax.tree.map(one, params)
+
+
+def _step(
+    tx: optax.GradientTransformationExtraArgs, params: Any, steps: Mapping[str, int | None]
+) -> tuple[Any, Moments]:
+    """Returns updates and moments after a step with gradients of 0 from moments of 1.
+
+    Calls that only accumulate gradients do not change m, and are not steps.
+    """
+    ones = {path: np.ones(p.shape) for path, p in paths(params).items()}
+    zeros = jax.tree.map(jnp.zeros_like, params)
 
     def age(node: Any) -> Any:
         late = is_adamax_state(node)
         return node._replace(count=jnp.full_like(node.count, LATE)) if late else node
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        try:
-            template = tx.init(small)
-            filled = _moments.fill(unpack_state(template, small), Moments(ones, ones, dict(steps)))
-            aged = jax.tree.map(age, filled, is_leaf=is_adamax_state)
-            state, before = repack_state(aged, like=template), _moments.read_state(aged)
-            updates, after = zeros, before
-            for _ in range(MAX_CALLS):
-                # The value is for optax.contrib.reduce_on_plateau. Others ignore it.
-                updates, state = tx.update(zeros, state, small, value=jnp.zeros(()))
-                after = _moments.read_state(unpack_state(state, small))
-                if any(np.any(m != before.m[path]) for path, m in after.m.items()):
-                    break
-        except Exception as error:  # `tx` may be anything, and may need more than gradients
-            warnings.warn(
-                f"The learning rate, b1 and b2 of the transformation must be measurable to compare "
-                f"them with the checkpoint, but a step on arrays of one element raised "
-                f"{type(error).__name__}: {error}. Compare them yourself.",
-                stacklevel=6,
-            )
-            return {}
-    moved, measured = paths(updates), {}
-    for path in after.m:
-        m, v, update = (np.real(x[path]).item() for x in (after.m, after.v, moved))
-        measured[path] = Hyperparameters(-update * v / m if m and update else None, m, v)
-    return measured
+    template = tx.init(params)
+    filled = _moments.fill(unpack_state(template, params), Moments(ones, ones, dict(steps)))
+    aged = jax.tree.map(age, filled, is_leaf=is_adamax_state)
+    state, before = repack_state(aged, like=template), _moments.read_state(aged)
+    updates, after = zeros, before
+    for _ in range(MAX_CALLS):
+        # The value is for optax.contrib.reduce_on_plateau. Others ignore it.
+        updates, state = tx.update(zeros, state, params, value=jnp.zeros(()))
+        after = _moments.read_state(unpack_state(state, params))
+        if any(np.any(m != before.m[path]) for path, m in after.m.items()):
+            break
+    return updates, after
 
 
 def check_values(moments: Moments) -> None:
@@ -182,7 +207,7 @@ def check_hyperparameters(
       UserWarning: a hyperparameter of the transformation differs.
 
     Raises:
-      ValueError: two groups have their learning rates in the reverse order.
+      ValueError: two groups have their learning rates or weight decays in the reverse order.
     """
     if not any(value is not None for values in saved.values() for value in values):
         return
@@ -190,26 +215,27 @@ def check_hyperparameters(
     start = measure(tx, params, dict.fromkeys(steps, 0)) if now else {}
     found: dict[tuple[str, float, float], str] = {}  # name, new value, saved value, and a path
     for path, names in origins.items():
-        for field in TOLERANCES if path in now else ():
-            value, before = getattr(now[path], field), getattr(start[path], field)
-            values = {getattr(saved[name], field) for name in names if name in saved}
+        for i, name in enumerate(TOLERANCES) if path in now else ():
+            value, before = now[path][i], start[path][i]
+            values = {saved[origin][i] for origin in names if origin in saved}
             is_known = len(values) == 1 and None not in (value, before, *values)
             if is_known and value == before:  # else a schedule
-                found.setdefault((field, float(f"{value:.4g}"), values.pop()), path)
-    for field, new, old in found:
-        for other_field, other_new, other_old in found:
-            if field == other_field == "rate" and new < other_new and old > other_old:
+                found.setdefault((name, float(f"{value:.4g}"), values.pop()), path)
+    for name, new, old in found:
+        for other_name, other_new, other_old in found:
+            in_groups = name == other_name and name in ("learning rate", "L2 weight decay")
+            if in_groups and _is_less(name, new, other_new) and _is_less(name, other_old, old):
                 raise ValueError(
                     f"The groups of the source must be groups of the transformation, but the "
-                    f"learning rates of {found[field, new, old]!r} and "
-                    f"{found[field, other_new, other_old]!r} are {new:g} and {other_new:g} in the "
+                    f"{name} of {found[name, new, old]!r} and of "
+                    f"{found[name, other_new, other_old]!r} is {new:g} and {other_new:g} in the "
                     f"transformation, and {old:g} and {other_old:g} in the source. {ORDER}, or "
-                    f"give the groups of the transformation these rates."
+                    f"give the groups of the transformation these values."
                 )
     differing = [
-        f"{'learning rate' if field == 'rate' else field} {new:g} instead of {old:g} for {path!r}"
-        for (field, new, old), path in found.items()
-        if not _are_close(field, new, old)
+        f"{name} {new:g} instead of {old:g} for {path!r}"
+        for (name, new, old), path in found.items()
+        if not _are_close(name, new, old)
     ]
     if differing:
         warnings.warn(
@@ -220,5 +246,9 @@ def check_hyperparameters(
         )
 
 
-def _are_close(field: str, one: float, other: float) -> bool:
-    return abs(one - other) <= TOLERANCES[field] * max(abs(one), abs(other))
+def _is_less(name: str, one: float, other: float) -> bool:
+    return one < other and not _are_close(name, one, other)
+
+
+def _are_close(name: str, one: float, other: float) -> bool:
+    return abs(one - other) <= TOLERANCES[name] * max(abs(one), abs(other))

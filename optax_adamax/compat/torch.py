@@ -153,8 +153,8 @@ def load_state(
         `torch.load`. Its tensors may be NumPy arrays, or anything that NumPy can read.
       params: the parameters.
       tx: the transformation, an :func:`adamax` by itself or within others. Its hyperparameters are
-        used. A constant learning rate, b1 or b2 that differs from the state dict's is a warning;
-        eps, weight decay and maximize are not compared.
+        used. A constant learning rate, b1, b2 or L2 weight decay that differs from the state
+        dict's is a warning; eps and maximize are not compared.
       layout: the function that moved the weights, from arrays by name to a tree like `params`. It
         must only move elements, and is called with m, with v, and first with marked arrays, which
         show that. Or a mapping from each parameter's name in PyTorch to its path in `params`, such
@@ -186,7 +186,7 @@ def load_state(
       TypeError: an entry of the wrong type, the name of a file, or a `tx` without Adamax.
 
     Warns:
-      UserWarning: a constant learning rate, b1 or b2 of `tx` differs from the state dict's, or they
+      UserWarning: a constant hyperparameter of `tx` differs from the state dict's, or they
         cannot be measured because ``tx.update`` needs more than gradients.
 
     Example:
@@ -404,5 +404,6 @@ def _name_groups(
 
 def _read_hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
     """Returns the hyperparameters of a group; a group that was written by hand may have none."""
-    values = (group.get("lr"), *(group.get("betas") or (None, None)))
+    betas = group.get("betas") or (None, None)
+    values = (group.get("lr"), *betas, group.get("weight_decay"))
     return Hyperparameters(*(None if x is None else float(x) for x in values))

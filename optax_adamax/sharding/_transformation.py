@@ -8,7 +8,7 @@ import optax
 from jax.core import Tracer
 
 from optax_adamax._inner import as_transformation
-from optax_adamax._messages import ORDER
+from optax_adamax._messages import ORDER, key_paths
 from optax_adamax._paths import named_leaves
 from optax_adamax.sharding import _constraints, _placement
 from optax_adamax.sharding._placement import UnshardedLeaf
@@ -173,6 +173,12 @@ class _Implementation:
     def init(self, params: optax.Params) -> optax.OptState:
         self._check_parameters("init", params)
         leaves = jax.tree.leaves(params)
+        missing = self.shapes.keys() - {name for name, _ in named_leaves(params)}
+        if leaves and missing:  # optax.tree.map_params passes a tree without leaves
+            raise ValueError(
+                f"init must receive all parameters that were given to shard, but it lacks "
+                f"{key_paths(sorted(missing))}. Call shard with the parameters that are trained."
+            )
         structs = jax.eval_shape(self.inner.init, params)
         shardings = _constraints.select(self.stored, structs)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):

@@ -149,17 +149,16 @@ def _measured(
     grads: list[jax.Array], low: float, high: float, eps: ArrayLike
 ) -> dict[str, jax.Array]:
     """Returns the measured fields of a `GradientRange`."""
-    smallest, largest = jnp.float32(np.inf), jnp.float32(0)
+    dtype = compute_dtype(*grads)
+    smallest, largest = jnp.asarray(np.inf, dtype), jnp.zeros((), dtype)
     below = above = nonzero = nonfinite = jnp.float32(0)
     for g in grads:
-        size = jnp.abs(g).astype(compute_dtype(g))
+        size = jnp.abs(g).astype(dtype)
         finite = jnp.isfinite(size)
         nonzero_finite = finite & (size > 0)
-        v = size + jnp.asarray(eps, size.dtype)
-        smallest = jnp.minimum(
-            smallest, jnp.min(jnp.where(nonzero_finite, size, jnp.inf)).astype("f4")
-        )
-        largest = jnp.maximum(largest, jnp.max(jnp.where(finite, size, 0)).astype("f4"))
+        v = size + jnp.asarray(eps, dtype)
+        smallest = jnp.minimum(smallest, jnp.min(size, initial=jnp.inf, where=nonzero_finite))
+        largest = jnp.maximum(largest, jnp.max(size, initial=0, where=finite))
         below += jnp.sum(nonzero_finite & (v < low), dtype=jnp.float32)
         above += jnp.sum(nonzero_finite & (v > high), dtype=jnp.float32)
         nonzero += jnp.sum(nonzero_finite, dtype=jnp.float32)

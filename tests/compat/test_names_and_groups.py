@@ -1,6 +1,7 @@
 """Names, groups and hyperparameters of PyTorch's optimizers are compared when loading."""
 
 import copy
+import functools
 import warnings
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from optax_adamax import compensate_rounding  # noqa: E402
 from optax_adamax.compat import optax as compat_optax  # noqa: E402
 from optax_adamax.compat import torch as compat_torch  # noqa: E402
 from optax_adamax.compat._comparison import measure  # noqa: E402
@@ -22,12 +24,12 @@ def as_frameworks_compute():
         yield
 
 
-def two_groups(body_lr=1e-3, head_lr=1e-2):
+def two_groups(body_lr=1e-3, head_lr=1e-2, body_decay=0.0, head_decay=0.0):
     """Returns a model of two equal layers, and an optimizer in which the head comes first."""
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
     groups = [
-        {"params": model["head"].parameters(), "lr": head_lr},
-        {"params": model["body"].parameters(), "lr": body_lr},
+        {"params": model["head"].parameters(), "lr": head_lr, "weight_decay": head_decay},
+        {"params": model["body"].parameters(), "lr": body_lr, "weight_decay": body_decay},
     ]
     optimizer = torch.optim.Adamax(groups)
     for name, p in model.named_parameters():
@@ -81,9 +83,22 @@ def test_groups_in_the_reverse_order_raise():
     model, optimizer = two_groups()
     swapped = compat_torch.names_of(optimizer, model)[::-1]
     with pytest.raises(
-        ValueError, match=r"are 0.001 and 0.01 in the transformation, and 0.01 and 0.001 in"
+        ValueError,
+        match=r"learning rate of 'body/.*' and of 'head/.*' is 0.001 and 0.01 in the "
+        r"transformation, and 0.01 and 0.001 in the source",
     ):
         load(optimizer, names=swapped)
+
+
+def test_weight_decays_in_the_reverse_order_raise():
+    model, optimizer = two_groups(1e-3, 1e-3, body_decay=0.1)
+    names = compat_torch.names_of(optimizer, model)
+    tx = compat_torch.adamax(1e-3, groups=[{"params": "^body/", "weight_decay": 0.1}, {}])
+    load(optimizer, tx, names=names)  # without a warning
+    with pytest.raises(ValueError, match=r"the L2 weight decay of .* is .* in the transformation"):
+        load(optimizer, tx, names=names[::-1])
+    with pytest.warns(UserWarning, match="L2 weight decay 0 instead of 0.1 for 'body/weight'"):
+        load(optimizer, compat_torch.adamax(1e-3), names=names)
 
 
 def test_groups_that_overlap_those_of_the_transformation_raise():
@@ -169,6 +184,32 @@ def test_other_constant_betas_warn(formats):
     load(cycled(0.01, b1=optax.linear_schedule(0.95, 0.85, 10), b2=0.99, **formats))
 
 
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+def test_other_weight_decay_warns(formats):
+    make = functools.partial(compat_torch.adamax, lr=0.01, **formats)
+
+    def load(saved, tx, dtype=jnp.float32):
+        state_dict, _ = one_parameter(lr=0.01, weight_decay=saved)
+        compat_torch.load_state(state_dict, {"w": jnp.ones(2, dtype)}, tx, names=["w"])
+
+    for saved, other in ((0.0, 1e-4), (1e-4, 1.5e-4)):
+        load(saved, make(weight_decay=saved))  # without a warning
+        with pytest.warns(UserWarning, match=f"L2 weight decay .* instead of {saved:g} for 'w'"):
+            load(saved, make(weight_decay=other))
+    for wrap in (compensate_rounding, lambda tx: optax.MultiSteps(tx, 2)):
+        load(0.1, wrap(make(weight_decay=0.1)), jnp.bfloat16)  # without a warning
+        with pytest.warns(UserWarning, match="L2 weight decay 0 instead of 0.1 for 'w'"):
+            load(0.1, wrap(make()), jnp.bfloat16)
+
+
+def test_decoupled_weight_decay_is_another():
+    state_dict, params = one_parameter(lr=0.01, weight_decay=0.1)
+    with pytest.warns(UserWarning, match=r"has L2 weight decay 0 instead of 0\.1 for 'w'\. To"):
+        compat_torch.load_state(
+            state_dict, params, compat_optax.adamaxw(0.01, weight_decay=0.1), names=["w"]
+        )
+
+
 def test_transformation_without_a_rate_is_not_compared():
     state_dict, params = one_parameter(lr=0.01)
     compat_torch.load_state(
@@ -194,11 +235,11 @@ def test_transformation_that_cannot_be_measured_warns():
 
 def test_hyperparameters_are_measured():
     params = {"w": jnp.ones((3, 2), jnp.bfloat16), "z": jnp.ones(2, jnp.complex64)}
-    groups = [{"params": "w", "betas": (0.5, 0.9), "lr": 0.3}, {}]
+    groups = [{"params": "w", "betas": (0.5, 0.9), "lr": 0.3, "weight_decay": 0.25}, {}]
     tx = compat_torch.adamax(lr=optax.linear_schedule(0.2, 0.0, 10), groups=groups)
     measured = measure(tx, params, {"w": 5, "z": 5})
-    np.testing.assert_allclose(measured["w"], (0.3, 0.5, 0.9), rtol=1e-5)
-    np.testing.assert_allclose(measured["z"], (0.1, 0.9, 0.999), rtol=1e-5)
+    np.testing.assert_allclose(measured["w"], (0.3, 0.5, 0.9, 0.25), rtol=1e-5)
+    np.testing.assert_allclose(measured["z"], (0.1, 0.9, 0.999, 0.0), rtol=1e-5)
 
 
 def test_half_precision_step_loads():

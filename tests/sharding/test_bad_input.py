@@ -169,6 +169,14 @@ def test_other_parameters_raise(case):
             function(good(), tx.init(good()), other)
 
 
+def test_init_with_a_part_of_the_parameters_raises():
+    params = {"v": good()["w"], **good()}
+    tx = sharding.shard(TX, params, zero1_axis="data")
+    with pytest.raises(ValueError, match=r"lacks \['v'\]\. Call shard with the parameters"):
+        tx.init(good())
+    optax.tree.map_params(tx, lambda x: x, tx.init(params))  # calls init with an empty tree
+
+
 def test_the_state_of_another_transformation_raises():
     tx = sharding.shard(TX, good(), zero1_axis="data")
     state = optax.adam(1e-3).init(good())
