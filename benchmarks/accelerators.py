@@ -186,8 +186,6 @@ def main() -> None:
         before = json.loads(path.read_text("utf-8"))
     rows = {row_key(row): row for row in before["rows"]}
     made = reporting.provenance("benchmarks.accelerators", packages=compilers.installed())
-    if arguments.resume:
-        made["commit"] = before["provenance"]["commit"]  # writing the JSON made the tree dirty
     for target in chosen:
         for case in tqdm(every, desc=f"{target.name}, estimated by the compiler"):
             if arguments.resume and row_key(case.row(target)) in rows:

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 LINUX = hasattr(os, "sched_getaffinity")
-RESULTS = Path(__file__).parent / "results"
-FIGURES = Path(__file__).parent / "figures"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "benchmarks" / "figures"
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}  # of figures
 LOAD_BEFORE = os.getloadavg()  # a benchmark imports this before it measures
 PACKAGES = ("jax", "jaxlib", "numpy", "optax", "optax_adamax")
@@ -57,13 +58,20 @@ def read_json(name: str) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Returns the commit of this tree, with "-dirty" if tracked files differ from it."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    """Returns the commit of this tree, with "-dirty" if a tracked file except results differs."""
     try:
-        found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+        commit = _git("rev-parse", "HEAD")
+        results = (f":(exclude){folder}" for folder in (RESULTS, FIGURES))
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *results)
     except FileNotFoundError:
         return "unknown"
-    return found.stdout.strip() or "unknown"
+    return (commit + "-dirty" * bool(changed)) or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """Returns what git prints; nothing if this tree is not a repository."""
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def _processor() -> str:
