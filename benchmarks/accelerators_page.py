@@ -205,11 +205,12 @@ def draw(rows: Rows) -> None:
     plt.rcParams.update(reporting.STYLE)
     rows = [x for x in rows if x["what"] == "plain" and x["dtypes"] == ["float32"] * 2]
     targets = [x for x in _targets(rows) if any(r["to_optax"] for r in rows if r["target"] == x)]
+    lines = -(-len(targets) // 2)
     figure, panels = plt.subplots(
-        1, len(targets), sharey=True, squeeze=False, figsize=(2.6 + 2.2 * len(targets), 3.6),
+        lines, 2, sharex=True, sharey=True, squeeze=False, figsize=(8, 0.5 + 2.8 * lines),
         layout="constrained", dpi=110,
     )  # fmt: skip
-    for panel, target in zip(panels[0], targets, strict=True):
+    for panel, target in zip(panels.flat, targets, strict=False):
         shown = [row for row in rows if row["target"] == target]
         names = [row["state"] for row in shown]
         colors = ["#5B6770" if name.startswith("optax") else "#0072B2" for name in names]
@@ -219,7 +220,7 @@ def draw(rows: Rows) -> None:
         panel.set_title(f"TPU {target}".replace(" 7x", "7x"), loc="left")
     panels[0, 0].invert_yaxis()
     figure.suptitle(
-        "Cycles of a step relative to optax.adamax, estimated by the compiler; |: memory bound",
+        "Cycles of a step relative to optax.adamax, estimated by the compiler (|: memory bound)",
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(reporting.FIGURES / "accelerators.png")

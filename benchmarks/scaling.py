@@ -84,7 +84,7 @@ def draw(results: dict[str, Any]) -> None:
         ("leaves", "seconds", "leaves of 64 elements", "seconds per step"),
         ("leaves", "compile_seconds", "leaves of 64 elements", "seconds of compilation"),
     ]
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    figure, grid = plt.subplots(2, 2, figsize=(7.5, 6), layout="constrained")
     for axes, (curve, quantity, label, title) in zip(grid.flat, panels, strict=True):
         rows = results[curve]
         for name, style in zip(next(iter(rows.values())), ("o-", "s--", "^-"), strict=False):
@@ -93,7 +93,7 @@ def draw(results: dict[str, Any]) -> None:
             axes.loglog([int(size) for size in rows], y, style, label=name, markersize=4)
         axes.set(xlabel=label, ylabel=title)
         axes.legend(fontsize="small")
-    figure.savefig(reporting.FIGURES / "scaling.png", dpi=150)
+    figure.savefig(reporting.FIGURES / "scaling.png", dpi=130)
     plt.close(figure)
 
 

@@ -23,7 +23,7 @@ def table(header: Row, rows: Iterable[Row]) -> str:
 def storage_formats(results: dict[str, Any]) -> str:
     """Shows range, errors and step time of the storage formats with 8, 4, 3 and 2 bytes."""
     times = reporting.read_json("low_bit")["rows"]
-    errors = {"float32": "rounding", "bfloat16": "at most 2^-8", "uint8": "at most 1/8"}
+    errors = {"float32": "rounding", "bfloat16": "at most 1/256", "uint8": "at most 1/8"}
     shown = [("float32", "float32"), ("bfloat16", "bfloat16")]
     shown += [("bfloat16", "uint8"), ("int8", "uint8")]
     rows = []

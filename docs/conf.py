@@ -100,9 +100,10 @@ def keep_results_whole(
 
 
 def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Describes a field of a state by the comment after it, or above it."""
+    """Describes a field of a NamedTuple or a dataclass by the comment after it, or above it."""
     del app, obj, options
-    if what != "attribute" or not lines[0].startswith("Alias for field number"):
+    documented = any(lines) and not lines[0].startswith("Alias for field number")
+    if what != "attribute" or documented:
         return
     module, of, field = name.rsplit(".", 2)
     source = inspect.getsource(getattr(sys.modules[module], of))

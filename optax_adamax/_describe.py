@@ -50,7 +50,7 @@ class LeafDescription:
 class StateDescription:
     """Result of :func:`describe_state`. ``print`` and ``repr`` show it as a table."""
 
-    leaves: tuple[LeafDescription, ...]
+    leaves: tuple[LeafDescription, ...]  # in the order of the state
     bytes: int  # of all arrays in the state, on all devices; a replicated array counts once
 
     @property
