@@ -1,6 +1,7 @@
 """Sphinx: `sphinx-build -W --keep-going docs docs/_build/html`."""
 
 import ast
+import dataclasses
 import inspect
 import re
 import shutil
@@ -99,18 +100,28 @@ def keep_results_whole(
             lines[i + 1] = f"  : {lines[i + 1].strip()}"
 
 
-def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Describes a field of a NamedTuple or a dataclass by the comment after it, or above it."""
-    del app, obj, options
-    documented = any(lines) and not lines[0].startswith("Alias for field number")
-    if what != "attribute" or documented:
-        return
-    module, of, field = name.rsplit(".", 2)
-    source = inspect.getsource(getattr(sys.modules[module], of))
-    found = re.search(rf"((?:    # .*\n)*)    {field}: .*?(?:  # (?!pyright)(.*))?\n", source)
-    assert found, name
+def comment_on(cls: type, field: str) -> str:
+    """Returns the comment after a field of a class, or above it."""
+    found = re.search(
+        rf"((?:    # .*\n)*)    {field}: .*?(?:  # (?!pyright)(.*))?\n", inspect.getsource(cls)
+    )
+    assert found, (cls, field)
     above = " ".join(line.strip(" #") for line in found[1].splitlines())
-    lines[:] = [(found[2] or above).replace("|", r"\|")]
+    return (found[2] or above).replace("|", r"\|")
+
+
+def describe(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Describes the fields of NamedTuples and dataclasses by their comments."""
+    del app, options
+    if what == "class" and dataclasses.is_dataclass(obj):
+        for field in dataclasses.fields(obj):
+            if not field.name.startswith("_") and (comment := comment_on(obj, field.name)):
+                lines += ["", f".. attribute:: {field.name}", "", f"   {comment}"]
+    elif what == "attribute" and lines[0].startswith("Alias for field number"):
+        module, of, field = name.rsplit(".", 2)
+        comment = comment_on(getattr(sys.modules[module], of), field)
+        assert comment, name
+        lines[:] = [comment]
 
 
 def setup(app: Sphinx) -> None:

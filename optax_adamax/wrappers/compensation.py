@@ -48,7 +48,7 @@ class CompensateRoundingState(NamedTuple):
 
     # shape=(), dtype=int32: number of steps, saturates at 2**31 - 1
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    residual: Int8Residual | Int16Residual
+    residual: Int8Residual | Int16Residual  # of all parameters
     inner_state: Any  # the state of `inner`, for float32 master parameters
     # With check_applied, the bfloat16 parameters after the last step; else ().
     expected_params: Any = ()
