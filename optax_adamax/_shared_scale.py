@@ -43,6 +43,7 @@ def scale_from_phase(phase: jax.Array) -> jax.Array:
     return jnp.exp2(phase.astype(jnp.float32) * jnp.float32(2**-32) - 1)
 
 
+@jax.jit
 def advance(phase: jax.Array, log2_decay: ArrayLike) -> SharedScale:
     """Returns the scale after one step; `phase` is the phase before it."""
     # For b2 = 0, k is 127, and the float with the exponent bits 127 - k is 0.
