@@ -29,10 +29,7 @@ def choose(params: optax.Params, max_size: int) -> Layout:
     """Chooses the layout from the paths, shapes and dtypes of the parameters."""
 
     def place(path: str, leaf: Any) -> PackedLeaf:
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:  # not an array: the init of `inner` raises the error
-            return PackedLeaf(path, (), "")
+        dtype = jnp.result_type(leaf)
         packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
         return PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
 
@@ -64,6 +61,7 @@ def validated_leaves(tree: Any, layout: Layout) -> list[Any]:
 
     Raises:
       ValueError: the paths or shapes differ from the layout; a leaf to pack is explicitly sharded.
+      TypeError: a leaf to pack is not a float array.
     """
     given = dict(named_leaves(tree))
     known = {place.path for place in layout}
@@ -85,6 +83,11 @@ def validated_leaves(tree: Any, layout: Layout) -> list[Any]:
             raise ValueError(
                 f"The {label} must have shape {place.shape}, as in init, but its shape is "
                 f"{np.shape(leaf)}."
+            )
+        if place.buffer and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"The {label} must be a float array, but its dtype is {jnp.result_type(leaf)}. "
+                f"Cast it to float."
             )
         if place.buffer and _is_explicitly_sharded(leaf):
             raise ValueError(
