@@ -10,6 +10,7 @@ from jax.core import Tracer
 from optax_adamax._inner import as_transformation
 from optax_adamax._messages import ORDER
 from optax_adamax._paths import named_leaves
+from optax_adamax._tree_checks import without_unused
 from optax_adamax.sharding import _constraints, _placement
 from optax_adamax.sharding._placement import UnshardedLeaf
 
@@ -216,6 +217,7 @@ class _Implementation:
             state = _constraints.move(state, self.computed)
         updates = _constraints.constrain(updates, self.zero1_params)
         if params is not None:
+            params = without_unused(updates, params)
             self._check_parameters("update", params)
             params = _constraints.constrain(params, self.zero1_params)
         updates, state = self.inner.update(updates, state, params, **extra_args)
