@@ -119,6 +119,14 @@ def test_empty_gradients_are_not_reported(g):
     assert not reports
 
 
+def test_empty_leaf_among_the_gradients_is_ignored():
+    tx, reports = probe()
+    g = {"a": np.zeros((0, 3), np.float32), "b": np.float32([0.5, 2.0])}
+    tx.update(g, tx.init(g))
+    jax.effects_barrier()
+    assert (reports[0].smallest, reports[0].largest) == (0.5, 2.0)
+
+
 def test_zero_gradients_have_no_smallest_element():
     tx, reports = probe()
     g = np.zeros(3, np.float32)
