@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamax._messages import ORDER, describe_value
+from optax_adamax._messages import ORDER, describe_value, leaf_label
 from optax_adamax._numerics import compute_dtype, saturating_cast, upcast, wider_dtype
 from optax_adamax._tree_checks import check_arrays, without_unused
 
@@ -75,8 +75,11 @@ def compute_in_float32(
                 f"The state must be the tuple that init returns, but {describe_value(state)} was "
                 f"given. {ORDER}"
             )
+        check_arrays("gradient", updates)
         params = without_unused(updates, params)
         paired = jax.tree.structure(params) == jax.tree.structure(updates)
+        if paired:
+            _check_shapes(updates, params)
         others = params if paired else updates  # `inner` checks which parameters it needs
         wide = jax.tree.map(_widen, updates, others)
         wide_params = jax.tree.map(_widen, params, updates) if paired else params
@@ -85,6 +88,17 @@ def compute_in_float32(
         return jax.tree.map(_narrow, wide, updates, others), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_shapes(gradients: Any, params: Any) -> None:
+    """Checks shapes before weight decay, which would broadcast a gradient to its parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, gradient), parameter in zip(leaves, jax.tree.leaves(params), strict=True):
+        if np.shape(gradient) != np.shape(parameter):
+            raise ValueError(
+                f"The {leaf_label('gradient', path)} must have shape {np.shape(parameter)}, as its "
+                f"parameter in init, but its shape is {np.shape(gradient)}."
+            )
 
 
 def _widen(x: Any, other: Any) -> Any:
