@@ -174,6 +174,16 @@ ROWS += [
         ("the state last", lambda g, s: (g, g, s)),
     ]
 ]  # fmt: skip
+# Weight decay would broadcast the gradient to its parameter.
+ROWS += [
+    (f"a scalar gradient for {name}", lambda _, tx=tx: tx.update(
+        {**REAL, "a": jnp.ones(())}, tx.init(REAL), REAL), ValueError,
+     "The gradient 'a' must have shape (3,), as its parameter in init, but its shape is ()")
+    for name, tx in [
+        ("compat.torch", compat.torch.adamax(lr=0.1, weight_decay=0.1)),
+        ("compat.keras", compat.keras.adamax(0.1, gradient_accumulation_steps=2)),
+    ]
+]  # fmt: skip
 # Wrappers whose state is passed in the position of another argument.
 ROWS += [
     (f"{name}: {case}", lambda _, tx=tx, swap=swap: tx.update(*swap(REAL, tx.init(REAL))),

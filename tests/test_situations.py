@@ -18,6 +18,7 @@ from jax.experimental import checkify
 import optax_adamax
 from optax_adamax import (
     adamax,
+    compensate_rounding,
     describe_state,
     limit_spikes,
     pack_small_leaves,
@@ -84,6 +85,15 @@ def test_line_search_receives_its_arguments():
 
     with jax.numpy_dtype_promotion("standard"):
         assert_close(fit(optax_adamax), fit(optax), rtol=1e-4, atol=1e-5)
+
+
+def test_defaults_of_compensate_rounding_can_be_injected():
+    """optax.inject_hyperparams would call a default such as jnp.int8 like a schedule."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    tx, inner = optax.inject_hyperparams(compensate_rounding)(adamax(0.1)), adamax(0.1)
+    plain = compensate_rounding(inner)
+    updates, _ = tx.update(half, tx.init(half), half)
+    assert_close(updates, plain.update(half, plain.init(half), half)[0], rtol=0, atol=0)
 
 
 def test_injected_limit_is_set_during_a_run():

@@ -61,7 +61,6 @@ def validated_leaves(tree: Any, layout: Layout) -> list[Any]:
 
     Raises:
       ValueError: the paths or shapes differ from the layout; a leaf to pack is explicitly sharded.
-      TypeError: a leaf to pack is not a float array.
     """
     given = dict(named_leaves(tree))
     known = {place.path for place in layout}
@@ -83,11 +82,6 @@ def validated_leaves(tree: Any, layout: Layout) -> list[Any]:
             raise ValueError(
                 f"The {label} must have shape {place.shape}, as in init, but its shape is "
                 f"{np.shape(leaf)}."
-            )
-        if place.buffer and not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"The {label} must be a float array, but its dtype is {jnp.result_type(leaf)}. "
-                f"Cast it to float."
             )
         if place.buffer and _is_explicitly_sharded(leaf):
             raise ValueError(

@@ -71,9 +71,9 @@ class CompensateRoundingState(NamedTuple):
 
 def compensate_rounding(
     inner: optax.GradientTransformation,
-    residual_dtype: DTypeLike = jnp.int8,
+    residual_dtype: DTypeLike = "int8",
     *,
-    update_dtype: DTypeLike = jnp.float32,
+    update_dtype: DTypeLike = "float32",
     check_applied: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates updates that are too small to change bfloat16 parameters.

@@ -99,8 +99,10 @@ def pack_small_leaves(
       [-0.002 -0.002]
     """
     if isinstance(max_size, bool) or not isinstance(max_size, (int, np.integer)):
-        given = describe_value(max_size)
-        raise TypeError(f"max_size must be an integer, but {given} was given. Write max_size=1024.")
+        raise TypeError(
+            f"max_size must be an integer, but {describe_value(max_size)} was given. Write "
+            f"max_size=1024. With optax.inject_hyperparams, name the argument in static_args."
+        )
     if max_size < 0:
         raise ValueError(f"max_size must be at least 0, but {max_size} was given.")
     inner = as_transformation(inner, "pack_small_leaves(adamax(1e-3))")
