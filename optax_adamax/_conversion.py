@@ -104,6 +104,7 @@ def normalize_dtypes(state: ScaleByAdamaxState) -> ScaleByAdamaxState:
     """
     _state_checks.check_concrete_types(state)
     _state_checks.check_counters(state)
+    _state_checks.check_leaves(state)
     m = _normalize_moment("m", state.m, M_FORMATS)
     v = _normalize_moment("v", state.v, V_FORMATS)
     state = ScaleByAdamaxState(state.count, m, v)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from optax_adamax._derivatives import identity_without_derivative
-from optax_adamax._messages import describe_value
+from optax_adamax._messages import describe_dtype, describe_value
 from optax_adamax._numerics import compute_dtype
 
 
@@ -101,7 +101,7 @@ def find_format(table: Mapping[str | None, F], argument: str, dtype: DTypeLike |
     if name not in table:
         is_complex = jnp.issubdtype(name, jnp.complexfloating)
         hint = " For complex parameters, write the dtype of the real part." if is_complex else ""
-        raise ValueError(f"{allowed} {name} was given.{hint}")
+        raise ValueError(f"{allowed} {describe_dtype(dtype, name)} was given.{hint}")
     return table[name]
 
 

@@ -4,12 +4,12 @@ A message names the error, the value received, and a correction. It does not pri
 an array.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from optax_adamax._paths import path_name
 
@@ -43,13 +43,23 @@ def describe_value(x: Any) -> str:
         return repr(x if len(x) <= 40 else x[:40] + "...")
     if isinstance(x, (jax.Array, np.ndarray, np.generic)):
         return f"an array of shape {np.shape(x)} and dtype {x.dtype}"
-    if inspect.isroutine(x) or isinstance(x, type):
-        kind = "class" if isinstance(x, type) else "function"
-        return f"the {kind} {getattr(x, '__name__', '')}".rstrip()
+    if callable(x) and hasattr(x, "__name__"):  # also jax.jit and jax.custom_jvp
+        return f"the {'class' if isinstance(x, type) else 'function'} {x.__name__}"
     package = type(x).__module__.partition(".")[0]
     name = f"{package} {type(x).__name__}" if package in PACKAGES else type(x).__name__
     name = with_article(name)
     return f"{name} with the keys {names(map(str, x))}" if isinstance(x, Mapping) and x else name
+
+
+def describe_dtype(dtype: Any, name: str) -> str:
+    """Describes an argument that JAX reads as the dtype `name`.
+
+    >>> import numpy as np
+    >>> print(describe_dtype("i8", "int64"), "|", describe_dtype(np.int16, "int16"))
+    'i8', which is int64, | int16
+    """
+    written = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", name)
+    return name if written == name else f"{written!r}, which is {name},"
 
 
 def with_article(noun: str) -> str:
@@ -62,6 +72,27 @@ def wrong_state(wanted: type, state: Any, *advice: str) -> str:
     """Returns the message for a state that is not an instance of the class `wanted`."""
     received = f"The state must be a {wanted.__name__}, but {describe_value(state)} was given."
     return " ".join([received, ORDER, *advice])
+
+
+def arrays_summary(tree: Any) -> str:
+    """Returns the number and the dtypes of the arrays in a tree, for `repr`.
+
+    >>> import numpy as np
+    >>> print(arrays_summary({"b": np.ones(3, np.float32), "w": np.ones(2, np.float32)}))
+    <2 float32 arrays>
+    """
+    leaves = jax.tree.leaves(tree)
+    dtypes = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
+    return f"<{' '.join([str(len(leaves)), *filter(None, ['/'.join(dtypes)]), 'arrays'])}>"
+
+
+def count_summary(count: Any) -> str:
+    """Formats a step count, or its dtype if this process cannot read its value."""
+    (leaf, *others) = jax.tree.leaves(count) or [None]
+    is_known = isinstance(leaf, (Tracer, np.ndarray, int)) or (
+        isinstance(leaf, jax.Array) and leaf.is_fully_replicated and not leaf.is_deleted()
+    )
+    return str(leaf) if is_known and not others else str(getattr(leaf, "dtype", leaf))
 
 
 def names(found: Iterable[str]) -> str:
@@ -87,7 +118,9 @@ def leaf_label(kind: str, path: tuple[Any, ...]) -> str:
 
 
 def conversion_advice(x: Any) -> str | None:
-    """Returns advice for an object of a package in `CONVERSIONS`; None for other objects."""
+    """Returns advice for bfloat16 from a NumPy file and for `CONVERSIONS`; None for others."""
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.dtype("V2"):
+        return "Write x.view(jnp.bfloat16), because NumPy files do not store the name of bfloat16."
     modules = [base.__module__ for base in type(x).__mro__]
     found = (
         advice

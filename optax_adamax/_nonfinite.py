@@ -10,6 +10,7 @@ import optax
 from optax_adamax import _checks, _xla
 from optax_adamax._messages import CONTINUE, wrong_state
 from optax_adamax._numerics import abs_if_complex
+from optax_adamax._tree_checks import check_arrays
 from optax_adamax._varying_axes import varying_axes
 
 Nonfinite = Literal["propagate", "zero", "skip_step"]
@@ -58,6 +59,7 @@ def handle_nonfinite(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HandleNonfiniteState]:
         state = _check_state(state, nonfinite)
+        check_arrays("gradient", updates)
         policy = _zero if nonfinite == "zero" else _skip_step
         grads = jax.tree.map(jnp.asarray, updates)
         update = functools.partial(inner.update, params=params, **extra_args)

@@ -6,12 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
     """Returns float64 if an array is float64 or complex128, else float32."""
     has_float64 = any(jnp.result_type(x).name in ("float64", "complex128") for x in arrays)
     return np.dtype(np.float64 if has_float64 else np.float32)
+
+
+def dtype_or_none(x: Any) -> np.dtype | None:
+    """Returns the dtype of an array, a number or a shape; None for other objects."""
+    if isinstance(x, (str, type, np.dtype)):  # `jnp.result_type` reads them as dtypes
+        return None
+    try:
+        return jnp.result_type(x)
+    except (TypeError, ValueError):
+        return None
 
 
 def wider_dtype(x: Any, y: Any) -> np.dtype:
@@ -86,6 +97,14 @@ def hash_uint32(x: jax.Array) -> jax.Array:
     x ^= x >> 15
     x *= np.uint32(0x31848BAB)
     return x ^ (x >> 14)
+
+
+def incremented(count: Any) -> jax.Array:
+    """Returns count + 1 as int32; saturates at 2**31 - 1.
+
+    A count that was restored as a Python number would be int64 with x64.
+    """
+    return jnp.asarray(optax.safe_increment(jnp.asarray(count).astype(jnp.int32)))
 
 
 def one_minus_power(a: jax.Array, t: jax.Array) -> jax.Array:

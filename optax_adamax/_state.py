@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
 from optax_adamax._formats import Format, is_in_format
 from optax_adamax._m_formats import M_FORMATS, MFormat
+from optax_adamax._messages import arrays_summary, count_summary
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
 
@@ -28,8 +28,8 @@ class ScaleByAdamaxState(NamedTuple):
 
     def __repr__(self) -> str:
         """Returns the count and the dtypes, without the arrays."""
-        m, v = (_summary(moment) for moment in (self.m, self.v))
-        return f"{type(self).__name__}(count={_number(self.count)}, m={m}, v={v})"
+        m, v = (arrays_summary(stored_tree(moment)) for moment in (self.m, self.v))
+        return f"{type(self).__name__}(count={count_summary(self.count)}, m={m}, v={v})"
 
 
 def formats_of(state: ScaleByAdamaxState) -> tuple[MFormat, VFormat]:
@@ -75,18 +75,3 @@ def states_in(tree: Any) -> list[ScaleByAdamaxState]:
             f"optax.adamax, write compat.optax.load_state(state, params, tx)."
         )
     return found
-
-
-def _summary(moment: Any) -> str:
-    leaves = jax.tree.leaves(stored_tree(moment))
-    dtypes = sorted({str(getattr(x, "dtype", type(x).__name__)) for x in leaves})
-    return f"<{' '.join([str(len(leaves)), *filter(None, ['/'.join(dtypes)]), 'arrays'])}>"
-
-
-def _number(count: Any) -> str:
-    """Formats a step count, or its dtype if this process cannot read its value."""
-    (leaf, *others) = jax.tree.leaves(count) or [None]
-    is_known = isinstance(leaf, (Tracer, np.ndarray, int)) or (
-        isinstance(leaf, jax.Array) and leaf.is_fully_replicated and not leaf.is_deleted()
-    )
-    return str(leaf) if is_known and not others else str(getattr(leaf, "dtype", leaf))

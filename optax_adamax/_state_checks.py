@@ -10,7 +10,8 @@ import optax
 
 from optax_adamax._formats import Format, is_in_format, unwrap
 from optax_adamax._m_formats import M_FORMATS, MFormat
-from optax_adamax._messages import ORDER, describe_value, with_article
+from optax_adamax._messages import ORDER, conversion_advice, describe_value, with_article
+from optax_adamax._numerics import dtype_or_none
 from optax_adamax._state import ScaleByAdamaxState, container_of, is_adamax_state, stored_tree
 from optax_adamax._v_formats import V_FORMATS, VFormat
 
@@ -41,6 +42,13 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
             f"{_wrong_state_hint(state)}"
         )
     check_counters(state)
+    check_leaves(state)
+    shape = jnp.shape(state.count)
+    if shape:
+        raise ValueError(
+            f"The count of the state must be a scalar, but its shape is {shape}. Pass a state that "
+            f"jax.vmap(tx.init) or jax.vmap(tx.update) returned to jax.vmap(tx.update)."
+        )
     for name, format, table, moment in (
         ("m", m_format, M_FORMATS, state.m),
         ("v", v_format, V_FORMATS, state.v),
@@ -57,6 +65,17 @@ def check_state(state: Any, m_format: MFormat, v_format: VFormat) -> ScaleByAdam
     return state
 
 
+def check_leaves(state: ScaleByAdamaxState) -> None:
+    """Checks that JAX can read the leaves of m and v; it prints the elements of other arrays."""
+    for name, moment in (("m", state.m), ("v", state.v)):
+        for x in jax.tree.leaves(moment):
+            if dtype_or_none(x) is None:
+                raise TypeError(
+                    f"The {name} of the state must consist of arrays, but it contains "
+                    f"{describe_value(x)}. {conversion_advice(x) or RESTORE}"
+                )
+
+
 def check_counters(state: ScaleByAdamaxState) -> None:
     """Checks the dtypes of the step count and, for a quantized v, of the phase."""
     counters: dict[str, tuple[Any, Any]] = {"count": (state.count, jnp.integer)}
@@ -64,7 +83,7 @@ def check_counters(state: ScaleByAdamaxState) -> None:
         counters["phase"] = (state.v.phase, jnp.unsignedinteger)
     for name, (counter, kind) in counters.items():
         (leaf, *others) = jax.tree.leaves(counter) or (None,)
-        if leaf is None or others or not _has_32_bits(jnp.result_type(leaf), kind):
+        if leaf is None or others or not _is_counter(jnp.result_type(leaf), kind):
             dtype = "int32" if name == "count" else "uint32"
             is_float = leaf is not None and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
             raise TypeError(
@@ -73,8 +92,10 @@ def check_counters(state: ScaleByAdamaxState) -> None:
             )
 
 
-def _has_32_bits(dtype: np.dtype, kind: Any) -> bool:
-    return jnp.issubdtype(dtype, kind) and dtype.itemsize >= 4
+def _is_counter(dtype: np.dtype, kind: Any) -> bool:
+    # `update` casts a count of 64 bits. A phase of 64 bits would not overflow.
+    sizes = (4,) if kind is jnp.unsignedinteger else (4, 8)
+    return jnp.issubdtype(dtype, kind) and dtype.itemsize in sizes
 
 
 def check_concrete_types(state: ScaleByAdamaxState) -> None:

@@ -17,7 +17,7 @@ from optax_adamax._hyperparameters import EpsPlacement, Hyperparameters, Step
 from optax_adamax._leaf import update_leaf
 from optax_adamax._m_formats import m_format_of
 from optax_adamax._nonfinite import GRADS_FINITE, Nonfinite, handle_nonfinite
-from optax_adamax._numerics import compute_dtype, map_real_imag, wider_dtype
+from optax_adamax._numerics import compute_dtype, incremented, map_real_imag, wider_dtype
 from optax_adamax._shared_scale import advance
 from optax_adamax._state import ScaleByAdamaxState
 from optax_adamax._state_checks import check_state
@@ -151,7 +151,7 @@ def scale_by_adamax(
         _tree_checks.check_gradients(updates, m)
         grads, treedef = jax.tree.flatten(updates)
         like = grads if params is None else _tree_checks.params_like(updates, params)
-        t = jnp.asarray(optax.safe_increment(state.count))
+        t = incremented(state.count)
         shared = advance(state.v.phase, hyper.log2_decay) if v_format.has_shared_scale else None
         grads_finite = extra_args.get(GRADS_FINITE)
 

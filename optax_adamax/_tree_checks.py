@@ -13,6 +13,7 @@ from optax_adamax._messages import (
     describe_value,
     leaf_label,
 )
+from optax_adamax._numerics import dtype_or_none
 
 
 def check_parameter(path: Any, parameter: Any) -> None:
@@ -75,6 +76,34 @@ def check_gradients(gradients: Any, moments: Any) -> None:
             )
 
 
+def check_arrays(kind: str, tree: Any) -> None:
+    """Checks that leaves are arrays, in wrappers that read them before `inner` checks them.
+
+    Args:
+      kind: the noun for a leaf, "gradient" or "parameter".
+      tree: the tree given to `init` or `update`.
+
+    Raises:
+      TypeError: a leaf is not an array.
+    """
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        _dtype_of(leaf_label(kind, path), leaf)
+
+
+def without_unused(gradients: Any, params: Any) -> Any:
+    """Replaces each part of `params` whose gradient is None by None.
+
+    Then an unfiltered Equinox model has the leaves of its gradients. If the tree of `params`
+    differs from the tree of the gradients, it is returned unchanged.
+    """
+    given, treedef = jax.tree.flatten(gradients, is_leaf=lambda x: x is None)
+    try:
+        found = treedef.flatten_up_to(params)
+    except ValueError:
+        return params
+    return treedef.unflatten([None if g is None else p for g, p in zip(given, found, strict=True)])
+
+
 def params_like(gradients: Any, params: Any) -> list[Any]:
     """Returns the parameter of each gradient, in the order of the gradients.
 
@@ -115,11 +144,11 @@ def _dtype_of(label: str, x: Any) -> np.dtype:
       TypeError: the leaf is not an array.
     """
     advice = None if isinstance(x, jax.Array) else conversion_advice(x)
-    if advice is None:  # else NumPy may take an attribute `dtype` of the object for its dtype
-        try:
-            return jnp.result_type(x)
-        except (TypeError, ValueError):
-            advice = (
-                "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
-            )
+    # With advice, NumPy may take an attribute `dtype` of the object for its dtype.
+    dtype = dtype_or_none(x) if advice is None else None
+    if dtype is not None:
+        return dtype
+    advice = advice or (
+        "Pass a tree of arrays, such as equinox.filter(model, equinox.is_inexact_array)."
+    )
     raise TypeError(f"The {label} must be an array, but {describe_value(x)} was given. {advice}")

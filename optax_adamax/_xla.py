@@ -63,7 +63,8 @@ def evaluate_moments(
             return stored, moments(g, m, write_after(stored, v, t))[1]
         return stored, write_after(stored, moments(g, m, v)[1], t)
 
-    if True not in quantized or g.size < MIN_BRANCH_SIZE:
+    is_small = isinstance(g.size, int) and g.size < MIN_BRANCH_SIZE  # jax.export: a symbolic size
+    if True not in quantized or is_small:
         return moments(g, m, v)
     return jax.lax.platform_dependent(
         g, m, v, t, cpu=on_cpu, default=lambda g, m, v, t: moments(g, m, v)

@@ -18,7 +18,11 @@ from optax_adamax import (
     adamax,
     adamax_step,
     adamaxw,
+    compat,
+    compensate_rounding,
     limit_spikes,
+    pack_small_leaves,
+    probe_gradients,
     scale_by_adamax,
     sharding,
 )
@@ -101,7 +105,10 @@ HYPERPARAMETERS = [
     (dict(m_dtype="float33"), TypeError, "m_dtype must be"),
     (dict(m_dtype=jnp.zeros(())), TypeError, "m_dtype='float32'"),
     (dict(v_dtype=np.zeros(3)), TypeError, "but an array of shape (3,) and dtype float64 was"),
+    (dict(m_dtype="fp8"), TypeError, "bfloat16, int8, but 'fp8' was given, which JAX cannot read"),
     (dict(m_dtype="int16"), ValueError, "m_dtype must be"),
+    (dict(m_dtype="i8"), ValueError, "bfloat16, int8, but 'i8', which is int64, was given"),
+    (dict(v_dtype=int), ValueError, "bfloat16, uint8, but 'int', which is int64, was given"),
     (dict(v_dtype="complex64"), ValueError, "the dtype of the real part"),
     (
         dict(m_dtype="int8", b1=0.9, b2=0.9),
@@ -186,7 +193,16 @@ ROWS += [
         ({"w": jnp.zeros(2), "step": 3}, "'step' must be a float array, but its dtype is int32"),
         ({"rng": jax.random.key(0)}, "nnx.state(model, nnx.Param)"),
         ({"layer": {"name": "net"}}, "parameter 'layer/name' must be an array, but 'net' was"),
-        ({"f": jax.nn.relu}, "equinox.filter"),
+        (
+            {"f": jax.nn.relu},
+            "'f' must be an array, but the function relu was given. Pass a tree of",
+        ),
+        ({"dtype": "float32"}, "parameter 'dtype' must be an array, but 'float32' was given"),
+        ({"dtype": jnp.float32}, "parameter 'dtype' must be an array, but the class float32 was"),
+        (
+            {"w": np.zeros(2, "V2")},
+            "but an array of shape (2,) and dtype |V2 was given. Write x.view(",
+        ),
         (linen.Dense(3), "but a flax Dense was given. Pass the parameters that its init returns"),
         (lambda x: x, "The parameter must be an array, but the function <lambda> was given"),
         (scale_by_adamax(), "The parameter 'init' must be an array, but the function"),
@@ -197,6 +213,8 @@ ROWS += [
      "split_real_and_imaginary"),
     ("float64 without x64", lambda _: scale_by_adamax(m_dtype="float64").init(PARAMS), ValueError,
      "jax_enable_x64"),
+    ("float without x64", lambda _: scale_by_adamax(m_dtype="float").init(PARAMS), ValueError,
+     "float64 moments need 64-bit types, which are disabled in JAX"),
     ("hyperparameters in bfloat16",
      lambda _: optax.inject_hyperparams(adamax)(0.1).init(jnp.ones(2, jnp.bfloat16)), TypeError,
      "hyperparam_dtype=jnp.float32"),
@@ -274,6 +292,41 @@ ROWS += [
     ("under a limit: another tree", lambda x: x.spikes.update({"a": jnp.ones(3)}, x.spike_state),
      ValueError, "no gradient for 'b'"),
 ]  # fmt: skip
+
+# Leaves that are not arrays, in wrappers that read them before Adamax does.
+
+WRAPPERS = {
+    "zero": adamax(0.1, nonfinite="zero"),
+    "skip_step": adamax(0.1, nonfinite="skip_step"),
+    "limit_spikes": limit_spikes(adamax(0.1), 5.0),
+    "clip": limit_spikes(adamax(0.1), 5.0, action="clip"),
+    "compensate_rounding": compensate_rounding(adamax(0.1)),
+    "pack_small_leaves": pack_small_leaves(adamax(0.1)),
+    "probe_gradients": optax.chain(probe_gradients("uint8", every=1), adamax(0.1)),
+    "compat": compat.torch.adamax(lr=0.1),
+}
+ROWS += [
+    (f"{name}: {words}", lambda _, tx=tx, call=call: call(tx), TypeError, words)
+    for name, tx in WRAPPERS.items()
+    for call, words in [
+        (
+            lambda tx: tx.init(linen.Dense(3)),
+            "but a flax Dense was given. Pass the parameters that",
+        ),
+        (lambda tx: tx.init({"f": jax.nn.relu}), "'f' must be an array, but the function relu was"),
+        (lambda tx: tx.init({"name": "x"}), "parameter 'name' must be an array, but 'x' was given"),
+        (lambda tx: updated(tx, {"a": "x"}), "gradient 'a' must be an array, but 'x' was given"),
+        (
+            lambda tx: updated(tx, {"a": jnp.ones(3, jnp.int32)}),
+            "must be a float array, but its dty",
+        ),
+    ]
+]
+
+
+def updated(tx, gradient):
+    return tx.update(gradient, tx.init({"a": LEAVES["a"]}), {"a": LEAVES["a"]})
+
 
 # One step on arrays.
 

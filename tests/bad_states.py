@@ -9,11 +9,13 @@ from bad_inputs import PARAMS, REAL, gradients
 from optax_adamax import (
     adamax,
     adamaxw,
+    compat,
     compensate_rounding,
     decode_state,
     describe_state,
     encode_state,
     limit_spikes,
+    master_params,
     pack_small_leaves,
     probe_gradients,
     scale_by_adamax,
@@ -41,6 +43,11 @@ STATES = [
      "Convert the state with optax_adamax.encode_state(state, m_dtype=None, v_dtype=None)."),
     ("without a count", lambda x: x.state._replace(count=None), TypeError, RESTORE),
     ("with a float count", lambda x: x.state._replace(count=jnp.float32(3)), TypeError, AVERAGE),
+    ("of vmap", lambda x: jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), x.state), ValueError,
+     "must be a scalar, but its shape is (2,). Pass a state that jax.vmap(tx.init)"),
+    ("from a file of NumPy", lambda x: jax.tree.map(
+        lambda m: np.zeros(m.shape, "V2") if m.ndim else m, x.state), TypeError,
+     "The m of the state must consist of arrays, but it contains an array of shape (3,) and dtype"),
     ("with a tree as count", lambda x: x.state._replace(count=x.state.m), TypeError, RESTORE),
     ("without v", lambda x: x.state._replace(v=None), ValueError, RESTORE),
     ("v of another tree", lambda x: x.state._replace(v={"a": x.state.v["a"]}), ValueError, RESTORE),
@@ -105,6 +112,12 @@ ROWS += [
      TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
     ("a phase in 8 bits", lambda x: x.low.update(REAL, with_phase(x.low_state, jnp.uint8(5))),
      TypeError, "The phase of the state must be an array of dtype uint32, but it is an array of"),
+    ("averaged residuals", lambda _: COMPENSATED.update(HALF, averaged_residuals(), HALF),
+     TypeError, "['a'] must be int8 or int16, but its dtype is float32. Residuals cannot be cast"),
+    ("averaged residuals to read", lambda _: master_params(averaged_residuals(), HALF), TypeError,
+     "average master_params(state, params), cast the mean to bfloat16, and write"),
+    ("a file of NumPy to decode", lambda x: decode_state(x.low_state._replace(v=np.ones(2, "V2"))),
+     TypeError, "Write x.view(jnp.bfloat16)"),
     ("codes without their container",
      lambda x: x.low.update(REAL, x.low_state._replace(v=x.low_state.v.scaled_uint8)), TypeError,
      "must store v outside of a container as float arrays, but its dtype is uint8"),
@@ -146,6 +159,31 @@ ROWS += [
      ValueError, "must contain a ScaleByAdamState"),
 ]  # fmt: skip
 
+# Frameworks whose state is passed in the position of another argument.
+ROWS += [
+    (f"compat.{name}: {case}", lambda _, tx=tx, swap=swap: tx.update(*swap(REAL, tx.init(REAL))),
+     TypeError, f"but a dict with the keys 'a', 'b' was given. {ORDER}")
+    for name, tx in [
+        ("torch", compat.torch.adamax(lr=0.1)),
+        ("keras", compat.keras.adamax(0.1)),
+        ("mlx", compat.mlx.adamax(0.1)),
+        ("lucid", compat.lucid.adamax(0.1)),
+    ]
+    for case, swap in [
+        ("the state first", lambda g, s: (s, g, g)),
+        ("the state last", lambda g, s: (g, g, s)),
+    ]
+]  # fmt: skip
+# Weight decay would broadcast the gradient to its parameter.
+ROWS += [
+    (f"a scalar gradient for {name}", lambda _, tx=tx: tx.update(
+        {**REAL, "a": jnp.ones(())}, tx.init(REAL), REAL), ValueError,
+     "The gradient 'a' must have shape (3,), as its parameter in init, but its shape is ()")
+    for name, tx in [
+        ("compat.torch", compat.torch.adamax(lr=0.1, weight_decay=0.1)),
+        ("compat.keras", compat.keras.adamax(0.1, gradient_accumulation_steps=2)),
+    ]
+]  # fmt: skip
 # Wrappers whose state is passed in the position of another argument.
 ROWS += [
     (f"{name}: {case}", lambda _, tx=tx, swap=swap: tx.update(*swap(REAL, tx.init(REAL))),
@@ -163,6 +201,15 @@ ROWS += [
         ("a state of optax", lambda g, s: (g, optax.sgd(0.1).init(g), g), "a tuple"),
     ]
 ]  # fmt: skip
+
+
+HALF = {"a": np.ones(3, jnp.bfloat16)}
+COMPENSATED = compensate_rounding(optax.sgd(0.1))
+
+
+def averaged_residuals():
+    state = COMPENSATED.init(HALF)
+    return state._replace(residual=jax.tree.map(lambda r: r.astype(np.float32), state.residual))
 
 
 def with_phase(state, phase):

@@ -15,7 +15,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_adamax
-from optax_adamax import ScaleByAdamaxState, adamax, describe_state, encode_state
+from optax_adamax import (
+    ScaleByAdamaxState,
+    adamax,
+    compensate_rounding,
+    describe_state,
+    encode_state,
+    limit_spikes,
+    pack_small_leaves,
+)
 from optax_adamax._describe import MAX_ROWS, WIDTH, StateDescription
 
 ROOT = Path(optax_adamax.__file__).parents[1]
@@ -72,6 +80,24 @@ def test_the_repr_of_a_state_has_dtypes_instead_of_arrays():
     assert "float32 arrays" in repr(adamax(0.1).init(params))
     mixed = state[0]._replace(m={"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)})
     assert "m=<2 bfloat16/float32 arrays>" in repr(mixed)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: adamax(0.1, nonfinite="zero"),
+        lambda tx: limit_spikes(tx, 5.0),
+        pack_small_leaves,
+        lambda tx: compensate_rounding(
+            limit_spikes(pack_small_leaves(tx), 5.0), check_applied=True
+        ),
+    ],
+)
+def test_repr_of_wrapper_states_has_no_arrays(wrap):
+    params = {f"layer_{i}": np.ones((30, 2), jnp.bfloat16) for i in range(50)}
+    text = repr(wrap(adamax(0.1)).init(params))
+    assert len(text) < 400 and "[[" not in text and "layer" not in text
+    assert "ScaleByAdamaxState(count=0, m=<" in text
 
 
 def test_repr_of_abstract_states_has_dtypes():

@@ -9,7 +9,16 @@ import optax.tree
 import pytest
 
 import optax_adamax
-from optax_adamax import adamax, adamaxw, compensate_rounding, limit_spikes, master_params
+from optax_adamax import (
+    adamax,
+    adamaxw,
+    compat,
+    compensate_rounding,
+    limit_spikes,
+    master_params,
+    pack_small_leaves,
+    sharding,
+)
 from optax_adamax.wrappers.probe import ProbeGradientsState, probe_gradients
 
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -130,6 +139,14 @@ UNFILTERED = {
     "skip_step": lambda: adamax(0.1, nonfinite="skip_step"),
     "limit_spikes of adamax": lambda: limit_spikes(adamax(0.1), 5.0),
     "compensated adamax": lambda: compensate_rounding(adamaxw(0.1)),
+    "pack_small_leaves": lambda: pack_small_leaves(adamaxw(0.1)),
+    "shard": lambda: sharding.shard(
+        adamaxw(0.1), eqx.filter(model_and_gradients()[0], eqx.is_inexact_array)
+    ),
+    "compat.torch": lambda: compat.torch.adamax(lr=0.1, weight_decay=0.1),
+    "compat.keras": lambda: compat.keras.adamax(0.1, weight_decay=0.1),
+    "compat.lucid": lambda: compat.lucid.adamax(0.1, weight_decay=0.1),
+    "compat.mlx": lambda: compat.mlx.adamax(0.1),
 }
 
 

@@ -61,7 +61,8 @@ def pair(betas: Any) -> tuple[Any, Any]:
     if not isinstance(betas, (list, tuple)) or len(betas) != 2:
         error = ValueError if isinstance(betas, (list, tuple)) else TypeError
         raise error(
-            f"betas must be a pair of numbers, but {betas!r} was given. Write (0.9, 0.999)."
+            f"betas must be a pair of numbers, but {describe_value(betas)} was given. Write "
+            f"(0.9, 0.999)."
         )
     for i, beta in enumerate(betas):
         _checks.check_decay(f"betas[{i}]", beta, closed=False)
@@ -88,9 +89,9 @@ def compile_patterns(name: str, patterns: Any) -> list[re.Pattern[str]]:
     listed = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(listed, (list, tuple)) or not all(isinstance(x, str) for x in listed):
         raise TypeError(
-            f"{name} must be a pattern or a list of patterns, but {patterns!r} was given. Write a "
-            f"regular expression that is searched in the paths of the parameters, such as "
-            f"'head/.*kernel'."
+            f"{name} must be a pattern or a list of patterns, but {describe_value(patterns)} was "
+            f"given. Write a regular expression that is searched in the paths of the parameters, "
+            f"such as 'head/.*kernel'."
         )
     try:
         if "" in listed:
@@ -158,8 +159,8 @@ def partition(
     if not isinstance(groups, (list, tuple, Mapping)) or not groups:
         error = ValueError if isinstance(groups, (list, tuple, Mapping)) else TypeError
         raise error(
-            f"groups must be a list or a dict of groups, but {groups!r} was given. Pass at least "
-            f"one group, or None."
+            f"groups must be a list or a dict of groups, but {describe_value(groups)} was given. "
+            f"Pass at least one group, or None."
         )
     named = dict(groups) if isinstance(groups, Mapping) else dict(enumerate(groups))
     known = [*([] if by_label else ["params"]), *defaults, *ignored]

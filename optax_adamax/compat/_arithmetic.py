@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_adamax._messages import describe_value
+from optax_adamax._messages import ORDER, describe_value, leaf_label
 from optax_adamax._numerics import compute_dtype, saturating_cast, upcast, wider_dtype
+from optax_adamax._tree_checks import check_arrays, without_unused
 
 # optax 0.2.6 and 0.2.7 sum gradients in the dtypes of the parameters given to init, optax 0.2.8 in
 # one dtype. JAX replaces float64 by float32 unless x64 is enabled.
@@ -59,13 +60,26 @@ def compute_in_float32(
     def split(tree: Any) -> Any:
         return jax.tree.map(_split, tree) if split_complex else tree
 
+    def init(params: optax.Params) -> optax.OptState:
+        check_arrays("parameter", params)
+        return wrapped.init(split(params))
+
     def update(
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        if not isinstance(state, (tuple, list)) or hasattr(state, "_fields"):
+            raise TypeError(
+                f"The state must be the tuple that init returns, but {describe_value(state)} was "
+                f"given. {ORDER}"
+            )
+        check_arrays("gradient", updates)
+        params = without_unused(updates, params)
         paired = jax.tree.structure(params) == jax.tree.structure(updates)
+        if paired:
+            _check_shapes(updates, params)
         others = params if paired else updates  # `inner` checks which parameters it needs
         wide = jax.tree.map(_widen, updates, others)
         wide_params = jax.tree.map(_widen, params, updates) if paired else params
@@ -73,7 +87,18 @@ def compute_in_float32(
         wide = jax.tree.map(join, wide, is_leaf=is_real_imag)
         return jax.tree.map(_narrow, wide, updates, others), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: wrapped.init(split(params)), update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_shapes(gradients: Any, params: Any) -> None:
+    """Checks shapes before weight decay, which would broadcast a gradient to its parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    for (path, gradient), parameter in zip(leaves, jax.tree.leaves(params), strict=True):
+        if np.shape(gradient) != np.shape(parameter):
+            raise ValueError(
+                f"The {leaf_label('gradient', path)} must have shape {np.shape(parameter)}, as its "
+                f"parameter in init, but its shape is {np.shape(gradient)}."
+            )
 
 
 def _widen(x: Any, other: Any) -> Any:

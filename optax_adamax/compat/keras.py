@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks, repack_state, unpack_state
+from optax_adamax._messages import describe_value
 from optax_adamax._state import states_in
 from optax_adamax._transform import scale_by_adamax
 from optax_adamax.compat import _arithmetic, _arrays, _layout, _transfer
@@ -185,7 +186,7 @@ def _integer(name: str, value: Any, least: int) -> int | None:
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_integer or value < least:
         raise (ValueError if is_integer else TypeError)(
-            f"{name} must be an integer >= {least} or None, but {value!r} was given."
+            f"{name} must be an integer >= {least} or None, but {describe_value(value)} was given."
         )
     return int(value)
 
@@ -227,8 +228,8 @@ def _decayed(exclude: Exclusion) -> Callable[[optax.Params], Any]:
     def invert(flag: Any) -> bool:
         if not isinstance(flag, (bool, np.bool_)):
             raise TypeError(
-                f"The function {name} must return a tree of booleans, but the tree has {flag!r}. "
-                f"Return True for each parameter without weight decay."
+                f"The function {name} must return a tree of booleans, but the tree has "
+                f"{describe_value(flag)}. Return True for each parameter without weight decay."
             )
         return not flag
 

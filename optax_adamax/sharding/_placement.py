@@ -192,7 +192,7 @@ def validate_axes(zero1_axis: Any, described: Any) -> tuple[str, ...]:
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"zero1_axis must be None, the name of a mesh axis or a tuple of names, but "
-            f"{zero1_axis!r} was given."
+            f"{describe_value(zero1_axis)} was given."
         )
     mesh = jax.tree.leaves(described)[0].sharding.mesh
     if not mesh.axis_names:

@@ -10,6 +10,7 @@ from jax.core import Tracer
 from optax_adamax._inner import as_transformation
 from optax_adamax._messages import ORDER, key_paths
 from optax_adamax._paths import named_leaves
+from optax_adamax._tree_checks import without_unused
 from optax_adamax.sharding import _constraints, _placement
 from optax_adamax.sharding._placement import UnshardedLeaf
 
@@ -197,31 +198,36 @@ class _Implementation:
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        updates, state = self._zero1_update(updates, state, params, **extra_args)
+        updates, state = self._zero1_update("update", updates, state, params, **extra_args)
         return _constraints.constrain(updates, self.params), state
 
     def apply_gradients(
         self, gradients: optax.Updates, state: optax.OptState, params: optax.Params, **extra: Any
     ) -> tuple[optax.Params, optax.OptState]:
-        updates, state = self._zero1_update(gradients, state, params, **extra)
+        updates, state = self._zero1_update("apply_gradients", gradients, state, params, **extra)
         params = optax.apply_updates(_constraints.constrain(params, self.zero1_params), updates)
         return _constraints.constrain(params, self.params), state
 
     def _zero1_update(
         self,
+        function: str,
         updates: optax.Updates,
         state: optax.OptState,
         params: optax.Params | None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        """Returns the updates, sharded over the ZeRO-1 axes, and the new state."""
-        self._check_parameters("update", updates)
-        self._check_state(state)
+        """Returns the updates, sharded over the ZeRO-1 axes, and the new state.
+
+        Errors name `function`, which the user called.
+        """
+        self._check_parameters(function, updates)
+        self._check_state(function, state)
         if self.stored != self.computed:
             state = _constraints.move(state, self.computed)
         updates = _constraints.constrain(updates, self.zero1_params)
         if params is not None:
-            self._check_parameters("update", params)
+            params = without_unused(updates, params)
+            self._check_parameters(function, params)
             params = _constraints.constrain(params, self.zero1_params)
         updates, state = self.inner.update(updates, state, params, **extra_args)
         # Without this constraint, XLA may gather the inputs of the updates as well.
@@ -232,7 +238,7 @@ class _Implementation:
         return state if self.stored == self.computed else _constraints.move(state, self.stored)
 
     def _check_parameters(self, function: str, tree: Any) -> None:
-        order = f" {ORDER}" if function == "update" else ""
+        order = "" if function == "init" else f" {ORDER.replace('update', function)}"
         for name, leaf in named_leaves(tree):
             found, known = np.shape(leaf), self.shapes.get(name)
             if found != known:
@@ -243,10 +249,11 @@ class _Implementation:
                     f"shard with the parameters that are trained.{order}"
                 )
 
-    def _check_state(self, state: optax.OptState) -> None:
+    def _check_state(self, function: str, state: optax.OptState) -> None:
         for name, _ in named_leaves(state):
             if name not in self.stored:
                 raise ValueError(
-                    f"update received a state with the leaf {name or 'array'}, which is not in the "
-                    f"state of this transformation. Pass the state that its init returned. {ORDER}"
+                    f"{function} received a state with the leaf {name or 'array'}, which is not in "
+                    f"the state of this transformation. Pass the state that its init returned. "
+                    f"{ORDER.replace('update', function)}"
                 )

@@ -29,10 +29,7 @@ def choose(params: optax.Params, max_size: int) -> Layout:
     """Chooses the layout from the paths, shapes and dtypes of the parameters."""
 
     def place(path: str, leaf: Any) -> PackedLeaf:
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError:  # not an array: the init of `inner` raises the error
-            return PackedLeaf(path, (), "")
+        dtype = jnp.result_type(leaf)
         packed = jnp.issubdtype(dtype, jnp.floating) and 1 < np.size(leaf) <= max_size
         return PackedLeaf(path, np.shape(leaf), dtype.name if packed else "")
 

@@ -10,6 +10,7 @@ from jax.tree_util import keystr
 
 from optax_adamax._memory_kind import preserving_memory_kind
 from optax_adamax._messages import key_paths
+from optax_adamax._numerics import dtype_or_none
 from optax_adamax._paths import VARIABLE_KEY, named_leaves
 from optax_adamax.wrappers import _residual
 from optax_adamax.wrappers.packing import PackedTree
@@ -17,7 +18,9 @@ from optax_adamax.wrappers.packing import PackedTree
 
 def zero_residual(path: Any, p: Any, dtype: np.dtype) -> Any:
     """Returns the residual of a new parameter; MaskedNode for parameters with 32 bits or more."""
-    given = jnp.result_type(p)
+    given = dtype_or_none(p)
+    if given is None:
+        return optax.MaskedNode()  # the init of `inner` raises an error
     if given == jnp.bfloat16:
         return jnp.zeros_like(p, dtype=dtype)
     if jnp.issubdtype(given, jnp.floating) and given.itemsize <= 2:
@@ -95,6 +98,13 @@ def check_leaf(name: str, p: Any, residual: Any) -> None:
             f"equinox.apply_updates, optimistix and flowjax do. For such a loop, write "
             f"compensate_rounding(..., update_dtype='bfloat16'), or add updates with "
             f"optax.apply_updates."
+        )
+    if residual.dtype not in (jnp.int8, jnp.int16):
+        raise TypeError(
+            f"The residual of {name or 'the parameter'} must be int8 or int16, but its dtype is "
+            f"{residual.dtype}. Residuals cannot be cast or averaged. To average workers, average "
+            f"master_params(state, params), cast the mean to bfloat16, and write "
+            f"state._replace(residual=tx.init(params).residual)."
         )
     if jnp.shape(p) != residual.shape:
         raise ValueError(

@@ -10,8 +10,17 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax._inner import as_transformation
-from optax_adamax._messages import CONTINUE, describe_value, with_article, wrong_state
-from optax_adamax._numerics import compute_dtype, upcast
+from optax_adamax._messages import (
+    CONTINUE,
+    arrays_summary,
+    count_summary,
+    describe_dtype,
+    describe_value,
+    with_article,
+    wrong_state,
+)
+from optax_adamax._numerics import compute_dtype, dtype_or_none, incremented, upcast
+from optax_adamax._tree_checks import check_arrays
 from optax_adamax.wrappers import _applied, _residual
 from optax_adamax.wrappers._residual_tree import (
     check_leaf,
@@ -53,12 +62,18 @@ class CompensateRoundingState(NamedTuple):
     # With check_applied, the bfloat16 parameters after the last step; else ().
     expected_params: Any = ()
 
+    def __repr__(self) -> str:
+        """Returns the count, the dtypes of the residuals and the inner state, without arrays."""
+        count, residual = count_summary(self.count), arrays_summary(self.residual)
+        name = type(self).__name__
+        return f"{name}(count={count}, residual={residual}, inner_state={self.inner_state!r})"
+
 
 def compensate_rounding(
     inner: optax.GradientTransformation,
-    residual_dtype: DTypeLike = jnp.int8,
+    residual_dtype: DTypeLike = "int8",
     *,
-    update_dtype: DTypeLike = jnp.float32,
+    update_dtype: DTypeLike = "float32",
     check_applied: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates updates that are too small to change bfloat16 parameters.
@@ -174,7 +189,8 @@ def compensate_rounding(
         treedef, matched = match(state.residual[0], params)
         for leaf in matched:
             check_leaf(*leaf)
-        count = jnp.asarray(optax.safe_increment(state.count))
+        check_arrays("gradient", updates)
+        count = incremented(state.count)
         if check_applied:
             _applied.check(matched, state.expected_params, state.count)
         masters = treedef.unflatten([master(p, r) for _, p, r in matched])
@@ -200,7 +216,8 @@ def master_params(state: Any, params: T) -> T:
       params: the stored parameters. They may be wrapped in Flax variables, too.
 
     Returns:
-      A tree like `params`: float32 for parameters with a residual, unchanged for all others.
+      A tree like `params`: float32 for parameters with a residual. All others are the same arrays
+      as in `params`. Before both trees are donated to one function, copy them with `jnp.copy`.
 
     Raises:
       ValueError: `state` contains no :class:`CompensateRoundingState`, or its parameters have
@@ -248,8 +265,8 @@ def _update_leaf(
 
 def _as_master(p: Any) -> Any:
     """Returns the master parameter of a new parameter, array or shape."""
-    if jnp.result_type(p) != jnp.bfloat16:
-        return p
+    if dtype_or_none(p) != jnp.bfloat16:
+        return p  # `inner` raises an error if p is not an array
     if isinstance(p, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding)
     return jnp.asarray(p).astype(jnp.float32)
@@ -267,7 +284,7 @@ def _one_of(name: str, dtype: DTypeLike, allowed: tuple[str, str]) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in allowed:
-        given = describe_value(dtype) if found is None else found.name
+        given = describe_value(dtype) if found is None else describe_dtype(dtype, found.name)
         raise TypeError(f"{name} must be {allowed[0]} or {allowed[1]}, but {given} was given.")
     return found
 

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_adamax._inner import as_transformation
 from optax_adamax._messages import describe_value, key_paths, wrong_state
 from optax_adamax._paths import named_leaves
+from optax_adamax._tree_checks import check_arrays, without_unused
 from optax_adamax.wrappers import _buffers, _layout
 
 
@@ -32,6 +34,10 @@ class PackedState(NamedTuple):
     # saves only string keys.
     layout: dict[str, Any]
     inner_state: optax.OptState  # the state of `inner`, for parameters as a PackedTree
+
+    def __repr__(self) -> str:
+        """Returns the inner state, without the layout."""
+        return f"{type(self).__name__}(inner_state={self.inner_state!r})"
 
 
 def pack_small_leaves(
@@ -92,14 +98,17 @@ def pack_small_leaves(
       >>> print(updates["scale"])
       [-0.002 -0.002]
     """
-    if isinstance(max_size, bool) or not isinstance(max_size, int):
-        given = describe_value(max_size)
-        raise TypeError(f"max_size must be an integer, but {given} was given. Write max_size=1024.")
+    if isinstance(max_size, bool) or not isinstance(max_size, (int, np.integer)):
+        raise TypeError(
+            f"max_size must be an integer, but {describe_value(max_size)} was given. Write "
+            f"max_size=1024. With optax.inject_hyperparams, name the argument in static_args."
+        )
     if max_size < 0:
         raise ValueError(f"max_size must be at least 0, but {max_size} was given.")
     inner = as_transformation(inner, "pack_small_leaves(adamax(1e-3))")
 
     def init(params: optax.Params) -> PackedState:
+        check_arrays("parameter", params)
         layout = _layout.choose(params, max_size)
         return PackedState({_layout.encode(layout): None}, inner.init(_pack(params, layout)))
 
@@ -113,8 +122,9 @@ def pack_small_leaves(
             advice = "To pack a state, write repack_state(state, like=tx.init(params))."
             raise TypeError(wrong_state(PackedState, state, advice))
         layout = _layout_of(state)
+        check_arrays("gradient", updates)
         gradients = _pack(updates, layout)
-        parameters = None if params is None else _pack(params, layout)
+        parameters = None if params is None else _pack(without_unused(updates, params), layout)
         packed, inner_state = inner.update(gradients, state.inner_state, parameters, **extra_args)
         return _unpack(packed, updates, layout), PackedState(state.layout, inner_state)
 

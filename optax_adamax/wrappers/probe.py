@@ -11,7 +11,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_adamax import _checks
 from optax_adamax._messages import describe_value, wrong_state
-from optax_adamax._numerics import compute_dtype
+from optax_adamax._numerics import compute_dtype, incremented
+from optax_adamax._tree_checks import check_arrays
 from optax_adamax._v_formats import v_format_of
 
 
@@ -94,11 +95,12 @@ def probe_gradients(
             f"report must be a function, but {describe_value(report)} was given. Write "
             f"report=print."
         )
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
         raise ValueError(
             f"every must be an integer >= 1, but {describe_value(every)} was given. Write "
             f"every=100."
         )
+    every = int(every)
     _checks.check_scalar("eps", eps, 0.0, float("inf"))
     low, high = v_format.range
     name = v_format.dtype.name if v_format.dtype is not None else "full-precision"
@@ -136,9 +138,10 @@ def probe_gradients(
         del params
         if not isinstance(state, ProbeGradientsState):
             raise TypeError(wrong_state(ProbeGradientsState, state))
-        grads = [jnp.asarray(g) for g in jax.tree.leaves(updates)]
-        step = jnp.asarray(optax.safe_increment(state.count))
-        if sum(g.size for g in grads):
+        check_arrays("gradient", updates)
+        grads = [jnp.asarray(g) for g in jax.tree.leaves(updates) if np.size(g) != 0]
+        step = incremented(state.count)
+        if grads:
             jax.lax.cond(state.count % every == 0, measure, skip, step, grads)
         return updates, ProbeGradientsState(count=step)
 

@@ -10,7 +10,14 @@ from jax.typing import ArrayLike
 from optax_adamax import _checks
 from optax_adamax._inner import as_transformation
 from optax_adamax._messages import CONTINUE, wrong_state
-from optax_adamax._numerics import compute_dtype, one_minus_power, saturating_cast, upcast
+from optax_adamax._numerics import (
+    compute_dtype,
+    incremented,
+    one_minus_power,
+    saturating_cast,
+    upcast,
+)
+from optax_adamax._tree_checks import check_arrays
 from optax_adamax._varying_axes import varying_axes
 
 AxisName = str | tuple[str, ...]
@@ -121,6 +128,7 @@ def limit_spikes(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LimitSpikesState]:
         state = _check_state(state)
+        check_arrays("gradient", updates)
         norm = _global_norm(updates, axis_name)
         _check_agreement(norm, state)
         fixed = jnp.asarray(jnp.inf if max_norm is None else max_norm, jnp.float32)
@@ -129,8 +137,7 @@ def limit_spikes(
         spike = (norm > threshold) | jnp.isinf(norm)
 
         if action == "clip":
-            # threshold / norm would be NaN if both are infinite.
-            factor = jnp.where(spike, jnp.where(jnp.isinf(norm), 0, threshold / norm), 1)
+            factor = _clip_factor(spike, threshold, norm)
             updates = jax.tree.map(lambda g: _scaled(jnp.asarray(g), factor), updates)
         u, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         if action == "skip":
@@ -141,9 +148,7 @@ def limit_spikes(
             )
         count, ema = _averaged(state, jnp.minimum(norm, limit), decay)
         return u, LimitSpikesState(
-            spike_count=jnp.where(
-                spike, optax.safe_increment(state.spike_count), state.spike_count
-            ),
+            spike_count=jnp.where(spike, incremented(state.spike_count), state.spike_count),
             norm_count=count,
             norm_ema=ema,
             inner_state=inner_state,
@@ -171,7 +176,7 @@ def _averaged(
     is_averaged = (limited > 0) & jnp.isfinite(limited)
     ema = state.norm_ema + jnp.asarray(1 - decay, jnp.float32) * (limited - state.norm_ema)
     return (
-        jnp.where(is_averaged, optax.safe_increment(state.norm_count), state.norm_count),
+        jnp.where(is_averaged, incremented(state.norm_count), state.norm_count),
         jnp.where(is_averaged, ema, state.norm_ema),
     )
 
@@ -187,7 +192,19 @@ def _global_norm(updates: optax.Updates, axis_name: AxisName | None) -> jax.Arra
         part = squares(jnp.asarray(g))
         axes = tuple(name for name in names if _is_sharded(part, name))
         total += jax.lax.psum(part, axes) if axes else part
-    return jnp.sqrt(total)
+    is_zero = total == 0  # where the derivative of the square root is infinite
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, total)))
+
+
+def _clip_factor(spike: jax.Array, threshold: jax.Array, norm: jax.Array) -> jax.Array:
+    """Returns threshold / norm for a spike, 0 for an infinite norm, and 1 in all other steps.
+
+    The operands of the division are finite in every step. Otherwise the derivative of the quotient
+    could be infinite, and would turn the derivative of the updates into NaN.
+    """
+    finite = spike & jnp.isfinite(norm)
+    quotient = jnp.where(finite, threshold, 1) / jnp.where(finite, norm, 1)
+    return jnp.where(jnp.isinf(norm), 0, quotient)
 
 
 def _is_sharded(x: jax.Array, axis: str) -> bool:
@@ -235,6 +252,8 @@ def _check_arguments(max_norm_ratio: Any, max_norm: Any, decay: ArrayLike, actio
 
 
 def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(g.dtype, jnp.inexact):
+        return g  # `inner` raises an error
     x = upcast(g, compute_dtype(g))
     scaled = jnp.where(factor == 0, 0, x * factor.astype(x.dtype))  # inf * 0 is NaN
     return saturating_cast(scaled, g.dtype)

@@ -81,6 +81,24 @@ def test_invalid_argument_raises(make, arguments, error, match):
         make(**arguments)
 
 
+ARRAY = jnp.array([0.9, 0.99])
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        *((framework.adamax, {"betas": ARRAY}) for framework in (torch, lucid, mlx)),
+        (torch.adamax, {"groups": ARRAY}),
+        (keras.adamax, {"gradient_accumulation_steps": ARRAY}),
+        (keras.adamax, {"exclude_from_weight_decay": ARRAY}),
+    ],
+)
+def test_message_describes_an_array_without_its_elements(make, arguments):
+    rate = {"learning_rate": 0.1} if make is mlx.adamax else {}
+    with pytest.raises(TypeError, match=r"an array of shape \(2,\) and dtype float32 was given"):
+        make(**rate, **arguments)
+
+
 @pytest.mark.parametrize("excluded", ["bias", ["bias"], 5, None], ids=str)
 def test_exclusion_that_returns_no_booleans_raises(excluded):
     tx = keras.adamax(weight_decay=0.1, exclude_from_weight_decay=lambda params: {"w": excluded})

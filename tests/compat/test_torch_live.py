@@ -229,3 +229,8 @@ def test_empty_group_is_allowed_as_in_torch():
     tx = compat_torch.adamax(groups=[{"params": [], "lr": 0.1}, {"params": "w"}])
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -2e-3, rtol=1e-6)
+
+
+def test_dtype_of_torch_is_not_a_storage_format():
+    with pytest.raises(TypeError, match="float32, float64, bfloat16, int8, but a torch dtype was"):
+        compat_torch.adamax(m_dtype=torch.bfloat16)
