@@ -69,7 +69,7 @@ def check_leaves(state: ScaleByAdamaxState) -> None:
     """Checks that JAX can read the leaves of m and v; it prints the elements of other arrays."""
     for name, moment in (("m", state.m), ("v", state.v)):
         for x in jax.tree.leaves(moment):
-            if dtype_or_none(x) is None:
+            if not isinstance(x, jax.Array) and dtype_or_none(x) is None:
                 raise TypeError(
                     f"The {name} of the state must consist of arrays, but it contains "
                     f"{describe_value(x)}. {conversion_advice(x) or RESTORE}"
