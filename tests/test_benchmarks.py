@@ -70,6 +70,7 @@ def test_peers_reports_missing_frameworks(monkeypatch):
     assert "| broken | not measured: RuntimeError: no such device |" in text
 
 
+@pytest.mark.slow
 def test_scaling_and_packing_write_results_and_figures(tmp_path, monkeypatch):
     from benchmarks import packing, reporting, scaling, tables
 
@@ -146,6 +147,7 @@ def test_update_error_of_a_few_steps():
     assert "1.2e-10 to 9.4e8" in tables.storage_formats({"rows": [row]})
 
 
+@pytest.mark.slow
 def test_learning_rates_of_a_few_steps(tmp_path, monkeypatch):
     from benchmarks import learning_rate, learning_rate_figure, reporting, tables
     from benchmarks.tasks import Task

@@ -20,10 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
 # Slow tests, because these pages train networks. Other tests cover the functions they use.
-LONG = {
-    DOCS / "guide" / f"{name}.md"
-    for name in ("checkpoints", "composing", "deep_vaes", "frameworks", "recipes")
-}
 MODULES = [
     "optax_adamax",
     "optax_adamax.sharding",
@@ -82,11 +78,8 @@ def program(text: str) -> str:
     return "\n".join(textwrap.dedent(block).split("\n", 1)[1].rstrip("`") for block in blocks)
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow if page in LONG else ()) for page in PAGES],
-    ids=lambda page: page.relative_to(DOCS).as_posix(),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_code_of_a_page_runs_and_prints_what_it_says(page):
     """The blocks of a page are one program."""
     code = program(page.read_text("utf-8"))

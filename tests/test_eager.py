@@ -60,9 +60,18 @@ STEPS = {
     "checked": lambda: compensate_rounding(adamax(0.1), check_applied=True),
     "probe_gradients": lambda: probe_gradients("uint8", lambda _: None, every=2),
 }
+SLOW = [
+    f"{policy}, {dtypes}"
+    for policy in POLICIES[1:]
+    for dtypes in ("None, None", "bfloat16, bfloat16")
+]
 
 
-@pytest.mark.parametrize("make", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(x, marks=pytest.mark.slow if name in SLOW else ()) for name, x in STEPS.items()],
+    ids=STEPS,
+)
 def test_step_compiles_in_the_first_call_only(make):
     params = {"a": jnp.ones((3, 4), jnp.bfloat16), "b": jnp.ones(5, jnp.bfloat16)}
     tx = make()

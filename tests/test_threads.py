@@ -61,7 +61,9 @@ def test_eight_threads_share_a_transformation(name, compiled):
         assert_same(found, run(tx, seed, update or jax.jit(tx.update)))
 
 
-@every_transformation
+@pytest.mark.parametrize(
+    "name", ["2 bytes", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "spikes"))]
+)
 def test_copies_give_the_same_result(name):
     """`pickle` does not support transformations, also from optax, because they are closures."""
     tx, _, expected = made(name)

@@ -33,6 +33,7 @@ def test_step_copies_nothing_and_has_no_temporaries(m_dtype, v_dtype, rule):
 
 
 @since_010
+@pytest.mark.slow
 def test_evaluate_moments_is_needed(mutant):
     mutant(_xla, "evaluate_moments", lambda moments, g, m, v, t, **_: moments(g, m, v))
     found = [

@@ -156,6 +156,7 @@ def test_torn_flax_bytes_raise():
     assert_same_bits(serialization.from_bytes(state, saved), state)
 
 
+@pytest.mark.slow
 def test_torn_orbax_checkpoints_raise_or_are_intact(tmp_path):
     """If one file is halved, deleted or zeroed, restoring raises or returns the same bits."""
     outcomes = run_alone("worker_torn.py", tmp_path)

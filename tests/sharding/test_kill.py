@@ -56,13 +56,8 @@ class WorkerRun:
         self.was_writing = any("tmp" in path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    "kills",
-    [
-        1,
-        pytest.param(60, marks=pytest.mark.slow),  # 4 minutes on two busy cores
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 60])  # 60 take 4 minutes on two busy cores
 def test_killed_run_resumes_with_the_same_bits(kills, tmp_path):
     rng = np.random.default_rng(kills)
     (tmp_path / "killed").mkdir()

@@ -84,6 +84,7 @@ def test_processes_and_their_checkpoint_have_the_bits_of_one_device(layout, tmp_
         assert_same_bits(restored, {"params": params, "state": state})
 
 
+@pytest.mark.slow
 def test_program_of_the_guide_gives_equal_losses(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     printed = run_all("train.py", [(address, 2, i) for i in range(2)], tmp_path, TIMEOUT)
