@@ -35,16 +35,9 @@ GRADIENTS = [
     jax.tree.map(lambda p: np.float32(RNG.standard_t(3, p.shape)), PARAMS) for _ in range(6)
 ]
 WRAPPED_BY_OPTAX = {
-    "apply_every": lambda o: optax.chain(o.adamax(0.1), optax.apply_every(3)),
     "mechanize": lambda o: optax.contrib.mechanize(o.adamax(0.1)),
     "sam": lambda o: optax.contrib.sam(
         o.adamax(0.1), optax.chain(optax.contrib.normalize(), o.adamax(0.05))
-    ),
-    "trust ratio": lambda o: optax.chain(
-        optax.adaptive_grad_clip(0.1),
-        o.scale_by_adamax(),
-        optax.scale_by_trust_ratio(),
-        optax.scale_by_learning_rate(0.1),
     ),
 }
 
@@ -68,32 +61,13 @@ def test_wrapped_by_optax_it_trains_like_optax(name):
     assert_close(train(make(optax_adamax))[0], train(make(optax))[0], rtol=1e-4)
 
 
-def test_line_search_receives_its_arguments():
-    def loss(p):
-        return sum(jnp.sum((x - 1) ** 2) for x in jax.tree.leaves(p))
-
-    def fit(package):
-        tx = optax.chain(package.adamax(1.0), optax.scale_by_backtracking_linesearch(15))
-        update = jax.jit(functools.partial(tx.update, value_fn=loss))
-        params = jax.tree.map(jnp.asarray, PARAMS)
-        state = tx.init(params)
-        for _ in range(3):
-            value, g = jax.value_and_grad(loss)(params)
-            u, state = update(g, state, params, value=value, grad=g)
-            params = optax.apply_updates(params, u)
-        return params
-
-    with jax.numpy_dtype_promotion("standard"):
-        assert_close(fit(optax_adamax), fit(optax), rtol=1e-4, atol=1e-5)
-
-
 def test_defaults_of_compensate_rounding_can_be_injected():
     """optax.inject_hyperparams would call a default such as jnp.int8 like a schedule."""
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    tx, inner = optax.inject_hyperparams(compensate_rounding)(adamax(0.1)), adamax(0.1)
-    plain = compensate_rounding(inner)
-    updates, _ = tx.update(half, tx.init(half), half)
-    assert_close(updates, plain.update(half, plain.init(half), half)[0], rtol=0, atol=0)
+    tx = optax.inject_hyperparams(compensate_rounding)(adamax(0.1))
+    updates, state = jax.eval_shape(tx.update, half, tx.init(half), half)
+    assert updates["w"].dtype == jnp.float32
+    assert optax.tree.get(state, "residual")[0]["w"].dtype == jnp.int8
 
 
 def test_injected_limit_is_set_during_a_run():
@@ -103,20 +77,20 @@ def test_injected_limit_is_set_during_a_run():
     assert int(optax.tree.get(state, "spike_count")) == 1 and not np.any(updates["w"])
 
 
-@pytest.mark.parametrize("limits", [{"max_norm_ratio": 5.0}, {"max_norm": 100.0}])
-@pytest.mark.parametrize("action", ["skip", "clip"])
-def test_derivative_without_a_spike_is_the_derivative_of_inner(action, limits):
+@pytest.mark.parametrize(
+    "options", [{"max_norm_ratio": 5.0}, {"max_norm_ratio": 5.0, "action": "clip"}]
+)
+def test_derivative_without_a_spike_is_the_derivative_of_inner(options):
     """In the first steps, the relative limit is infinite; the derivative of a quotient was NaN."""
 
     def end(x, tx):
         u, state = tx.update(x, tx.init(x))
         return jnp.sum(u) + jnp.sum(tx.update(x**3, state)[0])
 
-    inner = adamax(0.1)
-    limited = limit_spikes(inner, **limits, action=action)
-    x = np.float32([1.0, -2.0])
-    assert_close(jax.grad(end)(x, limited), jax.grad(end)(x, inner))
-    zero = jax.grad(end)(0 * x, limit_spikes(optax.identity(), **limits, action=action))
+    derivative = jax.jit(jax.grad(end), static_argnums=1)
+    inner, x = adamax(0.1), np.float32([1.0, -2.0])
+    assert_close(derivative(x, limit_spikes(inner, **options)), derivative(x, inner))
+    zero = derivative(0 * x, limit_spikes(optax.identity(), **options))
     np.testing.assert_array_equal(zero, [1, 1])
 
 
@@ -125,7 +99,8 @@ def test_derivative_without_a_spike_is_the_derivative_of_inner(action, limits):
 )
 def test_zero_gradients_cause_no_division_by_zero(tx):
     zero = np.zeros(3, np.float32)
-    checkify.checkify(tx.update, errors=checkify.float_checks)(zero, tx.init(zero))[0].throw()
+    checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
+    checked(zero, tx.init(zero))[0].throw()
 
 
 SCHEDULES = [
@@ -171,9 +146,8 @@ def test_phase_of_64_bits_raises():
             tx.update(GRADIENTS[0], state)
 
 
-@pytest.mark.parametrize("options", [{}, LOW, {**LOW, "nonfinite": "zero"}])
-def test_step_for_any_size_can_be_exported(options):
-    tx = limit_spikes(adamax(0.1, **options), max_norm=1e3)
+def test_step_for_any_size_can_be_exported():
+    tx = limit_spikes(adamax(0.1, **LOW, nonfinite="zero"), max_norm=1e3)
     (n,) = jax.export.symbolic_shape("n")
     g, struct = PARAMS["w"], jax.ShapeDtypeStruct((n, 3), np.float32)
     exported = jax.export.export(jax.jit(lambda g: tx.update(g, tx.init(g))[0]))(struct)
