@@ -218,9 +218,9 @@ def check_hyperparameters(
         for i, name in enumerate(TOLERANCES) if path in now else ():
             value, before = now[path][i], start[path][i]
             values = {saved[origin][i] for origin in names if origin in saved}
-            is_known = len(values) == 1 and None not in (value, before, *values)
-            if is_known and value == before:  # else a schedule
-                found.setdefault((name, float(f"{value:.4g}"), values.pop()), path)
+            old = values.pop() if len(values) == 1 else None
+            if value is not None and old is not None and value == before:  # else a schedule
+                found.setdefault((name, float(f"{value:.4g}"), old), path)
     for name, new, old in found:
         for other_name, other_new, other_old in found:
             in_groups = name == other_name and name in ("learning rate", "L2 weight decay")
