@@ -173,6 +173,10 @@ ROWS += [
         ("the state first", lambda g, s: (s, g, g)),
         ("the state last", lambda g, s: (g, g, s)),
     ]
+] + [
+    ("compat.torch: the state of scale_by_adamax", lambda _: compat.torch.adamax(lr=0.1).update(
+        REAL, scale_by_adamax().init(REAL)), TypeError,
+     f"The state must be the tuple that init returns, but a ScaleByAdamaxState was given. {ORDER}"),
 ]  # fmt: skip
 # Weight decay would broadcast the gradient to its parameter.
 ROWS += [

@@ -68,6 +68,12 @@ CASES = {
         f"axis {bad!r}": (good, {"zero1_axis": bad}, TypeError, "a mesh axis or a tuple of names")
         for bad in ((), 0, ["data"], ("data", 1))
     },
+    "array as axis": (
+        good,
+        {"zero1_axis": jnp.arange(3)},
+        TypeError,
+        r"names, but an array of shape \(3,\) and dtype int32 was given",
+    ),
     "axis without mesh": (
         lambda: jnp.ones(3),
         {"zero1_axis": "data"},
