@@ -101,6 +101,13 @@ def test_alias_equals_its_chain_for_each_keyword(alias, name):
         assert_same(found, usual)
 
 
+def test_schedule_of_the_weight_decay_of_some_parameters_counts_steps():
+    given = {name: KEYWORDS[name] for name in ("weight_decay", "mask")}
+    found, _ = train(adamaxw(0.1, **given))
+    expected, _ = train(chain(adamaxw, given))
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("alias", [adamax, adamaxw])
 def test_skipped_step_of_an_alias_changes_no_parameter_and_no_schedule(alias):
     bad = GRADIENTS[1] | {"c": np.float32(np.inf)}

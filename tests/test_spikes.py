@@ -168,6 +168,12 @@ def test_spike_during_warmup_enters_the_average_at_the_limit(action, steps_befor
     np.testing.assert_allclose(after.norm_ema, expected, rtol=1e-5)
 
 
+@every_action
+def test_average_of_ten_norms_limits_the_next_step(action):
+    spikes, _ = run([1.0] * 10 + [1e6], action=action)
+    np.testing.assert_array_equal(spikes, [False] * 10 + [True])
+
+
 def test_clipping_preserves_the_dtype_and_direction_of_every_leaf():
     dtypes = ("float16", "bfloat16", "float32", "complex64")
     params, large = ({d: np.full(4, x, d) for d in dtypes} for x in (1, 100))

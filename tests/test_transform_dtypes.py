@@ -10,6 +10,7 @@ from parameters import formats
 from transform_runs import eager_and_jit, every_dtype
 
 from optax_adamax import scale_by_adamax
+from tests.oracle import reference
 
 
 @every_dtype
@@ -87,3 +88,17 @@ def test_float64_gradients_of_float32_parameters_give_float64_updates():
         expected = (np.float64(state.m) / 0.1) / np.float64(state.v)
         np.testing.assert_allclose(u, expected, rtol=1e-14)
         np.testing.assert_allclose(u, 0.1 / (0.1 + 1e-8), rtol=1e-7)
+
+
+@pytest.mark.parametrize("rule", [{}, {"eps_placement": "denominator", "nesterov": True}], ids=str)
+def test_float64_moments_are_computed_in_float64_for_float32_gradients(rule):
+    gradients = np.float32(np.random.default_rng(0).normal(size=(5, 7)))
+    expected, last = reference.run(gradients, b1=0.7, b2=0.8, **rule)
+    with jax.enable_x64(True):
+        tx = scale_by_adamax(0.7, 0.8, m_dtype="float64", v_dtype="float64", **rule)
+        state, update = tx.init(gradients[0]), jax.jit(tx.update)
+        for g in gradients:
+            u, state = update(g, state)
+        np.testing.assert_allclose(state.m, last.m, rtol=1e-14)
+        np.testing.assert_allclose(state.v, last.v, rtol=1e-14)
+        np.testing.assert_allclose(u, expected[-1], rtol=1e-6)
