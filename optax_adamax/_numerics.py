@@ -19,6 +19,9 @@ def dtype_or_none(x: Any) -> np.dtype | None:
     """Returns the dtype of an array, a number or a shape; None for other objects."""
     if isinstance(x, (str, type, np.dtype)):  # `jnp.result_type` reads them as dtypes
         return None
+    dtype = getattr(x, "dtype", np.dtype(float))  # numbers have none
+    if dtype is None or isinstance(dtype, type):  # the attribute of a Flax module
+        return None
     try:
         return jnp.result_type(x)
     except (TypeError, ValueError):

@@ -7,6 +7,7 @@ import json
 import pickle
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
