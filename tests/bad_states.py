@@ -130,6 +130,10 @@ ROWS += [
      TypeError, AVERAGE),
     ("averaged codes to decode",
      lambda x: decode_state(averaged(x.low_state, counters=True)), TypeError, AVERAGE),
+    ("some averaged codes to decode", lambda x: decode_state(x.low_state._replace(
+        v=x.low_state.v._replace(
+            scaled_uint8={**x.low_state.v.scaled_uint8, "a": np.ones((2, 3), np.float32)}))),
+     TypeError, "cannot be cast or averaged, but its dtype is float32 and uint8"),
     ("averaged codes to describe",
      lambda x: describe_state(averaged(x.low_state, counters=False)), TypeError, AVERAGE),
     ("shapes to convert", lambda x: encode_state(jax.eval_shape(lambda: x.state), "int8"),
