@@ -17,7 +17,6 @@ from optax_adamax.compat._moments import Moments
 
 Origins = Mapping[str, Sequence[Key]]  # names of the source's arrays for each path
 LATE = 2**30  # so many steps that 1 - b1**t is 1
-LARGE = 2.0**26  # a parameter with which weight decay is measured
 MAX_CALLS = 16  # a longer accumulation of gradients is not measured
 # Relative differences that are not reported. An int8 m rounds b1 by up to 4 %, and a uint8 v rounds
 # weight decay by up to 12.5 %.
@@ -37,11 +36,14 @@ class Hyperparameters(NamedTuple):
 def measure(
     tx: optax.GradientTransformation, params: optax.Params, steps: Mapping[str, int | None]
 ) -> dict[str, Hyperparameters]:
-    """Measures the hyperparameters of each path by two steps on one element per parameter.
+    """Measures the hyperparameters of each path by a step on three elements per parameter.
 
-    With gradients and parameters of 0 and moments of 1, m becomes b1, v becomes b2, and the update
-    becomes minus the learning rate times m / v, whatever wraps the transformation. With parameters
-    of `LARGE`, v becomes `LARGE` times the L2 weight decay. The storage formats round m and v.
+    All gradients are 0, whatever wraps the transformation. The storage formats round m and v.
+
+    - Parameter 0, moments 1: m becomes b1, v becomes b2, and the update becomes minus the learning
+      rate times m / v.
+    - Parameter 1, moments 0: v becomes the L2 weight decay plus eps.
+    - Parameter 0, moments 0: v becomes eps.
 
     Args:
       tx: the transformation.
@@ -57,62 +59,48 @@ def measure(
     """
     # `sharding.shard` accepts only arrays of true shapes. Its inner transformation is measured.
     tx = optax.with_extra_args_support(getattr(getattr(tx.update, "__self__", tx), "inner", tx))
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        try:
-            updates, after = _step(tx, _small(params, 0.0), steps)
-            _, decayed = _step(tx, _small(params, LARGE), steps)
-        except Exception as error:  # `tx` may be anything, and may need more than gradients
-            warnings.warn(
-                f"The hyperparameters of the transformation must be measurable to compare them "
-                f"with the checkpoint, but a step on arrays of one element raised "
-                f"{type(error).__name__}: {error}. Compare them yourself.",
-                stacklevel=6,
-            )
-            return {}
-    measured, trees = {}, (after.m, after.v, paths(updates), decayed.v)
-    for path in after.m:
-        m, v, update, decayed_v = (np.real(x[path]).item() for x in trees)
-        learning_rate = -update * v / m if m and update else None
-        l2_decay = decayed_v / LARGE if decayed_v > 1 else 0.0
-        measured[path] = Hyperparameters(learning_rate, m, v, l2_decay)
-    return measured
-
-
-def _small(params: optax.Params, value: float) -> Any:
-    """Returns arrays of one element, with the trees and the numbers of axes of `params`."""
-
-    def one(p: Any) -> jax.Array:
-        return jnp.full((1,) * jnp.ndim(p), value, np.result_type(jnp.result_type(p), np.float32))
-
-    return jax.tree.map(one, params)
-
-
-def _step(
-    tx: optax.GradientTransformationExtraArgs, params: Any, steps: Mapping[str, int | None]
-) -> tuple[Any, Moments]:
-    """Returns updates and moments after a step with gradients of 0 from moments of 1.
-
-    Calls that only accumulate gradients do not change m, and are not steps.
-    """
-    ones = {path: np.ones(p.shape) for path, p in paths(params).items()}
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    small = jax.tree.map(lambda p: _three_elements(p, 0.0, 1.0, 0.0), params)
+    start = {path: _three_elements(p, 1.0, 0.0, 0.0) for path, p in paths(params).items()}
+    zeros = jax.tree.map(jnp.zeros_like, small)
 
     def age(node: Any) -> Any:
         late = is_adamax_state(node)
         return node._replace(count=jnp.full_like(node.count, LATE)) if late else node
 
-    template = tx.init(params)
-    filled = _moments.fill(unpack_state(template, params), Moments(ones, ones, dict(steps)))
-    aged = jax.tree.map(age, filled, is_leaf=is_adamax_state)
-    state, before = repack_state(aged, like=template), _moments.read_state(aged)
-    updates, after = zeros, before
-    for _ in range(MAX_CALLS):
-        # The value is for optax.contrib.reduce_on_plateau. Others ignore it.
-        updates, state = tx.update(zeros, state, params, value=jnp.zeros(()))
-        after = _moments.read_state(unpack_state(state, params))
-        if any(np.any(m != before.m[path]) for path, m in after.m.items()):
-            break
-    return updates, after
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        try:
+            template = tx.init(small)
+            moments = Moments(start, start, dict(steps))
+            filled = _moments.fill(unpack_state(template, small), moments)
+            aged = jax.tree.map(age, filled, is_leaf=is_adamax_state)
+            state, before = repack_state(aged, like=template), _moments.read_state(aged)
+            updates, after = zeros, before
+            for _ in range(MAX_CALLS):  # calls that only accumulate gradients do not change m
+                # The value is for optax.contrib.reduce_on_plateau. Others ignore it.
+                updates, state = tx.update(zeros, state, small, value=jnp.zeros(()))
+                after = _moments.read_state(unpack_state(state, small))
+                if any(np.any(m != before.m[path]) for path, m in after.m.items()):
+                    break
+        except Exception as error:  # `tx` may be anything, and may need more than gradients
+            warnings.warn(
+                f"The hyperparameters of the transformation must be measurable to compare them "
+                f"with the checkpoint, but a step on arrays of three elements raised "
+                f"{type(error).__name__}: {error}. Compare them yourself.",
+                stacklevel=6,
+            )
+            return {}
+    moved, measured = paths(updates), {}
+    for path in after.m:
+        m, v, update = (np.real(x[path]).ravel().tolist() for x in (after.m, after.v, moved))
+        learning_rate = -update[0] * v[0] / m[0] if m[0] and update[0] else None
+        measured[path] = Hyperparameters(learning_rate, m[0], v[0], l2_decay=v[1] - v[2])
+    return measured
+
+
+def _three_elements(parameter: Any, *values: float) -> jax.Array:
+    """Returns an array of float32 or wider with the axes of the parameter, but at least one."""
+    dtype = np.result_type(jnp.result_type(parameter), np.float32)
+    return jnp.asarray(values, dtype).reshape((1,) * (jnp.ndim(parameter) - 1) + (3,))
 
 
 def check_values(moments: Moments) -> None:

@@ -196,6 +196,9 @@ def test_other_weight_decay_warns(formats):
         load(saved, make(weight_decay=saved))  # without a warning
         with pytest.warns(UserWarning, match=f"L2 weight decay .* instead of {saved:g} for 'w'"):
             load(saved, make(weight_decay=other))
+    load(0.1, make(weight_decay=0.1, eps=1e-3))  # without a warning
+    clip = optax.clip_by_global_norm(1.0)
+    load(0.1, optax.chain(optax.add_decayed_weights(0.1), clip, make()))  # without a warning
     for wrap in (compensate_rounding, lambda tx: optax.MultiSteps(tx, 2)):
         load(0.1, wrap(make(weight_decay=0.1)), jnp.bfloat16)  # without a warning
         with pytest.warns(UserWarning, match="L2 weight decay 0 instead of 0.1 for 'w'"):
