@@ -59,11 +59,7 @@ def check_gradients(gradients: Any, moments: Any) -> None:
     for (path, gradient), moment in zip(leaves, jax.tree.leaves(moments), strict=True):
         label = leaf_label("gradient", path)
         dtype = _dtype_of(label, gradient)
-        if jnp.shape(gradient) != jnp.shape(moment):
-            raise ValueError(
-                f"The {label} must have shape {jnp.shape(moment)}, as its parameter in init, but "
-                f"its shape is {jnp.shape(gradient)}."
-            )
+        check_shape(label, gradient, moment)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"The {label} must be a float array, but its dtype is {dtype.name}. Cast it to "
@@ -74,6 +70,15 @@ def check_gradients(gradients: Any, moments: Any) -> None:
             raise TypeError(
                 f"The {label} must be {kind}, as its parameter in init, but its dtype is {dtype}."
             )
+
+
+def check_shape(label: str, gradient: Any, like: Any) -> None:
+    """Raises ValueError if a gradient has another shape than its moment or parameter."""
+    if jnp.shape(gradient) != jnp.shape(like):
+        raise ValueError(
+            f"The {label} must have shape {jnp.shape(like)}, as its parameter in init, but "
+            f"its shape is {jnp.shape(gradient)}."
+        )
 
 
 def check_arrays(kind: str, tree: Any) -> None:

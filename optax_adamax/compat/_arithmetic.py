@@ -10,7 +10,7 @@ import optax
 
 from optax_adamax._messages import ORDER, describe_value, leaf_label
 from optax_adamax._numerics import compute_dtype, saturating_cast, upcast, wider_dtype
-from optax_adamax._tree_checks import check_arrays, without_unused
+from optax_adamax._tree_checks import check_arrays, check_shape, without_unused
 
 # optax 0.2.6 and 0.2.7 sum gradients in the dtypes of the parameters given to init, optax 0.2.8 in
 # one dtype. JAX replaces float64 by float32 unless x64 is enabled.
@@ -94,11 +94,7 @@ def _check_shapes(gradients: Any, params: Any) -> None:
     """Checks shapes before weight decay, which would broadcast a gradient to its parameter."""
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     for (path, gradient), parameter in zip(leaves, jax.tree.leaves(params), strict=True):
-        if np.shape(gradient) != np.shape(parameter):
-            raise ValueError(
-                f"The {leaf_label('gradient', path)} must have shape {np.shape(parameter)}, as its "
-                f"parameter in init, but its shape is {np.shape(gradient)}."
-            )
+        check_shape(leaf_label("gradient", path), gradient, parameter)
 
 
 def _widen(x: Any, other: Any) -> Any:

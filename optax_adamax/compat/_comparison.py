@@ -18,8 +18,8 @@ from optax_adamax.compat._moments import Moments
 Origins = Mapping[str, Sequence[Key]]  # names of the source's arrays for each path
 LATE = 2**30  # so many steps that 1 - b1**t is 1
 MAX_CALLS = 16  # a longer accumulation of gradients is not measured
-# Relative differences that are not reported. An int8 m rounds b1 by up to 4 %, and a uint8 v rounds
-# weight decay by up to 12.5 %.
+# Relative differences that are not reported, in the order of the fields of `Hyperparameters`. An
+# int8 m rounds b1 by up to 4 %, and a uint8 v rounds weight decay by up to 12.5 %.
 TOLERANCES = {"learning rate": 0.01, "b1": 0.045, "b2": 1e-4, "L2 weight decay": 0.13}
 ORDER = "Give the names of each group in the order of the optimizer"
 
@@ -52,7 +52,7 @@ def measure(
 
     Returns:
       The hyperparameters. The learning rate is None if the parameter does not move or b1 is 0.
-      There are none if `update` raises for gradients and parameters of this size.
+      The dict is empty if `update` raises for gradients and parameters of this size.
 
     Warns:
       UserWarning: `update` raises, so nothing can be compared.
