@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -321,40 +320,3 @@ def _check_target(
             f"The layout must make an array of shape {expected} for {target!r}, but it makes one "
             f"of shape {shape} of {names}. Transpose or reshape it."
         )
-
-
-def flax_names(
-    params: optax.Params, modules: Mapping[str, str] | None, *, channels_last: bool
-) -> dict[Key, Entry]:
-    """Returns a layout for the parameters of Flax modules, see `compat.torch.flax_names`.
-
-    Args:
-      params: the parameters of the Flax module.
-      modules: names of the source's modules by the paths of Flax's.
-      channels_last: whether the source's convolutions are (out, *space, in) or (out, in, *space).
-    """
-    modules, used = dict(modules or {}), set()
-    names: dict[Key, Entry] = {}
-    for path, leaf in paths(params).items():
-        renamed = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-        collection, _, below = path.partition("/")
-        if collection == "batch_stats":
-            renamed |= {"mean": "running_mean", "var": "running_var"}
-        *module, name = (below if collection in ("params", "batch_stats") else path).split("/")
-        for length in range(len(module), 0, -1):
-            known = "/".join(module[:length])
-            if known in modules:
-                module = [modules[known], *module[length:]]
-                used.add(known)
-                break
-        key, ndim = ".".join([*module, renamed.get(name, name)]), jnp.ndim(leaf)
-        if name != "kernel" or ndim < 2:
-            names[key] = path
-        elif ndim == 2 or channels_last:
-            names[key] = (path, (*range(1, ndim), 0))
-        else:
-            names[key] = (path, (*range(2, ndim), 1, 0))
-    unused = sorted(set(modules) - used)
-    if unused:
-        raise ValueError(f"modules must have paths of modules in params, but {unused} are not.")
-    return names

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _arrays, _layout, _transfer
+from optax_adamax.compat import _arguments, _arrays, _flax_names, _transfer
 from optax_adamax.compat._arithmetic import compute_in_float32
 from optax_adamax.compat._comparison import Hyperparameters
 from optax_adamax.compat._layout import Entry, Key, Layout
@@ -251,7 +251,7 @@ def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -
     As :func:`optax_adamax.compat.torch.flax_names`, for MLX's layouts: its convolutions are
     (out, \*space, in).
     """
-    return _layout.flax_names(params, modules, channels_last=True)
+    return _flax_names.flax_names(params, modules, channels_last=True)
 
 
 def _with_nested_input(layout: Layout | None) -> Layout | None:

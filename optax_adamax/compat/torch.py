@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from optax_adamax import _checks
 from optax_adamax._messages import describe_value
 from optax_adamax._transform import scale_by_adamax
-from optax_adamax.compat import _arguments, _arrays, _layout, _transfer
+from optax_adamax.compat import _arguments, _arrays, _flax_names, _layout, _transfer
 from optax_adamax.compat._arithmetic import compute_in_float32
 from optax_adamax.compat._comparison import Hyperparameters
 from optax_adamax.compat._layout import Entry as Entry
@@ -360,7 +360,7 @@ def flax_names(params: optax.Params, modules: Mapping[str, str] | None = None) -
       >>> compat_torch.flax_names(params, {"Dense_0": "fc1"})
       {'fc1.bias': 'Dense_0/bias', 'fc1.weight': ('Dense_0/kernel', (1, 0))}
     """
-    return _layout.flax_names(params, modules, channels_last=False)
+    return _flax_names.flax_names(params, modules, channels_last=False)
 
 
 def _name_groups(
